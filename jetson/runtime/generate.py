@@ -1,0 +1,95 @@
+"""Prefill in pieces, then one token at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from runtime.backend import Backend, States
+from runtime.bundle import Bundle
+
+
+@dataclass(frozen=True)
+class Step:
+    """One sampled token and the seconds it took: the first one's include the prefill."""
+
+    token: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Timings:
+    """What a run took, without the time that printing takes."""
+
+    prompt_tokens: int
+    ttft_s: float | None  # time to first token; None when there was none
+    tpot_s: float | None  # mean time per token after the first; None when there was one at most
+
+    @classmethod
+    def of(cls, prompt_tokens: int, seconds: list[float]) -> Timings:
+        """From the seconds of each step, in their order."""
+        first, rest = seconds[:1], seconds[1:]
+        return cls(
+            prompt_tokens=prompt_tokens,
+            ttft_s=first[0] if first else None,
+            tpot_s=sum(rest) / len(rest) if rest else None,
+        )
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Decode rate."""
+        return 1 / self.tpot_s if self.tpot_s else None
+
+
+def prefill_pieces(length: int, max_tokens: int, chunk_size: int) -> list[tuple[int, int]]:
+    """(start, end) of each piece of a prompt.
+
+    All but the last are a multiple of `chunk_size`, so that chunks fall where they would in one go.
+    """
+    if length <= max_tokens:
+        return [(0, length)]
+    piece = max_tokens - max_tokens % chunk_size
+    return [(start, min(start + piece, length)) for start in range(0, length, piece)]
+
+
+def prefill(
+    backend: Backend, bundle: Bundle, ids: np.ndarray, keep: int = 1
+) -> tuple[np.ndarray, States]:
+    """Run tokens (b, l) int32 from zero states, in as many pieces as the target needs.
+
+    Returns logits (b, keep, vocab) float32 of the last `keep` positions, and the states.
+    """
+    batch, length = ids.shape
+    states = backend.zero_states(batch)
+    wanted = length - keep  # first position whose logits are returned
+    kept = []
+    for start, end in prefill_pieces(length, bundle.max_tokens, bundle.model.chunk_size):
+        # The graph always gives at least one position; of early pieces nobody reads it.
+        piece_keep = max(1, end - max(start, wanted))
+        logits, states = backend.forward(ids[:, start:end], states, piece_keep)
+        if end > wanted:
+            kept.append(logits)
+    return np.concatenate(kept, axis=1), states
+
+
+def generate(
+    backend: Backend,
+    bundle: Bundle,
+    prompt: np.ndarray,
+    sample: Callable[[np.ndarray], int],
+    max_new_tokens: int,
+    end_id: int | None,
+) -> Iterator[Step]:
+    """Continue `prompt` (1, l) int32 until `end_id`, which is yielded too, or `max_new_tokens`."""
+    started = time.perf_counter()
+    logits, states = prefill(backend, bundle, prompt)
+    for remaining in reversed(range(max_new_tokens)):
+        token = sample(logits[0, -1])
+        yield Step(token, time.perf_counter() - started)
+        if token == end_id or not remaining:
+            return
+        started = time.perf_counter()
+        logits, states = backend.forward(np.array([[token]], np.int32), states)

@@ -1,0 +1,153 @@
+"""Files a build leaves behind: names, hashes, and writing that is whole or absent.
+
+A run folder (`--out`) holds one artifact per stage; each records the key of what it was made from,
+so that a repeated build redoes only what changed:
+
+    calibration.safetensors   statistics of the activations
+    quantized/                model.safetensors, config.json
+    onnx/                     model.portable.onnx, model.onnx, export.json
+    bundle/                   what travels to a board; manifest.json
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ssdi8_edge.errors import Ssdi8Error
+
+CALIBRATION = "calibration.safetensors"
+QUANTIZED = "quantized"
+ONNX = "onnx"
+BUNDLE = "bundle"
+
+WEIGHTS = "model.safetensors"
+PORTABLE_MODEL = "model.portable.onnx"
+TENSORRT_MODEL = "model.onnx"
+GOLDEN = "golden.npz"
+MANIFEST = "manifest.json"
+BUNDLE_SCHEMA = 1
+
+_BLOCK = 1 << 22
+_RENAME_EXCHANGE = 2
+_AT_FDCWD = -100
+
+
+def sha256_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def key_of(parts: dict[str, Any]) -> str:
+    """A short name of everything an artifact was made from."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def shipped(name: str) -> Path:
+    """`jetson`, `plugins` or `profiles`: inside the installed package, or in the source tree."""
+    package = Path(__file__).parent
+    installed = package / "share" / name
+    return installed if installed.is_dir() else package.parent / name
+
+
+@contextmanager
+def whole_or_absent(final: Path) -> Iterator[Path]:
+    """A temporary path beside `final` (a file or a folder) that takes its name on success.
+
+    Whatever happens, also kill -9, `final` is either the old artifact or the new one. A full disk
+    is reported with the path and the remedy.
+
+    Raises:
+        Ssdi8Error: the disk is full, or the folder cannot be written.
+    """
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(final)
+        scratch = Path(
+            tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".partial", dir=final.parent)
+        )
+    except OSError as error:
+        raise _write_error(final, error) from error
+    try:
+        yield scratch / final.name
+        _publish(scratch / final.name, final)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise _write_error(final, error) from error
+        raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _write_error(final: Path, error: OSError) -> Ssdi8Error:
+    remedy = {
+        errno.ENOSPC: "free some space or choose another --out; the finished stages are kept.",
+        errno.EDQUOT: "free some space or choose another --out; the finished stages are kept.",
+    }.get(error.errno or 0, "choose an --out folder that can be written.")
+    failure = Ssdi8Error(f"cannot write {final}: {os.strerror(error.errno or 0)};", remedy)
+    failure.exit_code = 2
+    return failure
+
+
+def _remove_leftovers(final: Path) -> None:
+    """Scratch folders of builds that were killed."""
+    for stale in final.parent.glob(f".{final.name}.*.partial"):
+        shutil.rmtree(stale, ignore_errors=True)
+
+
+def _publish(scratch: Path, final: Path) -> None:
+    for path in [scratch, *scratch.rglob("*")] if scratch.is_dir() else [scratch]:
+        _sync(path)
+    if scratch.is_dir() and final.is_dir():
+        _exchange(scratch, final)
+    else:
+        if final.is_dir():
+            shutil.rmtree(final)
+        os.replace(scratch, final)
+    _sync(final.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _exchange(a: Path, b: Path) -> None:
+    """Swap two folders in one step, so that no moment is without a whole `b`."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    swapped = libc.renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE)
+    if swapped != 0:  # a file system without exchange: the old folder steps aside first
+        aside = a.with_suffix(".old")
+        os.rename(b, aside)
+        os.rename(a, b)
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=False) + "\n", encoding="utf-8")
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """The same file under a second name; a copy where the file system has no hard links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

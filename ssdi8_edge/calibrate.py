@@ -1,0 +1,147 @@
+"""Calibration: a text file goes through the FP model, layer by layer, under observers.
+
+Source: method §3. All statistics are running absolute maxima of the model in the rotated basis; the
+scales are made from them when a recipe is applied. One layer is in memory at a time, and the
+residual stream between layers lies in a temporary file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssdi8_edge.checkpoint import Checkpoint
+from ssdi8_edge.hadamard import transform
+from ssdi8_edge.methods import QuantConfig
+from ssdi8_edge.model import Mamba2Block, Mamba2Config
+from ssdi8_edge.progress import Track, silent
+from ssdi8_edge.stream import Spool, batches
+from ssdi8_edge.transforms import (
+    GATE_NORM,
+    rotate_embedding,
+    rotate_layer,
+)
+
+
+def layer_config(checkpoint: Checkpoint, recipe: QuantConfig) -> Mamba2Config:
+    """The model's sizes with the recipe's chunk size."""
+    config = Mamba2Config(**checkpoint.config)
+    if recipe.chunk_size is not None:
+        config = dataclasses.replace(config, chunk_size=recipe.chunk_size)
+    return config
+
+
+def load_block(layer: dict[str, Tensor], config: Mamba2Config) -> Mamba2Block:
+    """A block that shares the given FP32 tensors."""
+    with torch.device("meta"):
+        block = Mamba2Block(config)
+    block.load_state_dict(layer, assign=True)
+    return block.eval().requires_grad_(False)
+
+
+def fp32_layer(checkpoint: Checkpoint, index: int) -> dict[str, Tensor]:
+    return {name: tensor.float() for name, tensor in checkpoint.layer(index).items()}
+
+
+def embed(checkpoint: Checkpoint, ids: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of the rotated embedding, batch by batch, without rotating the whole table."""
+    table = checkpoint.tensor("backbone.embedding.weight")
+    for part in batches(ids):
+        yield part, rotate_embedding(table[ids[part]].float())
+
+
+class Observers:
+    """Running absolute maxima of one layer; shapes as the scales they become."""
+
+    def __init__(self, config: Mamba2Config, scan_tile: int, gate_norm: Tensor) -> None:
+        self._config = config
+        self._tile = min(scan_tile, config.chunk_size)
+        self._gate_norm = gate_norm
+        self._seen: dict[str, Tensor] = {}
+        self.absmax: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, value: Tensor) -> None:
+        """The `observe` callback of `Mamba2Block`; the block runs with γ_gate folded out."""
+        if name == "u":
+            self._update("u", value.abs().amax())
+        elif name in ("B", "C"):
+            self._update(name, value.abs().amax((0, 1, 3)))
+            self._seen[name] = value
+        elif name == "x":
+            self._seen["x"] = value
+        elif name == "dt":
+            self._seen["dt"] = value
+        elif name in ("chunk_state", "passed_state"):
+            self._update(name, value.abs().amax((0, 1, 4)))
+        elif name == "y":
+            self._chunk_tensors()
+        elif name == "r":
+            self._update("r_folded", transform(value).abs().amax())
+            self._update("r", transform(value * self._gate_norm).abs().amax())
+
+    def _update(self, name: str, value: Tensor) -> None:
+        value = value.float()
+        old = self.absmax.get(name)
+        self.absmax[name] = value if old is None else torch.maximum(old, value)
+
+    def observe_decay(self, a_rate: Tensor) -> None:
+        """A (H), which the block keeps to itself."""
+        self._seen["A"] = a_rate
+
+    def _chunk_tensors(self) -> None:
+        """w·x, its tile counterpart and CB, per chunk, from the tensors seen in this call."""
+        config, seen = self._config, self._seen
+        x, dt, b, c = seen["x"], seen["dt"], seen["B"], seen["C"]
+        chunk = config.chunk_size
+        for start in range(0, x.shape[1], chunk):
+            part = slice(start, start + chunk)
+            x_k, dt_k = x[:, part], dt[:, part]
+            a = (dt_k * seen["A"]).cumsum(1)  # (B, K, H)
+            weight = torch.exp(a[:, -1:] - a) * dt_k
+            self._update("x_scaled", (x_k * weight[..., None]).abs().amax((0, 1)))
+            cb = torch.einsum("bmgn,bkgn->bgmk", c[:, part], b[:, part])
+            self._update("CB_full", cb.abs().amax((0, 2, 3)))
+            self._update("CB", cb.tril().abs().amax((0, 2, 3)))
+            for first in range(0, x_k.shape[1], self._tile):
+                tile = slice(first, first + self._tile)
+                weight = torch.exp(a[:, tile][:, -1:] - a[:, tile]) * dt_k[:, tile]
+                self._update("x_tile", (x_k[:, tile] * weight[..., None]).abs().amax((0, 1)))
+
+
+def calibrate(
+    checkpoint: Checkpoint, recipe: QuantConfig, ids: Tensor, track: Track = silent
+) -> dict[str, Tensor]:
+    """Statistics of every layer on the token windows `ids` (S, T).
+
+    Returns:
+        `layers.{i}.<name>` -> FP32 absolute maximum: u, r, r_folded: (); B, C, CB, CB_full: (G);
+        x_scaled, x_tile, chunk_state, passed_state: (H, P). `norm_f`: (), the rotated input of
+        lm_head.
+    """
+    config = layer_config(checkpoint, recipe)
+    stream = Spool(len(ids), (ids.shape[1], config.d_model), np.dtype(np.float32))
+    for part, rows in embed(checkpoint, ids):
+        stream[part] = rows
+    statistics: dict[str, Tensor] = {}
+    with torch.inference_mode():
+        for i in track(range(config.n_layer), "calibrate"):
+            layer = fp32_layer(checkpoint, i)
+            observers = Observers(config, recipe.scan_tile, layer[GATE_NORM])
+            observers.observe_decay(-layer["mixer.A_log"].exp())
+            block = load_block(rotate_layer(layer, fold_gate_norm=True), config)
+            for part in batches(ids):
+                residual, _ = block(stream[part], None, observers)
+                stream[part] = residual
+            statistics |= {f"layers.{i}.{k}": v for k, v in observers.absmax.items()}
+        norm_f = torch.zeros(())
+        for part in batches(ids):
+            rows = stream[part]
+            rms = (rows.square().mean(-1, keepdim=True) + config.norm_eps).sqrt()
+            norm_f = torch.maximum(norm_f, (rows / rms).abs().amax())
+    statistics["norm_f"] = norm_f
+    stream.close()
+    return statistics

@@ -1,0 +1,51 @@
+"""What can go wrong, as the user sees it: one sentence naming the thing, one naming the remedy.
+
+Ssdi8Error                 exit code 1   a stage failed
+├── UsageError             exit code 2   an option, target, method or file that does not fit
+│   ├── CheckpointError    exit code 2   a checkpoint that cannot be read, or lacks a tensor
+│   └── BundleError        exit code 2   a bundle that is incomplete, altered or of another schema
+├── BoardError             exit code 3   a board that cannot be reached
+└── Interrupted            exit code 130 stopped by Ctrl-C
+"""
+
+from __future__ import annotations
+
+
+class Ssdi8Error(Exception):
+    """Base of every error that the command line reports without a traceback."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.hint}".strip()
+
+
+class UsageError(Ssdi8Error):
+    """The request does not fit: unknown name, missing file, impossible combination."""
+
+    exit_code = 2
+
+
+class CheckpointError(UsageError):
+    """A checkpoint is missing, partial or of an unknown layout; the message names the tensor."""
+
+
+class BundleError(UsageError):
+    """A bundle is incomplete, altered on the way, or written by another schema version."""
+
+
+class BoardError(Ssdi8Error):
+    """A board cannot be reached."""
+
+    exit_code = 3
+
+
+class Interrupted(Ssdi8Error):
+    """Ctrl-C; finished stages stay as they are."""
+
+    exit_code = 130

@@ -1,0 +1,137 @@
+"""INT8 linear layers: W8A8, and W4A8 with two-level scales."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ssdi8_edge.int8 import int8_matmul, round_to_int8
+from ssdi8_edge.ops import onnx_text as t
+from ssdi8_edge.ops.op import Attribute, BodyForm, Op
+
+
+def linear_reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """y = FP16(FP32(x · weightᵀ) · scale + bias), the product exact in INT32.
+
+    Args:
+        x: (B, L, In) INT8.
+        weight: (Out, In) INT8.
+        scale: (Out) FP32, activation scale times weight scale of the row.
+        bias: (Out) FP32; carries the mean correction of out_proj.
+
+    Returns:
+        (B, L, Out) FP16.
+    """
+    return (int8_matmul(x, weight).float() * scale + bias).half()
+
+
+def unpack_w4(packed: Tensor, group_scale: Tensor, group_size: int) -> Tensor:
+    """The INT8 weight that a W4 kernel multiplies with: round((q4 - 8) · group_scale).
+
+    Args:
+        packed: (Out, In / 2) INT8; byte + 128 = 16 · q4[2i + 1] + q4[2i], q4 in [0, 15].
+        group_scale: (Out, In / group_size) FP16, in units of the row's INT8 step.
+    """
+    byte = packed.to(torch.int16) + 128
+    q4 = torch.stack([byte % 16, byte // 16], -1).reshape(packed.shape[0], -1) - 8
+    sigma = group_scale.float().repeat_interleave(group_size, 1)
+    return round_to_int8(q4.float() * sigma, "half_even")
+
+
+def linear_w4_reference(
+    x: Tensor, packed: Tensor, group_scale: Tensor, scale: Tensor, bias: Tensor, *, group_size: int
+) -> Tensor:
+    """`linear_reference` with the weight of `unpack_w4` (method: the QQQ/Marlin format).
+
+    Args:
+        x: (B, L, In) INT8.
+        packed, group_scale: as in `unpack_w4`.
+        scale: (Out) FP32, activation scale times the row's INT8 step.
+        bias: (Out) FP32.
+
+    Returns:
+        (B, L, Out) FP16.
+    """
+    return linear_reference(x, unpack_w4(packed, group_scale, group_size), scale, bias)
+
+
+def _product(form: BodyForm) -> list[str]:
+    """From INT8 `x` (B, L, In) and `weight` (Out, In) to FP16 `y`."""
+    if form == "tensorrt":
+        # The form TensorRT fuses natively: the scale of the row is the weight's, that of x is 1.
+        product = [
+            t.number("one", 1.0),
+            "x_real = DequantizeLinear (x, one)",
+            "weight_real = DequantizeLinear <axis = 0> (weight, scale)",
+            "weight_t = Transpose <perm = [1, 0]> (weight_real)",
+            "scaled = MatMul (x_real, weight_t)",
+        ]
+    else:
+        # Unsigned operands with zero point 128: x86 without VNNI adds pairs of mixed-sign
+        # products in saturating 16 bits, pairs of unsigned ones exactly.
+        product = [
+            "offset = Constant <value = int32 {128}> ()",
+            "zero_point = Constant <value = uint8 {128}> ()",
+            "x_wide = Cast <to = 6> (x)",
+            "x_shifted = Add (x_wide, offset)",
+            "x_unsigned = Cast <to = 2> (x_shifted)",
+            "weight_wide = Cast <to = 6> (weight)",
+            "weight_shifted = Add (weight_wide, offset)",
+            "weight_unsigned = Cast <to = 2> (weight_shifted)",
+            "weight_t = Transpose <perm = [1, 0]> (weight_unsigned)",
+            "accumulator = MatMulInteger (x_unsigned, weight_t, zero_point, zero_point)",
+            t.cast("product", "accumulator", t.FP32),
+            "scaled = Mul (product, scale)",
+        ]
+    return [*product, "biased = Add (scaled, bias)", t.cast("y", "biased", t.FP16)]
+
+
+def _body(a: Mapping[str, Attribute], form: BodyForm) -> str:
+    return "\n".join(_product(form))
+
+
+def _w4_body(a: Mapping[str, Attribute], form: BodyForm) -> str:
+    group = int(a["group_size"])
+    return "\n".join(
+        [
+            t.from_int8("byte_signed", "packed", form),
+            t.number("byte_offset", 128.0),
+            t.number("sixteen", 16.0),
+            t.number("eight", 8.0),
+            "byte = Add (byte_signed, byte_offset)",
+            "byte_over_16 = Div (byte, sixteen)",
+            "high = Floor (byte_over_16)",
+            "high_16 = Mul (high, sixteen)",
+            "low = Sub (byte, high_16)",
+            t.ints("last", [-1]),
+            "low_column = Unsqueeze (low, last)",
+            "high_column = Unsqueeze (high, last)",
+            "pairs = Concat <axis = -1> (low_column, high_column)",
+            t.ints("grouped_shape", [0, -1, group]),
+            "q4 = Reshape (pairs, grouped_shape)",
+            "q4_signed = Sub (q4, eight)",
+            t.cast("sigma", "group_scale", t.FP32),
+            "sigma_column = Unsqueeze (sigma, last)",
+            "steps = Mul (q4_signed, sigma_column)",
+            t.ints("weight_shape", [0, -1]),
+            "steps_flat = Reshape (steps, weight_shape)",
+            t.round_to_int8("weight", "steps_flat", "half_even", form),
+            *_product(form),
+        ]
+    )
+
+
+LINEAR = Op(
+    name="Ssdi8Linear",
+    outputs=("y",),
+    reference=linear_reference,
+    body=_body,
+)
+LINEAR_W4 = Op(
+    name="Ssdi8LinearW4",
+    outputs=("y",),
+    reference=linear_w4_reference,
+    body=_w4_body,
+)

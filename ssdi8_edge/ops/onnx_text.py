@@ -1,0 +1,207 @@
+"""Pieces of ONNX text shared by the op bodies: the twins of `int8` and of the chunk helpers.
+
+A body is text for `onnx.parser`. Each helper returns statements; names that start with the given
+prefix are private to it. `F` is the type an op computes in: FP64 on a CPU, so that the rounded result
+does not depend on the order of a sum or on who wrote `exp`; FP32 for NVIDIA's parser, which has no
+FP64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ssdi8_edge.int8 import QMAX, Rounding
+from ssdi8_edge.ops.op import BodyForm
+
+FP32, INT8, FP16 = 1, 3, 10
+
+
+def compute_type(form: BodyForm) -> int:
+    """ONNX element type of the arithmetic inside an op."""
+    return 11 if form == "cpu" else 1
+
+
+def ints(name: str, values: list[int]) -> str:
+    """A 1-D INT64 constant."""
+    return f"{name} = Constant <value = int64[{len(values)}] {{{', '.join(map(str, values))}}}> ()"
+
+
+def number(name: str, value: float, elem: int = FP32) -> str:
+    """A floating-point scalar constant of ONNX element type `elem`."""
+    kind = "double" if elem == 11 else "float"
+    return f"{name} = Constant <value = {kind} {{{value!r}}}> ()"
+
+
+def cast(out: str, x: str, elem: int) -> str:
+    return f"{out} = Cast <to = {elem}> ({x})"
+
+
+def round_to_integer(out: str, v: str, rounding: Rounding) -> str:
+    """`int8.round_to_integer` of the FP32 value `v`."""
+    if rounding == "half_even":
+        return f"{out} = Round ({v})"
+    return "\n".join(
+        [
+            number(f"{out}_half", 0.5),
+            f"{out}_abs = Abs ({v})",
+            f"{out}_up = Add ({out}_abs, {out}_half)",
+            f"{out}_floor = Floor ({out}_up)",
+            f"{out}_sign = Sign ({v})",
+            f"{out} = Mul ({out}_floor, {out}_sign)",
+        ]
+    )
+
+
+def round_to_int8(out: str, v: str, rounding: Rounding, form: BodyForm) -> str:
+    """`int8.round_to_int8` of the FP32 value `v`."""
+    low = -128 if rounding == "half_even" else -QMAX
+    p = f"{out}_r"
+    lines = [
+        round_to_integer(p, v, rounding),
+        number(f"{p}_low", float(low)),
+        number(f"{p}_high", float(QMAX)),
+        f"{p}_clipped = Clip ({p}, {p}_low, {p}_high)",
+    ]
+    if form == "cpu":
+        lines.append(cast(out, f"{p}_clipped", INT8))
+    else:
+        # TensorRT makes INT8 by quantization only; with scale 1 that is the same cast.
+        lines += [
+            number(f"{p}_one", 1.0),
+            f"{p}_zero = Constant <value = int8 {{0}}> ()",
+            f"{out} = QuantizeLinear ({p}_clipped, {p}_one, {p}_zero)",
+        ]
+    return "\n".join(lines)
+
+
+def from_int8(out: str, q: str, form: BodyForm) -> str:
+    """INT8 -> FP32 integers."""
+    if form == "cpu":
+        return cast(out, q, FP32)
+    return f"{number(f'{out}_one', 1.0)}\n{out} = DequantizeLinear ({q}, {out}_one)"
+
+
+def inverse(out: str, scale: str, form: BodyForm) -> str:
+    """out = FP32(1 / scale).
+
+    By way of FP64, which rounds to the same FP32: onnxruntime rewrites x · (1 / s) as x / s where it
+    sees both, and the two round differently.
+    """
+    f = compute_type(form)
+    return "\n".join(
+        [
+            number(f"{out}_unit", 1.0, f),
+            cast(f"{out}_scale", scale, f),
+            f"{out}_wide = Div ({out}_unit, {out}_scale)",
+            cast(out, f"{out}_wide", FP32),
+        ]
+    )
+
+
+def quantize(out: str, x: str, scale: str, rounding: Rounding, form: BodyForm) -> str:
+    """`int8.quantize`: round(x · FP32(1 / scale)); `scale` broadcasts against the FP32 `x`."""
+    return "\n".join(
+        [
+            inverse(f"{out}_inverse", scale, form),
+            f"{out}_scaled = Mul ({x}, {out}_inverse)",
+            round_to_int8(out, f"{out}_scaled", rounding, form),
+        ]
+    )
+
+
+def slice_last(out: str, x: str, start: int, stop: int) -> str:
+    """x[..., start:stop] of a rank-3 tensor."""
+    return "\n".join(
+        [
+            ints(f"{out}_start", [start]),
+            ints(f"{out}_stop", [stop]),
+            ints(f"{out}_axis", [2]),
+            f"{out} = Slice ({x}, {out}_start, {out}_stop, {out}_axis)",
+        ]
+    )
+
+
+def per_head(out: str, scale_g: str, nheads: int, ngroups: int, parts: list[int]) -> str:
+    """Repeat a per-group vector (G) for the heads of each group: (H), reshaped to `parts`."""
+    return "\n".join(
+        [
+            ints(f"{out}_g1", [ngroups, 1]),
+            ints(f"{out}_gr", [ngroups, nheads // ngroups]),
+            ints(f"{out}_shape", parts),
+            f"{out}_column = Reshape ({scale_g}, {out}_g1)",
+            f"{out}_wide = Expand ({out}_column, {out}_gr)",
+            f"{out} = Reshape ({out}_wide, {out}_shape)",
+        ]
+    )
+
+
+def shape(name: str, parts: Sequence[int | str]) -> str:
+    """A shape tensor; a string names a 1-element INT64 tensor."""
+    if all(isinstance(part, int) for part in parts):
+        return ints(name, [int(part) for part in parts])
+    lines, names = [], []
+    for i, part in enumerate(parts):
+        names.append(part if isinstance(part, str) else f"{name}_{i}")
+        if isinstance(part, int):
+            lines.append(ints(f"{name}_{i}", [part]))
+    return "\n".join([*lines, f"{name} = Concat <axis = 0> ({', '.join(names)})"])
+
+
+def chunk_padding(length_of: str, axis: int, chunk: int, *, shrink: bool = False) -> str:
+    """`length` (1): tokens of `length_of`; `chunk_tokens` (1); `padding` (1): up to a whole chunk.
+
+    With `shrink`, a sequence shorter than a chunk is one chunk of its own length.
+    """
+    tokens = ints("chunk_tokens", [chunk])
+    if shrink:
+        limit = ints("chunk_limit", [chunk])
+        tokens = f"{limit}\nchunk_tokens = Min (length, chunk_limit)"
+    return "\n".join(
+        [
+            f"length = Shape <start = {axis}, end = {axis + 1}> ({length_of})",
+            tokens,
+            ints("chunk_one", [1]),
+            "chunk_less_one = Sub (chunk_tokens, chunk_one)",
+            "length_up = Add (length, chunk_less_one)",
+            "chunk_count = Div (length_up, chunk_tokens)",
+            "padded_length = Mul (chunk_count, chunk_tokens)",
+            "padding = Sub (padded_length, length)",
+        ]
+    )
+
+
+def pad_to_chunks(
+    out: str, x: str, axis: int, parts: Sequence[int | str], mode: str = "constant"
+) -> str:
+    """Pad rank-3 `x` at the end of `axis` to whole chunks, then reshape to `parts`.
+
+    After `chunk_padding`. mode "edge" repeats the last value: that is how the cumulative decay
+    continues over positions with dt = 0.
+    """
+    zeros_before = ints(f"{out}_before", [0] * (3 + axis))
+    rest = 2 - axis
+    widths = [f"{out}_before", "padding"]
+    lines = [zeros_before]
+    if rest:
+        lines.append(ints(f"{out}_after", [0] * rest))
+        widths.append(f"{out}_after")
+    return "\n".join(
+        [
+            *lines,
+            f"{out}_pads = Concat <axis = 0> ({', '.join(widths)})",
+            f'{out}_padded = Pad <mode = "{mode}"> ({x}, {out}_pads)',
+            shape(f"{out}_shape", parts),
+            f"{out} = Reshape ({out}_padded, {out}_shape)",
+        ]
+    )
+
+
+def keep_length(out: str, x: str, axis: int) -> str:
+    """Undo the padding of `chunk_padding` along `axis`."""
+    return "\n".join(
+        [
+            ints(f"{out}_from", [0]),
+            ints(f"{out}_axis", [axis]),
+            f"{out} = Slice ({x}, {out}_from, length, {out}_axis)",
+        ]
+    )

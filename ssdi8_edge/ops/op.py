@@ -1,0 +1,98 @@
+"""What an op is: one name, a torch reference, and an ONNX function body.
+
+Calling an op on torch tensors computes its reference. Calling it on `GraphValue`s appends one node
+to the graph under construction. So the data flow of the model is written once, in
+`quantize.modules`, and the exported graph cannot differ from what was evaluated.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+DOMAIN = "ssdi8"
+
+# "cpu": exact on any CPU under onnxruntime: FP64 inside an op, MatMulInteger for linears.
+# "tensorrt": what NVIDIA's parser accepts: no FP64, linears as Q/DQ + MatMul. For its checks only,
+# and for the ops that have no plugin.
+BodyForm = Literal["cpu", "tensorrt"]
+Attribute = int | float | str
+Body = Callable[[Mapping[str, Attribute], BodyForm], str]
+
+
+class Emitter(Protocol):
+    """Where nodes go; implemented by `export.GraphBuilder`."""
+
+    def emit(
+        self, op: Op, inputs: tuple[GraphValue, ...], attributes: Mapping[str, Attribute]
+    ) -> tuple[GraphValue, ...]: ...
+
+
+@dataclass(frozen=True)
+class GraphValue:
+    """A tensor of the graph under construction."""
+
+    name: str
+    graph: Emitter
+
+
+@dataclass(frozen=True)
+class Op:
+    """One row of `OPS`.
+
+    The schema is the signature of the reference: its positional parameters are the inputs (one with
+    a default may be left out by the recipe), its keyword-only parameters the attributes.
+
+    Attributes:
+        name: ONNX op type, unique over all domains (old TensorRT parsers ignore the domain).
+        outputs: names of the outputs.
+        reference: the torch function; its docstring is the specification.
+        body: ONNX statements computing `outputs` from the inputs.
+        plugin: TensorRT runs it as a plugin of the same name; otherwise the body is inlined.
+    """
+
+    name: str
+    outputs: tuple[str, ...]
+    reference: Callable[..., Any]
+    body: Body
+    plugin: bool = True
+
+    @functools.cached_property
+    def _parameters(self) -> list[inspect.Parameter]:
+        return list(inspect.signature(self.reference).parameters.values())
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Formal input names, in order."""
+        return tuple(p.name for p in self._parameters if p.kind is not p.KEYWORD_ONLY)
+
+    @property
+    def attributes(self) -> tuple[str, ...]:
+        """Attribute names; each node carries all of them."""
+        return tuple(p.name for p in self._parameters if p.kind is p.KEYWORD_ONLY)
+
+    def __call__(self, *inputs: Any, **attributes: Attribute) -> Any:
+        if isinstance(inputs[0], GraphValue):
+            outputs = inputs[0].graph.emit(self, inputs, attributes)
+            return outputs if len(outputs) > 1 else outputs[0]
+        return self.reference(*inputs, **attributes)
+
+    def static_attributes(self, attributes: Mapping[str, Attribute]) -> dict[str, Attribute]:
+        """The attributes that select the body: equal in the whole graph, unlike a node's scale."""
+        return {k: v for k, v in attributes.items() if k != "scale"}
+
+    def function_text(
+        self, n_inputs: int, attributes: Mapping[str, Attribute], form: BodyForm, opset: int
+    ) -> str:
+        """The op as an ONNX function in the textual syntax of `onnx.parser`."""
+        inputs = ", ".join(self.inputs[:n_inputs])
+        declared = f" <{', '.join(self.attributes)}>" if self.attributes else ""
+        imports = f'"" : {opset}, "{DOMAIN}" : 1'
+        return (
+            f'<opset_import: [{imports}], domain: "{DOMAIN}">\n'
+            f"{self.name}{declared} ({inputs}) => ({', '.join(self.outputs)})\n"
+            f"{{\n{self.body(attributes, form)}\n}}"
+        )

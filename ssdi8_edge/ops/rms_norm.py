@@ -1,0 +1,71 @@
+"""Residual add, RMSNorm and quantization to INT8: the input of in_proj and of an INT8 lm_head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ssdi8_edge.int8 import Rounding, quantize
+from ssdi8_edge.ops import onnx_text as t
+from ssdi8_edge.ops.op import Attribute, BodyForm, Op
+
+
+def rms_norm_reference(
+    hidden: Tensor, residual: Tensor, *, scale: float, eps: float, rounding: Rounding
+) -> tuple[Tensor, Tensor]:
+    """residual' = residual + hidden; u = Q(residual' / rms(residual')).
+
+    The norm's own weight is folded into the linear behind it (method: rotations need that).
+
+    Args:
+        hidden: (B, L, D) FP16, output of the block before.
+        residual: (B, L, D) FP32.
+        scale: of u; u ≈ scale · q.
+
+    Returns:
+        residual' (B, L, D) FP32 and q (B, L, D) INT8.
+    """
+    residual = residual + hidden.float()
+    mean_square = residual.double().square().mean(-1, keepdim=True)
+    rstd = (mean_square + eps).sqrt().reciprocal().float()
+    u = residual * rstd
+    return residual, quantize(u, torch.tensor(scale, device=u.device), rounding, "u")
+
+
+def _body(a: Mapping[str, Attribute], form: BodyForm) -> str:
+    f = t.compute_type(form)
+    return "\n".join(
+        [
+            t.cast("hidden32", "hidden", t.FP32),
+            "residual_out = Add (residual, hidden32)",
+            *rms_lines("residual_out", "u", float(a["eps"]), f),
+            "scale_value = Constant <value_float: float = @scale> ()",
+            t.quantize("quantized", "u", "scale_value", a["rounding"], form),
+        ]
+    )
+
+
+def rms_lines(x: str, out: str, eps: float, f: int) -> list[str]:
+    """out = x · FP32(1 / sqrt(mean(x²) + eps)) over the last axis; `x` and `out` FP32."""
+    return [
+        t.cast(f"{out}_wide", x, f),
+        f"{out}_square = Mul ({out}_wide, {out}_wide)",
+        t.ints(f"{out}_last", [-1]),
+        f"{out}_mean = ReduceMean ({out}_square, {out}_last)",
+        t.number(f"{out}_eps", eps, f),
+        f"{out}_biased = Add ({out}_mean, {out}_eps)",
+        f"{out}_root = Sqrt ({out}_biased)",
+        f"{out}_inverse_root = Reciprocal ({out}_root)",
+        t.cast(f"{out}_rstd", f"{out}_inverse_root", t.FP32),
+        f"{out} = Mul ({x}, {out}_rstd)",
+    ]
+
+
+RMS_NORM = Op(
+    name="Ssdi8RmsNorm",
+    outputs=("residual_out", "quantized"),
+    reference=rms_norm_reference,
+    body=_body,
+)

@@ -1,0 +1,110 @@
+"""Gate, grouped RMSNorm, Hadamard rotation and quantization to INT8: the input of out_proj."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ssdi8_edge import hadamard
+from ssdi8_edge.int8 import Rounding, quantize
+from ssdi8_edge.ops import onnx_text as t
+from ssdi8_edge.ops.causal_conv1d import silu, silu_lines
+from ssdi8_edge.ops.op import Attribute, BodyForm, Op
+from ssdi8_edge.ops.rms_norm import rms_lines
+
+
+def gated_norm(
+    y: Tensor, zxbcdt: Tensor, weight: Tensor, *, d_inner: int, ngroups: int, eps: float
+) -> Tensor:
+    """r = v / rms(v in its group) · weight, v = y · silu(z), in FP32 (B, L, E)."""
+    v = y.float() * silu(zxbcdt[..., :d_inner])
+    grouped = v.unflatten(-1, (ngroups, -1))
+    mean_square = grouped.double().square().mean(-1, keepdim=True)
+    rstd = (mean_square + eps).sqrt().reciprocal().float()
+    return (grouped * rstd).flatten(-2) * weight
+
+
+def rms_norm_gated_reference(
+    y: Tensor,
+    zxbcdt: Tensor,
+    weight: Tensor,
+    *,
+    scale: float,
+    eps: float,
+    d_inner: int,
+    ngroups: int,
+    rounding: Rounding,
+) -> Tensor:
+    """Q(H_E · r) with r of `gated_norm`: the gate comes before the norm, as in Mamba-2.
+
+    Args:
+        y: (B, L, E) FP16, output of SSD.
+        zxbcdt: (B, L, 2E + 2GN + H) FP16; z is its first E columns.
+        weight: (E) FP32; ones where it is folded into out_proj.
+        scale: of the rotated r.
+
+    Returns:
+        (B, L, E) INT8.
+    """
+    r = gated_norm(y, zxbcdt, weight, d_inner=d_inner, ngroups=ngroups, eps=eps)
+    rotated = hadamard.transform(r).float()
+    return quantize(rotated, torch.tensor(scale, device=r.device), rounding, "r")
+
+
+def gated_norm_lines(a: Mapping[str, Attribute], form: BodyForm) -> list[str]:
+    """`gated_norm` as statements: defines `r` (B, L, E) FP32."""
+    f = t.compute_type(form)
+    e, g = int(a["d_inner"]), int(a["ngroups"])
+    return [
+        t.slice_last("z16", "zxbcdt", 0, e),
+        t.cast("z", "z16", t.FP32),
+        silu_lines("gate", "z", f),
+        t.cast("y32", "y", t.FP32),
+        "v_flat = Mul (y32, gate)",
+        t.ints("grouped", [0, 0, g, e // g]),
+        "v = Reshape (v_flat, grouped)",
+        *rms_lines("v", "v_norm", float(a["eps"]), f),
+        t.ints("flat", [0, 0, e]),
+        "v_norm_flat = Reshape (v_norm, flat)",
+        "r = Mul (v_norm_flat, weight)",
+    ]
+
+
+def _matrix(name: str, m: Tensor, form: BodyForm) -> str:
+    kind = "double" if form == "cpu" else "float"
+    values = ", ".join(str(int(v)) for v in m.flatten())
+    return f"{name} = Constant <value = {kind}[{m.shape[0]}, {m.shape[1]}] {{{values}}}> ()"
+
+
+def _body(a: Mapping[str, Attribute], form: BodyForm) -> str:
+    f = t.compute_type(form)
+    e = int(a["d_inner"])
+    left, right = hadamard.factors(e)
+    return "\n".join(
+        [
+            *gated_norm_lines(a, form),
+            _matrix("h_left_t", left.t(), form),
+            _matrix("h_right", right, form),
+            t.cast("r_wide", "r", f),
+            t.ints("blocks_shape", [0, 0, left.shape[0], right.shape[0]]),
+            "r_blocks = Reshape (r_wide, blocks_shape)",
+            "r_right = MatMul (r_blocks, h_right)",
+            "r_both = MatMul (h_left_t, r_right)",
+            "r_flat = Reshape (r_both, flat)",
+            t.number("root", e**-0.5, f),
+            "rotated_wide = Mul (r_flat, root)",
+            t.cast("rotated", "rotated_wide", t.FP32),
+            "scale_value = Constant <value_float: float = @scale> ()",
+            t.quantize("quantized", "rotated", "scale_value", a["rounding"], form),
+        ]
+    )
+
+
+RMS_NORM_GATED = Op(
+    name="Ssdi8RmsNormGated",
+    outputs=("quantized",),
+    reference=rms_norm_gated_reference,
+    body=_body,
+)

@@ -1,0 +1,327 @@
+"""The stages of a build, in order: calibrate, quantize, export, bundle.
+
+Each stage reads the artifacts before it and leaves its own, with the key of what it was made from.
+A stage whose artifact carries the key it would get again is skipped; deleting an artifact redoes
+the work from there.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ssdi8_edge import __version__
+from ssdi8_edge.artifacts import (
+    BUNDLE,
+    CALIBRATION,
+    MANIFEST,
+    ONNX,
+    PORTABLE_MODEL,
+    QUANTIZED,
+    TENSORRT_MODEL,
+    WEIGHTS,
+    key_of,
+    link_or_copy,
+    read_json,
+    sha256_file,
+    shipped,
+    whole_or_absent,
+    write_json,
+)
+from ssdi8_edge.bundle import TOKENIZER, pack
+from ssdi8_edge.calibrate import calibrate, layer_config
+from ssdi8_edge.checkpoint import DEMO_FOLDER, Checkpoint, open_checkpoint
+from ssdi8_edge.errors import UsageError
+from ssdi8_edge.export import export_model
+from ssdi8_edge.lowering import lower
+from ssdi8_edge.methods import QuantConfig
+from ssdi8_edge.profiles import Target
+from ssdi8_edge.progress import Track, silent
+from ssdi8_edge.quantize import quantize
+from ssdi8_edge.quantize.saved import CONFIG
+from ssdi8_edge.safetensors_writer import SafetensorsWriter
+from ssdi8_edge.stream import read_tokens
+
+STAGES = ("calibrate", "quantize", "export", "bundle")
+EXPORT = "export.json"
+DEMO_CALIBRATION = DEMO_FOLDER / "calibration.txt"
+# The tokenizer of the published state-spaces checkpoints, which do not carry one.
+PUBLISHED_TOKENIZER = "EleutherAI/gpt-neox-20b"
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """What `ssdi8-edge build` was asked for.
+
+    Attributes:
+        model: a folder, a hub id, or "demo".
+        calibration: UTF-8 text; None takes the text that ships with the demo model.
+        tokenizer: a tokenizer.json or a folder with one; None takes the one beside the weights.
+        out: the run folder.
+        command: as recorded in the manifest.
+    """
+
+    model: str
+    recipe: QuantConfig
+    target: Target
+    out: Path
+    calibration: Path | None = None
+    tokenizer: Path | None = None
+    until: str = "bundle"
+    command: str = "build"
+
+
+@dataclass
+class BuildResult:
+    """Where the artifacts lie and which stages ran."""
+
+    out: Path
+    ran: list[str] = field(default_factory=list)
+    reused: list[str] = field(default_factory=list)
+    manifest: dict[str, Any] | None = None
+
+
+class Build:
+    """One build of one run folder."""
+
+    def __init__(self, request: BuildRequest, track: Track = silent, say: Say = lambda _: None):
+        self.request = request
+        self._track, self._say = track, say
+        self.checkpoint = open_checkpoint(request.model)
+        self.config = layer_config(self.checkpoint, request.recipe)
+        self.tokenizer = _find_tokenizer(request, self.checkpoint)
+        self.text = request.calibration or DEMO_CALIBRATION
+        if request.until not in STAGES:
+            raise UsageError(f"unknown stage {request.until!r};", f"known: {', '.join(STAGES)}.")
+        if request.target.max_tokens < self.config.chunk_size:
+            raise UsageError(
+                f"target {request.target.name} takes at most {request.target.max_tokens} tokens a "
+                f"call, less than the model's chunk of {self.config.chunk_size};",
+                "raise engine.tokens in its profile.",
+            )
+        if not self.text.is_file():
+            raise UsageError(f"calibration text {self.text} does not exist;", "name a text file.")
+        self._steps: list[dict[str, Any]] = []
+
+    def keys(self) -> dict[str, str]:
+        """Stage -> key; each holds the key before it."""
+        recipe = self.request.recipe
+        keys: dict[str, str] = {}
+        keys["calibrate"] = key_of(
+            {
+                "version": __version__,
+                "checkpoint": self.checkpoint.fingerprint(),
+                "text": sha256_file(self.text),
+                "tokenizer": sha256_file(self.tokenizer),
+                "chunk_size": self.config.chunk_size,
+                "scan_tile": recipe.scan_tile,
+                "windows": [recipe.calibration_tokens, recipe.calibration_samples],
+                "quantized": recipe.quantized,
+            }
+        )
+        keys["quantize"] = key_of({"calibrate": keys["calibrate"], "recipe": recipe.to_dict()})
+        keys["export"] = key_of({"quantize": keys["quantize"]})
+        sources = {
+            path.relative_to(shipped(name)).as_posix(): sha256_file(path)
+            for name in ("jetson", "plugins")
+            for path in sorted(shipped(name).rglob("*"))
+            if path.is_file() and "__pycache__" not in path.parts and "build" not in path.parts
+        }
+        keys["bundle"] = key_of(
+            {
+                "export": keys["export"],
+                "target": self.request.target.to_dict(),
+                "sources": sources,
+            }
+        )
+        return keys
+
+    def plan(self) -> dict[str, str]:
+        """Stage -> "reuse" or "run", up to the stage asked for."""
+        keys = self.keys()
+        wanted = STAGES[: STAGES.index(self.request.until) + 1]
+        plan, fresh = {}, True
+        for stage in wanted:
+            fresh = fresh and self._found_key(stage) == keys[stage]
+            plan[stage] = "reuse" if fresh else "run"
+        return plan
+
+    def _found_key(self, stage: str) -> str | None:
+        out = self.request.out
+        try:
+            if stage == "calibrate":
+                with safe_open(out / CALIBRATION, framework="pt") as file:
+                    return (file.metadata() or {}).get("key")
+            places = {
+                "quantize": out / QUANTIZED / CONFIG,
+                "export": out / ONNX / EXPORT,
+                "bundle": out / BUNDLE / MANIFEST,
+            }
+            found: str | None = read_json(places[stage]).get("key")
+            return found
+        except (OSError, ValueError, SafetensorError, AttributeError):
+            return None
+
+    def run(self) -> BuildResult:
+        """Bring every stage up to the one asked for up to date."""
+        result = BuildResult(self.request.out)
+        stages = {
+            "calibrate": self._calibrate,
+            "quantize": self._quantize,
+            "export": self._export,
+            "bundle": self._bundle,
+        }
+        with _exclusive(self.request.out):
+            keys = self.keys()
+            for stage, action in self.plan().items():
+                if action == "reuse":
+                    result.reused.append(stage)
+                    self._say(f"{stage}: up to date")
+                    continue
+                start = time.perf_counter()
+                stages[stage](keys[stage])
+                seconds = round(time.perf_counter() - start, 2)
+                self._steps.append({"step": stage, "where": "host", "seconds": seconds})
+                result.ran.append(stage)
+                self._say(f"{stage}: done in {seconds:.1f} s")
+        manifest = self.request.out / BUNDLE / MANIFEST
+        if self.request.until == "bundle":
+            result.manifest = read_json(manifest)
+        return result
+
+    def _windows(self) -> Tensor:
+        recipe = self.request.recipe
+        tokens = read_tokens(
+            self.text, self.tokenizer, recipe.calibration_tokens, recipe.calibration_samples
+        )
+        top = int(tokens.max())
+        if top >= self.config.vocab_size:
+            raise UsageError(
+                f"{self.tokenizer} gives token {top}, but the model has {self.config.vocab_size};",
+                "name the model's own --tokenizer.",
+            )
+        return tokens
+
+    def _calibrate(self, key: str) -> None:
+        statistics: dict[str, Tensor] = {}
+        if self.request.recipe.quantized:
+            ids = self._windows()
+            statistics = calibrate(self.checkpoint, self.request.recipe, ids, self._track)
+        with whole_or_absent(self.request.out / CALIBRATION) as path:
+            save_file(statistics or {"none": torch.zeros(1)}, path, {"key": key})
+
+    def _quantize(self, key: str) -> None:
+        recipe = self.request.recipe
+        with safe_open(self.request.out / CALIBRATION, framework="pt") as file:
+            statistics = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        with whole_or_absent(self.request.out / QUANTIZED) as folder:
+            folder.mkdir()
+            writer = SafetensorsWriter(folder / WEIGHTS)
+            ids = self._windows()
+            saturation = quantize(self.checkpoint, recipe, statistics, ids, writer, self._track)
+            writer.close()
+            shutil.copyfile(self.tokenizer, folder / TOKENIZER)
+            write_json(
+                folder / CONFIG,
+                {
+                    "key": key,
+                    "name": _model_name(self.request.model),
+                    "model": self.config.to_dict(),
+                    "recipe": recipe.to_dict(),
+                    "checkpoint": {
+                        "source": self.checkpoint.folder.name,
+                        "sha256": self.checkpoint.fingerprint(),
+                        "bytes": self.checkpoint.parameter_bytes,
+                    },
+                    "saturation": saturation,
+                },
+            )
+
+    def _export(self, key: str) -> None:
+        weights = self.request.out / QUANTIZED / WEIGHTS
+        recipe = self.request.recipe
+        with whole_or_absent(self.request.out / ONNX) as folder:
+            folder.mkdir()
+            portable = export_model(weights, self.config, recipe, "cpu")
+            onnx.save(portable, folder / PORTABLE_MODEL)
+            tensorrt = lower(export_model(weights, self.config, recipe, "tensorrt"))
+            onnx.save(tensorrt, folder / TENSORRT_MODEL)
+            # The graphs refer to the weights by name, beside them.
+            link_or_copy(weights, folder / WEIGHTS)
+            write_json(folder / EXPORT, {"key": key})
+
+    def _bundle(self, key: str) -> None:
+        ids = self._windows().flatten()
+        request = self.request
+        with whole_or_absent(request.out / BUNDLE) as folder:
+            pack(request.out, folder, request.target, ids, key, request.command, self._steps)
+
+
+def _model_name(source: str) -> str:
+    return Path(source).name or "model"
+
+
+def _find_tokenizer(request: BuildRequest, checkpoint: Checkpoint) -> Path:
+    """The tokenizer.json to use.
+
+    Raises:
+        UsageError: none lies beside the weights and none was named.
+    """
+    given = request.tokenizer
+    if given is not None:
+        path = given / TOKENIZER if given.is_dir() else given
+        if not path.is_file():
+            raise UsageError(f"tokenizer {path} does not exist;", "name a tokenizer.json.")
+        return _readable_tokenizer(path)
+    if checkpoint.tokenizer_path is not None:
+        return _readable_tokenizer(checkpoint.tokenizer_path)
+    raise UsageError(
+        f"{checkpoint.folder} has no tokenizer.json;",
+        f"name one with --tokenizer (the published models use that of {PUBLISHED_TOKENIZER}).",
+    )
+
+
+def _readable_tokenizer(path: Path) -> Path:
+    from tokenizers import Tokenizer
+
+    try:
+        Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise UsageError(
+            f"{path} is not a tokenizer file ({error});", "name the model's tokenizer.json."
+        ) from error
+    return path
+
+
+@contextmanager
+def _exclusive(out: Path) -> Iterator[None]:
+    """One build at a time per run folder; the lock dies with its holder."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / ".lock").open("w")
+    except OSError as error:
+        raise UsageError(
+            f"cannot write to {out}: {error.strerror};", "choose another --out folder."
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(
+                f"another build is writing to {out};", "wait for it or choose another --out."
+            ) from error
+        yield

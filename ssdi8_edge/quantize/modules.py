@@ -1,0 +1,244 @@
+"""The quantized model: one data flow, run on tensors or recorded as a graph.
+
+The parameters of a block are a mapping from name to tensor (or graph value); static activation
+scales are floats. `parameter_names` of the checkpoint: `embedding.weight`, `layers.{i}.<name>` with
+the names used in `run_block`, `norm_f.weight` or `norm_f.scale`, `lm_head.*`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ssdi8_edge.methods import QuantConfig
+from ssdi8_edge.model import Mamba2Config
+from ssdi8_edge.ops import fp16
+from ssdi8_edge.ops.causal_conv1d import CAUSAL_CONV1D
+from ssdi8_edge.ops.linear import LINEAR, LINEAR_W4
+from ssdi8_edge.ops.rms_norm import RMS_NORM
+from ssdi8_edge.ops.rms_norm_gated import RMS_NORM_GATED
+from ssdi8_edge.ops.ssd_scan import SSD_SCAN, ssd_modules
+
+# An infinite dt limit in FP32 attributes: larger than any softplus of an FP16 input.
+UNLIMITED = 3.4e38
+
+Parameters = Mapping[str, Any]
+
+
+class State(NamedTuple):
+    """What a block carries from call to call: conv (B, W - 1, E2) FP16, ssm (B, H, P, N)."""
+
+    conv: Any
+    ssm: Any
+
+
+def state_dtype(recipe: QuantConfig) -> torch.dtype:
+    """Type of the SSM state between calls."""
+    return torch.float16 if recipe.state_dtype == "fp16" else torch.float32
+
+
+def zero_state(config: Mamba2Config, recipe: QuantConfig, batch: int, device: Any = None) -> State:
+    """The state before the first token."""
+    conv = (batch, config.d_conv - 1, config.conv_dim)
+    ssm = (batch, config.nheads, config.headdim, config.d_state)
+    return State(
+        torch.zeros(conv, dtype=torch.float16, device=device),
+        torch.zeros(ssm, dtype=state_dtype(recipe), device=device),
+    )
+
+
+@dataclass(frozen=True)
+class Attributes:
+    """Node attributes that follow from the model's sizes and the recipe."""
+
+    config: Mamba2Config
+    recipe: QuantConfig
+
+    @property
+    def conv(self) -> dict[str, Any]:
+        c = self.config
+        return {"d_inner": c.d_inner, "conv_dim": c.conv_dim, "d_conv": c.d_conv}
+
+    @property
+    def heads(self) -> dict[str, Any]:
+        c = self.config
+        low, high = c.dt_limit
+        return {
+            "chunk_size": c.chunk_size,
+            "nheads": c.nheads,
+            "headdim": c.headdim,
+            "ngroups": c.ngroups,
+            "d_state": c.d_state,
+            "dt_column": c.d_inner + c.conv_dim,
+            "dt_min": float(low),
+            "dt_max": min(float(high), UNLIMITED),
+        }
+
+    @property
+    def ssd(self) -> dict[str, Any]:
+        return {
+            **self.heads,
+            "scan_tile": self.recipe.effective_scan_tile(self.config.chunk_size),
+            "gate": self.recipe.gate,
+            "rounding": self.recipe.rounding,
+        }
+
+    @property
+    def gated(self) -> dict[str, Any]:
+        c = self.config
+        return {"eps": c.norm_eps, "d_inner": c.d_inner, "ngroups": c.ngroups}
+
+
+def linear(p: Parameters, name: str, x: Any, recipe: QuantConfig) -> Any:
+    """The recipe's INT8 linear: FP16 (B, L, Out) from INT8 (B, L, In)."""
+    scale, bias = p[f"{name}.scale"], p[f"{name}.bias"]
+    if f"{name}.packed" in p:
+        packed, group_scale = p[f"{name}.packed"], p[f"{name}.group_scale"]
+        return LINEAR_W4(x, packed, group_scale, scale, bias, group_size=recipe.group_size)
+    return LINEAR(x, p[f"{name}.weight"], scale, bias)
+
+
+def run_mixer(
+    p: Parameters, attributes: Attributes, hidden: Any, residual: Any, state: State
+) -> tuple[Any, Any, State]:
+    """Norm to gated norm of an INT8 block: (residual', input of out_proj INT8, state')."""
+    recipe = attributes.recipe
+    rounding = recipe.rounding
+    eps = attributes.config.norm_eps
+    residual, u = RMS_NORM(hidden, residual, scale=p["u_scale"], eps=eps, rounding="half_even")
+    zxbcdt = linear(p, "in_proj", u, recipe)
+    x, b, c, conv = CAUSAL_CONV1D(
+        *(zxbcdt, state.conv, p["conv1d.weight"], p["conv1d.bias"], p["b_scale"], p["c_scale"]),
+        **attributes.conv,
+        ngroups=attributes.config.ngroups,
+        rounding=rounding,
+    )
+    scales = [p[k] for k in ("b_scale", "c_scale", "x_scale", "state_scale", "cb_scale")]
+    if "x_tile_scale" in p:
+        scales.append(p["x_tile_scale"])
+    ssd = ssd_modules if recipe.ssd_ops == "modular" else SSD_SCAN
+    y, ssm = ssd(
+        *(x, b, c, zxbcdt, state.ssm, p["dt_bias"], p["A"], p["D"], *scales), **attributes.ssd
+    )
+    r = RMS_NORM_GATED(
+        *(y, zxbcdt, p["gate_norm.weight"]),
+        **attributes.gated,
+        scale=p["r_scale"],
+        rounding=rounding,
+    )
+    return residual, r, State(conv, ssm)
+
+
+def run_block(
+    p: Parameters, attributes: Attributes, hidden: Any, residual: Any, state: State
+) -> tuple[Any, Any, State]:
+    """One block: hidden (B, L, D) FP16 and residual (B, L, D) FP32 in, their successors out."""
+    if attributes.recipe.quantized:
+        residual, r, state = run_mixer(p, attributes, hidden, residual, state)
+        return linear(p, "out_proj", r, attributes.recipe), residual, state
+    eps = attributes.config.norm_eps
+    residual, u = fp16.RMS_NORM(hidden, residual, p["norm.weight"], eps=eps)
+    zxbcdt = fp16.LINEAR(u, p["in_proj.weight"])
+    x, b, c, conv = fp16.CAUSAL_CONV1D(
+        *(zxbcdt, state.conv, p["conv1d.weight"], p["conv1d.bias"]), **attributes.conv
+    )
+    y, ssm = fp16.SSD_SCAN(
+        *(x, b, c, zxbcdt, state.ssm, p["dt_bias"], p["A"], p["D"]), **attributes.heads
+    )
+    r = fp16.RMS_NORM_GATED(y, zxbcdt, p["gate_norm.weight"], **attributes.gated)
+    return fp16.LINEAR(r, p["out_proj.weight"]), residual, State(conv, ssm)
+
+
+def run_head(p: Parameters, attributes: Attributes, hidden: Any, residual: Any) -> Any:
+    """Final norm and lm_head: logits (B, L, V) FP32."""
+    eps = attributes.config.norm_eps
+    if attributes.recipe.lm_head == "fp16":
+        _, normed = fp16.RMS_NORM(hidden, residual, p["norm_f.weight"], eps=eps)
+        return fp16.LOGITS(fp16.LINEAR(normed, p["lm_head.weight"]))
+    _, u = RMS_NORM(hidden, residual, scale=p["norm_f.scale"], eps=eps, rounding="half_even")
+    return fp16.LOGITS(LINEAR(u, p["lm_head.weight"], p["lm_head.scale"], p["lm_head.bias"]))
+
+
+Scope = Callable[[str], AbstractContextManager[Any]]
+
+
+def run_model(
+    layer: Callable[[int], Parameters],
+    top: Parameters,
+    attributes: Attributes,
+    input_ids: Any,
+    states: list[State],
+    keep: Any,
+    scope: Scope = lambda name: nullcontext(),
+) -> tuple[Any, list[State]]:
+    """Embedding to logits of the last `keep` positions, with carried states.
+
+    `layer(i)` gives the parameters of block i; `top` those outside the blocks.
+    """
+    hidden, residual = fp16.EMBEDDING(top["embedding.weight"], input_ids)
+    new_states = []
+    for i, state in enumerate(states):
+        with scope(f"layers.{i}"):
+            hidden, residual, state = run_block(layer(i), attributes, hidden, residual, state)
+        new_states.append(state)
+    with scope("head"):
+        hidden, residual = fp16.LAST_POSITIONS(hidden, residual, keep)
+        logits = run_head(top, attributes, hidden, residual)
+    return logits, new_states
+
+
+class QuantizedMamba2:
+    """A quantized checkpoint in memory: the torch reference of what a bundle computes."""
+
+    def __init__(
+        self, config: Mamba2Config, recipe: QuantConfig, tensors: Mapping[str, Tensor]
+    ) -> None:
+        self.attributes = Attributes(config, recipe)
+        self._top: dict[str, Any] = {}
+        self._layers: list[dict[str, Any]] = [{} for _ in range(config.n_layer)]
+        for name, tensor in tensors.items():
+            value = tensor.item() if tensor.dim() == 0 else tensor
+            if name.startswith("layers."):
+                _, index, local = name.split(".", 2)
+                self._layers[int(index)][local] = value
+            else:
+                self._top[name] = value
+        self._top.setdefault("lm_head.weight", self._top["embedding.weight"])
+
+    @property
+    def config(self) -> Mamba2Config:
+        return self.attributes.config
+
+    @property
+    def recipe(self) -> QuantConfig:
+        return self.attributes.recipe
+
+    def zero_states(self, batch: int) -> list[State]:
+        device = self._top["embedding.weight"].device
+        return [
+            zero_state(self.config, self.recipe, batch, device) for _ in range(self.config.n_layer)
+        ]
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        states: list[State] | None = None,
+        keep: int = 1,
+        scope: Scope = lambda name: nullcontext(),
+    ) -> tuple[Tensor, list[State]]:
+        """input_ids (B, L) -> logits (B, keep, V) FP32 and the states after the last token."""
+        with torch.inference_mode():
+            return run_model(
+                self._layers.__getitem__,
+                self._top,
+                self.attributes,
+                input_ids,
+                self.zero_states(input_ids.shape[0]) if states is None else states,
+                torch.tensor(keep),
+                scope,
+            )

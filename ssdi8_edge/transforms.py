@@ -1,0 +1,49 @@
+"""Exact rewrites of FP weights: fold norms into linears, rotate the residual stream.
+
+Each keeps the FP output of the model (tested); they only change which tensors the quantizers see.
+Source: SSDi8 and Quamba2, method §5.1; the fold of the gated norm is ours, method §8.3.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ssdi8_edge.hadamard import transform
+
+# Layer-local tensor names, as in the state-spaces checkpoint.
+NORM = "norm.weight"
+IN_PROJ = "mixer.in_proj.weight"
+GATE_NORM = "mixer.norm.weight"
+OUT_PROJ = "mixer.out_proj.weight"
+
+
+def rotate_embedding(weight: Tensor) -> Tensor:
+    """W_emb · H_D: the residual stream lives in the rotated basis from here on."""
+    return transform(weight).float()
+
+
+def rotate_head(weight: Tensor, norm_f: Tensor) -> Tensor:
+    """(W · diag γ_f) · H_D: reads the rotated residual; γ_f becomes 1."""
+    return transform(weight.double() * norm_f.double()).float()
+
+
+def rotate_layer(layer: dict[str, Tensor], *, fold_gate_norm: bool) -> dict[str, Tensor]:
+    """One block in the rotated residual basis, its input still unrotated at out_proj.
+
+    γ_pre goes into in_proj (a diagonal does not commute with a rotation), in_proj gets the input
+    rotation H_D, out_proj the output rotation H_D, and γ_gate goes into out_proj if asked.
+    """
+    rotated = dict(layer)
+    rotated[IN_PROJ] = transform(layer[IN_PROJ].double() * layer[NORM].double()).float()
+    rotated[NORM] = layer[NORM].new_ones(layer[NORM].shape)
+    out_proj = layer[OUT_PROJ].double()
+    if fold_gate_norm:
+        out_proj = out_proj * layer[GATE_NORM].double()
+        rotated[GATE_NORM] = layer[GATE_NORM].new_ones(layer[GATE_NORM].shape)
+    rotated[OUT_PROJ] = transform(out_proj.t()).t().float().contiguous()
+    return rotated
+
+
+def rotate_out_proj_input(weight: Tensor) -> Tensor:
+    """W_out · H_E: the input side, met at run time by the transform inside the gated norm."""
+    return transform(weight).float()

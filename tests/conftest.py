@@ -1,0 +1,106 @@
+"""A tiny Mamba-2, as a configuration and as a checkpoint folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ssdi8_edge.model import Mamba2Config, Mamba2LM
+
+MakeConfig = Callable[..., Mamba2Config]
+MakeCheckpoint = Callable[..., Path]
+
+
+def make_config(
+    ngroups: int = 1,
+    *,
+    d_model: int = 64,
+    n_layer: int = 2,
+    vocab_size: int = 256,
+    headdim: int = 16,
+    d_state: int = 16,
+    chunk_size: int = 16,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    tie_embeddings: bool = True,
+) -> Mamba2Config:
+    return Mamba2Config(
+        d_model=d_model,
+        n_layer=n_layer,
+        vocab_size=vocab_size,
+        headdim=headdim,
+        d_state=d_state,
+        ngroups=ngroups,
+        chunk_size=chunk_size,
+        dt_limit=dt_limit,
+        tie_embeddings=tie_embeddings,
+    )
+
+
+def make_model(config: Mamba2Config, seed: int = 0) -> Mamba2LM:
+    """Random weights; the norms differ from 1, so that a forgotten norm weight shows."""
+    torch.manual_seed(seed)
+    model = Mamba2LM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    return model.eval()
+
+
+def state_spaces_config(config: Mamba2Config) -> dict[str, object]:
+    """config.json as state-spaces writes it, with the sizes that differ from the defaults."""
+    return {
+        "d_model": config.d_model,
+        "d_intermediate": 0,
+        "n_layer": config.n_layer,
+        "vocab_size": config.vocab_size,
+        "ssm_cfg": {
+            "layer": "Mamba2",
+            "headdim": config.headdim,
+            "d_state": config.d_state,
+            "ngroups": config.ngroups,
+            "chunk_size": config.chunk_size,
+        },
+        "attn_layer_idx": [],
+        "attn_cfg": {},
+        "rms_norm": True,
+        "residual_in_fp32": True,
+        "fused_add_norm": True,
+        "pad_vocab_size_multiple": 16,
+        "tie_embeddings": config.tie_embeddings,
+    }
+
+
+@pytest.fixture
+def tiny_config() -> MakeConfig:
+    """Factory: 2 layers, d_model 64, 8 heads of 16, d_state 16, chunk 16, 256 tokens."""
+    return make_config
+
+
+@pytest.fixture
+def tiny_model() -> Callable[..., Mamba2LM]:
+    """Factory: a configuration and a seed to a model with random weights."""
+    return make_model
+
+
+@pytest.fixture
+def tiny_checkpoint(tmp_path: Path) -> MakeCheckpoint:
+    """Factory: writes a model as a state-spaces folder with safetensors and returns the folder."""
+
+    def write(config: Mamba2Config | None = None, seed: int = 0) -> Path:
+        config = config or make_config()
+        tensors = make_model(config, seed).state_dict()
+        if config.tie_embeddings:
+            del tensors["lm_head.weight"]
+        folder = tmp_path / f"tiny-{config.ngroups}-{seed}"
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(state_spaces_config(config)))
+        save_file(tensors, folder / "model.safetensors")
+        return folder
+
+    return write

@@ -1,0 +1,500 @@
+"""Every layout that is read, and what is said of files that do not fit."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from ssdi8_edge import checkpoint as checkpoint_module
+from ssdi8_edge.checkpoint import Checkpoint, expected_shapes, open_checkpoint
+from ssdi8_edge.errors import CheckpointError
+from ssdi8_edge.model import Mamba2Config, Mamba2LM
+
+MakeCheckpoint = Callable[..., Path]
+MakeConfig = Callable[..., Mamba2Config]
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    """Sets keys of config.json; `ssm_cfg` is merged, `None` removes."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    for key, value in changes.items():
+        if key == "ssm_cfg":
+            config[key].update(value)
+        elif value is None:
+            del config[key]
+        else:
+            config[key] = value
+    path.write_text(json.dumps(config))
+
+
+def edit_tensors(folder: Path, edit: Callable[[dict[str, Tensor]], None]) -> None:
+    path = folder / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    edit(tensors)
+    save_file(tensors, path)
+
+
+def save_as_bin(folder: Path, **options: Any) -> None:
+    """Replaces the safetensors file with pytorch_model.bin, tied head stored as upstream does."""
+    tensors: dict[str, Tensor] = load_file(folder / "model.safetensors")
+    tensors.setdefault("lm_head.weight", tensors["backbone.embedding.weight"])
+    torch.save(tensors, folder / "pytorch_model.bin", **options)
+    (folder / "model.safetensors").unlink()
+
+
+def model_of(checkpoint: Checkpoint) -> Mamba2LM:
+    model = Mamba2LM(Mamba2Config(**checkpoint.config))
+    model.load_state_dict({name: checkpoint.tensor(name) for name in checkpoint.names})
+    return model.eval()
+
+
+# ---------------------------------------------------------------------------------------------
+# Layouts
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin", "legacy-bin"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_state_spaces(
+    form: str,
+    tied: bool,
+    tiny_config: MakeConfig,
+    tiny_model: Callable[..., Mamba2LM],
+    tiny_checkpoint: MakeCheckpoint,
+) -> None:
+    config = tiny_config(2, tie_embeddings=tied)
+    folder = tiny_checkpoint(config)
+    if form != "safetensors":
+        save_as_bin(folder, _use_new_zipfile_serialization=form == "bin")
+    checkpoint = open_checkpoint(folder)
+    assert Mamba2Config(**checkpoint.config) == config
+    want = tiny_model(config).state_dict()
+    assert checkpoint.names == list(expected_shapes(checkpoint.config))
+    assert sorted(checkpoint.names) == sorted(want)
+    for name in checkpoint.names:
+        assert torch.equal(checkpoint.tensor(name), want[name]), name
+    stored = {id(p): p for p in tiny_model(config).parameters()}
+    assert checkpoint.parameter_bytes == 4 * sum(p.numel() for p in stored.values())
+    assert checkpoint.tokenizer_path is None
+
+
+def test_layer_loads_into_a_block(tiny_checkpoint: MakeCheckpoint) -> None:
+    checkpoint = open_checkpoint(str(tiny_checkpoint()))
+    block = Mamba2LM(Mamba2Config(**checkpoint.config)).backbone.layers[1]
+    block.load_state_dict(checkpoint.layer(1))
+    with pytest.raises(CheckpointError, match="no layer 2"):
+        checkpoint.layer(2)
+    with pytest.raises(CheckpointError, match=r"no tensor backbone\.norm"):
+        checkpoint.tensor("backbone.norm")
+
+
+def test_defaults_of_the_published_130m_config() -> None:
+    """Sizes that its config.json leaves out come from the class; the vocabulary is padded."""
+    published = {
+        "d_model": 768,
+        "d_intermediate": 0,
+        "n_layer": 24,
+        "vocab_size": 50277,
+        "ssm_cfg": {"layer": "Mamba2"},
+        "attn_layer_idx": [],
+        "attn_cfg": {},
+        "rms_norm": True,
+        "residual_in_fp32": True,
+        "fused_add_norm": True,
+        "pad_vocab_size_multiple": 16,
+        "tie_embeddings": True,
+    }
+    sizes = checkpoint_module._state_spaces_sizes(published)
+    assert sizes == {
+        "d_model": 768,
+        "n_layer": 24,
+        "vocab_size": 50288,
+        "d_state": 128,
+        "d_conv": 4,
+        "expand": 2,
+        "headdim": 64,
+        "ngroups": 1,
+        "chunk_size": 256,
+        "dt_limit": (0.0, math.inf),
+        "norm_eps": 1e-5,
+        "tie_embeddings": True,
+    }
+    assert expected_shapes(sizes)["backbone.layers.23.mixer.in_proj.weight"] == (3352, 768)
+
+
+def test_nvidia_family(tiny_config: MakeConfig, tiny_checkpoint: MakeCheckpoint) -> None:
+    """Converted 8B: eight groups, chunk 128, untied head, half precision, padding to 128."""
+    config = tiny_config(8, chunk_size=128, tie_embeddings=False)
+    folder = tiny_checkpoint(config)
+    edit_config(folder, pad_vocab_size_multiple=128, vocab_size=250)
+    edit_tensors(folder, lambda t: t.update({name: v.half() for name, v in t.items()}))
+    save_as_bin(folder)
+    checkpoint = open_checkpoint(folder)
+    assert Mamba2Config(**checkpoint.config) == config
+    assert checkpoint.tensor("lm_head.weight").dtype == torch.float16
+    assert checkpoint.parameter_bytes == 2 * sum(p.numel() for p in Mamba2LM(config).parameters())
+
+
+@pytest.mark.parametrize("shard_size", ["1GB", "100KB"], ids=["single", "sharded"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_hugging_face(shard_size: str, tied: bool, tmp_path: Path) -> None:
+    """Written by transformers itself, infinity in its own spelling included."""
+    transformers = pytest.importorskip("transformers", reason="transformers writes the layout")
+    torch.manual_seed(0)
+    oracle = transformers.Mamba2ForCausalLM(
+        transformers.Mamba2Config(
+            hidden_size=64,
+            num_hidden_layers=2,
+            vocab_size=256,
+            state_size=16,
+            head_dim=16,
+            num_heads=8,
+            n_groups=2,
+            chunk_size=16,
+            tie_word_embeddings=tied,
+        )
+    ).eval()
+    oracle.save_pretrained(tmp_path, max_shard_size=shard_size)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (shard_size == "100KB")
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.config["tie_embeddings"] is tied
+    assert checkpoint.config["dt_limit"] == (0.0, math.inf)
+    ids = torch.randint(256, (1, 40))
+    with torch.no_grad():
+        want = oracle(ids, use_cache=False).logits
+        got, _ = model_of(checkpoint)(ids)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_hugging_face_time_step_limit(hugging_face_folder: Path) -> None:
+    edit_config(hugging_face_folder, time_step_limit=[0.001, 0.1])
+    assert open_checkpoint(hugging_face_folder).config["dt_limit"] == (0.001, 0.1)
+
+
+@pytest.fixture
+def hugging_face_folder(tiny_checkpoint: MakeCheckpoint) -> Path:
+    """The same layout written without transformers: renamed embedding, its config keys."""
+    folder = tiny_checkpoint()
+
+    def rename(tensors: dict[str, Tensor]) -> None:
+        tensors["backbone.embeddings.weight"] = tensors.pop("backbone.embedding.weight")
+
+    edit_tensors(folder, rename)
+    config = {
+        "model_type": "mamba2",
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "vocab_size": 256,
+        "state_size": 16,
+        "head_dim": 16,
+        "num_heads": 8,
+        "n_groups": 1,
+        "chunk_size": 16,
+        "tie_word_embeddings": True,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_tokenizer_beside_the_weights(tiny_checkpoint: MakeCheckpoint) -> None:
+    folder = tiny_checkpoint()
+    (folder / "tokenizer.json").write_text("{}")
+    assert open_checkpoint(folder).tokenizer_path == folder / "tokenizer.json"
+
+
+def test_fingerprint_follows_the_bytes(tiny_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    folder = tiny_checkpoint()
+    first = open_checkpoint(folder).fingerprint()
+    copied = shutil.copytree(folder, tmp_path / "elsewhere")
+    (copied / "tokenizer.json").write_text("{}")
+    assert open_checkpoint(copied).fingerprint() == first
+    edit_config(copied, fused_add_norm=False)
+    second = open_checkpoint(copied).fingerprint()
+    edit_tensors(copied, lambda t: t["backbone.norm_f.weight"].mul_(2.0))
+    assert len({first, second, open_checkpoint(copied).fingerprint()}) == 3
+
+
+def test_redundant_tied_head_is_ignored(tiny_checkpoint: MakeCheckpoint) -> None:
+    folder = tiny_checkpoint()
+    edit_tensors(folder, lambda t: t.update({"lm_head.weight": torch.zeros(256, 64)}))
+    checkpoint = open_checkpoint(folder)
+    embedding = checkpoint.tensor("backbone.embedding.weight")
+    assert torch.equal(checkpoint.tensor("lm_head.weight"), embedding)
+
+
+def test_demo_is_the_shipped_folder(
+    tiny_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert Path(checkpoint_module.__file__).with_name("demo") == checkpoint_module.DEMO_FOLDER
+    folder = tiny_checkpoint()
+    monkeypatch.setattr(checkpoint_module, "DEMO_FOLDER", folder)
+    assert open_checkpoint("demo").folder == folder
+
+
+def test_shipped_demo_opens_and_predicts() -> None:
+    """The model that the wheel carries: under 12 MB, half precision, knows some English."""
+    checkpoint = open_checkpoint("demo")
+    assert checkpoint.parameter_bytes < 12e6
+    assert checkpoint.tokenizer_path is not None
+    tokenizer = Tokenizer.from_file(str(checkpoint.tokenizer_path))
+    assert tokenizer.token_to_id("<|endoftext|>") == 0
+    assert tokenizer.get_vocab_size() == checkpoint.config["vocab_size"]
+    text = (checkpoint.folder / "evaluation.txt").read_text(encoding="utf-8")[:4000]
+    ids = torch.tensor([tokenizer.encode(text).ids])
+    with torch.no_grad():
+        logits, _ = model_of(checkpoint)(ids[:, :-1])
+    assert torch.nn.functional.cross_entropy(logits[0], ids[0, 1:]) < 5.0
+
+
+# ---------------------------------------------------------------------------------------------
+# Refusals: sizes
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"d_intermediate": 128}, "sets d_intermediate = 128; only 0"),
+        ({"attn_layer_idx": [1]}, r"sets attn_layer_idx = \[1\]"),
+        ({"rms_norm": False}, "sets rms_norm = false"),
+        ({"ssm_cfg": {"bias": True}}, r"sets ssm_cfg\.bias = true"),
+        ({"ssm_cfg": {"conv_bias": False}}, r"sets ssm_cfg\.conv_bias = false"),
+        ({"ssm_cfg": {"rmsnorm": False}}, r"sets ssm_cfg\.rmsnorm = false"),
+        ({"ssm_cfg": {"norm_before_gate": True}}, r"sets ssm_cfg\.norm_before_gate = true"),
+        ({"ssm_cfg": {"D_has_hdim": True}}, r"sets ssm_cfg\.D_has_hdim = true"),
+        ({"ssm_cfg": {"d_ssm": 64}}, r"sets ssm_cfg\.d_ssm = 64"),
+        ({"ssm_cfg": {"layer": "Mamba1"}}, r'sets ssm_cfg\.layer = "Mamba1"'),
+        ({"ssm_cfg": {"novelty": 1}}, r"sets ssm_cfg\.novelty, which is not supported"),
+        ({"ssm_cfg": {"d_state": 0}}, "sets d_state = 0"),
+        ({"ssm_cfg": {"headdim": 48}}, "does not fit together"),
+        ({"ssm_cfg": {"dt_limit": 3}}, r"sets ssm_cfg\.dt_limit = 3"),
+        ({"n_layer": None}, "lacks n_layer"),
+        ({"n_layer": "two"}, "sets n_layer = 'two'"),
+        ({"d_model": None}, "neither d_model"),
+    ],
+)
+def test_state_spaces_config_refusals(
+    changes: dict[str, Any], message: str, tiny_checkpoint: MakeCheckpoint
+) -> None:
+    folder = tiny_checkpoint()
+    edit_config(folder, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(folder)
+
+
+def test_mamba_1_is_named(tiny_checkpoint: MakeCheckpoint) -> None:
+    """A Mamba-1 config.json has an empty ssm_cfg."""
+    folder = tiny_checkpoint()
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "ssm_cfg": {}}))
+    with pytest.raises(CheckpointError, match="a Mamba-1 model"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_bias": True}, "sets use_bias = true"),
+        ({"use_conv_bias": False}, "sets use_conv_bias = false"),
+        ({"hidden_act": "gelu"}, 'sets hidden_act = "gelu"'),
+        ({"model_type": "mamba"}, 'sets model_type = "mamba"'),
+        ({"num_heads": 4}, r"num_heads \* head_dim = 64, but expand \* hidden_size = 128"),
+        ({"hidden_size": None}, "lacks hidden_size"),
+        ({"time_step_limit": [{"__float__": "much"}, 1]}, "sets time_step_limit"),
+    ],
+)
+def test_hugging_face_config_refusals(
+    changes: dict[str, Any], message: str, hugging_face_folder: Path
+) -> None:
+    edit_config(hugging_face_folder, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(hugging_face_folder)
+
+
+# ---------------------------------------------------------------------------------------------
+# Refusals: files and tensors
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: t.pop("backbone.norm_f.weight"), r"lacks the tensor backbone\.norm_f\.weight"),
+        (
+            lambda t: t.pop("backbone.layers.1.mixer.conv1d.bias"),
+            r"lacks the tensor backbone\.layers\.1\.mixer\.conv1d\.bias",
+        ),
+        (
+            lambda t: t.update({"backbone.layers.0.mixer.D": torch.ones(8, 16)}),
+            r"backbone\.layers\.0\.mixer\.D has shape \(8, 16\); config\.json implies \(8,\)",
+        ),
+        (
+            lambda t: t.update({"backbone.layers.0.mixer.D": torch.ones(8, dtype=torch.int8)}),
+            r"mixer\.D has type I8; a floating-point checkpoint",
+        ),
+        (
+            lambda t: t.update({"zz": torch.ones(1), "aa": torch.ones(1)}),
+            "holds an unexpected tensor aa",
+        ),
+    ],
+    ids=["missing", "missing-bias", "shape", "type", "extra"],
+)
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_tensor_refusals(
+    edit: Callable[[dict[str, Tensor]], None],
+    message: str,
+    form: str,
+    tiny_checkpoint: MakeCheckpoint,
+) -> None:
+    folder = tiny_checkpoint()
+    edit_tensors(folder, edit)
+    if form == "bin":
+        save_as_bin(folder)
+        message = message.replace("I8", r"torch\.int8")
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(folder)
+
+
+def test_untied_model_needs_its_head(
+    tiny_checkpoint: MakeCheckpoint,
+) -> None:
+    folder = tiny_checkpoint()
+    edit_config(folder, tie_embeddings=False)
+    with pytest.raises(CheckpointError, match=r"lacks the tensor lm_head\.weight"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("damage", ["truncated", "text", "empty"])
+def test_damaged_weights(damage: str, name: str, tiny_checkpoint: MakeCheckpoint) -> None:
+    folder = tiny_checkpoint()
+    if name.endswith(".bin"):
+        save_as_bin(folder)
+    path = folder / name
+    content = {"truncated": path.read_bytes()[:-5000], "text": b"not weights at all", "empty": b""}
+    path.write_bytes(content[damage])
+    with pytest.raises(CheckpointError, match=r"is not a complete|is damaged") as caught:
+        open_checkpoint(folder)
+    assert caught.value.hint.startswith("Fetch it again")
+
+
+class Payload:
+    """Unpickling this would run code."""
+
+
+def test_pickled_objects_are_refused(tiny_checkpoint: MakeCheckpoint) -> None:
+    folder = tiny_checkpoint()
+    (folder / "model.safetensors").unlink()
+    path = folder / "pytorch_model.bin"
+    torch.save({"backbone.embedding.weight": Payload()}, path)
+    with pytest.raises(CheckpointError, match="holds more than tensors; it was not loaded"):
+        open_checkpoint(folder)
+    torch.save({"backbone.embedding.weight": 3}, path)
+    with pytest.raises(CheckpointError, match=r"'backbone\.embedding\.weight', which is not a"):
+        open_checkpoint(folder)
+    torch.save([torch.ones(1)], path)
+    with pytest.raises(CheckpointError, match="holds a list, not named tensors"):
+        open_checkpoint(folder)
+
+
+def shard(folder: Path) -> Path:
+    """Splits the weights over two files with an index; returns the index."""
+    tensors = load_file(folder / "model.safetensors")
+    names = sorted(tensors)
+    weight_map = {}
+    for i, part in enumerate((names[:5], names[5:]), start=1):
+        name = f"model-0000{i}-of-00002.safetensors"
+        save_file({n: tensors[n] for n in part}, folder / name)
+        weight_map.update(dict.fromkeys(part, name))
+    (folder / "model.safetensors").unlink()
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return index
+
+
+def test_shards(tiny_checkpoint: MakeCheckpoint) -> None:
+    folder = tiny_checkpoint()
+    want = load_file(folder / "model.safetensors")
+    index = shard(folder)
+    checkpoint = open_checkpoint(folder)
+    assert all(torch.equal(checkpoint.tensor(name), want[name]) for name in want)
+
+    (folder / "model-00002-of-00002.safetensors").rename(folder / "aside")
+    with pytest.raises(CheckpointError, match=r"names model-00002-of-00002\.safetensors, which is"):
+        open_checkpoint(folder)
+    for content, message in [
+        ("{", "cannot be read as JSON"),
+        ("[]", "holds no JSON object"),
+        ('{"weight_map": {}}', "has no weight_map"),
+        ('{"weight_map": {"a": "../aside"}}', "names aside outside the checkpoint"),
+    ]:
+        index.write_text(content)
+        with pytest.raises(CheckpointError, match=message):
+            open_checkpoint(folder)
+
+
+def test_missing_files(tiny_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is not a folder"):
+        open_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="is not a folder"):
+        open_checkpoint("nowhere")
+    folder = tiny_checkpoint()
+    with pytest.raises(CheckpointError, match="is not a folder"):
+        open_checkpoint(str(folder / "config.json"))
+    (folder / "model.safetensors").rename(folder / "weights.safetensors")
+    with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor pytorch_model"):
+        open_checkpoint(folder)
+    (folder / "config.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(CheckpointError, match="cannot be read as JSON"):
+        open_checkpoint(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+        open_checkpoint(folder)
+
+
+# ---------------------------------------------------------------------------------------------
+# Hub
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_hub_fetches_one_form_of_the_weights(
+    form: str, tiny_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_checkpoint()
+    if form == "bin":
+        save_as_bin(folder)
+    asked = []
+
+    def snapshot_download(repository: str, allow_patterns: list[str]) -> str:
+        assert repository == "some/model"
+        asked.extend(p for p in allow_patterns if p.startswith(("model", "pytorch")))
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert open_checkpoint("some/model").folder == folder
+    assert asked == ["model*.safetensors", "pytorch_model*.bin"][: 2 if form == "bin" else 1]
+
+
+@pytest.mark.parametrize("error", [OSError("no route\nto host"), ValueError(""), RuntimeError("x")])
+def test_hub_errors_become_one_sentence(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def snapshot_download(repository: str, allow_patterns: list[str]) -> str:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(CheckpointError, match="neither a folder nor a hub model") as caught:
+        open_checkpoint("some/model")
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,792 @@
+"""jetson/: what a bundle carries to run itself, driven as a user drives it.
+
+The bundle is made here: a two-layer graph of standard ops with the portable graph's inputs and
+outputs, whose logits depend on both kinds of state, and a small byte-level tokenizer.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import tokenizers
+from onnx import TensorProto, helper, numpy_helper
+
+JETSON = Path(__file__).parents[1] / "jetson"
+sys.path.insert(0, str(JETSON))
+
+from runtime.backend import open_backend  # noqa: E402
+from runtime.bundle import Bundle, BundleProblem, RunFailure, open_bundle, sha256  # noqa: E402
+from runtime.generate import Timings, generate, prefill, prefill_pieces  # noqa: E402
+from runtime.onnxruntime_backend import OnnxRuntimeBackend  # noqa: E402
+from runtime.sampling import Sampler  # noqa: E402
+from runtime.text import REPLACEMENT, TextCodec, TextStream  # noqa: E402
+from runtime.verify import relative_error  # noqa: E402
+
+LAYERS, D_MODEL, VOCAB = 2, 8, 320
+NHEADS, HEADDIM, D_STATE, D_CONV, CONV_DIM = 2, 8, 4, 4, 24
+CHUNK, MAX_TOKENS = 4, 10
+SIZES = {
+    "d_model": D_MODEL,
+    "n_layer": LAYERS,
+    "vocab_size": VOCAB,
+    "d_state": D_STATE,
+    "d_conv": D_CONV,
+    "expand": 2,
+    "headdim": HEADDIM,
+    "ngroups": 1,
+    "chunk_size": CHUNK,
+}
+# Ten bytes, all different, in five characters: the model repeats them for ever, one token a byte.
+CHAIN = " é🙂жZ"
+SENTENCE = "the board runs the model and the model runs the board"
+
+
+# --------------------------------------------------------------------------------------------------
+# the bundle
+
+
+def make_tokenizer() -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([SENTENCE, "quick brown foxes jump over lazy dogs"], trainer)
+    return tokenizer
+
+
+def make_graph(tokenizer: tokenizers.Tokenizer, state_dtype: str, stops: bool) -> onnx.ModelProto:
+    """h = embedding; per layer h += tanh(running sum of h @ U + (h @ C three tokens ago) @ V)."""
+    random = np.random.default_rng(0)
+    ssm_type = TensorProto.FLOAT if state_dtype == "fp32" else TensorProto.FLOAT16
+    channels = NHEADS * HEADDIM * D_STATE
+    inputs = [
+        helper.make_tensor_value_info("input_ids", TensorProto.INT32, ["b", "l"]),
+        helper.make_tensor_value_info("logits_to_keep", TensorProto.INT64, []),
+    ]
+    outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["b", "k", VOCAB])]
+    weights: dict[str, np.ndarray] = {"embedding": random.normal(size=(VOCAB, D_MODEL)) * 0.5}
+    nodes: list[onnx.NodeProto] = []
+
+    def op(kind: str, *names: str, out: str, **attributes: Any) -> str:
+        nodes.append(helper.make_node(kind, list(names), [out], **attributes))
+        return out
+
+    h = op("Gather", "embedding", "input_ids", out="h")
+    for i in range(LAYERS):
+        for name, shape in {
+            "U": (D_MODEL, channels),
+            "O": (channels, D_MODEL),
+            "C": (D_MODEL, CONV_DIM),
+            "V": (CONV_DIM, D_MODEL),
+        }.items():
+            weights[f"{name}{i}"] = random.normal(size=shape) * 0.1
+        conv, ssm = [D_CONV - 1, CONV_DIM], [NHEADS, HEADDIM, D_STATE]
+        for end, to in (("", inputs), ("_out", outputs)):
+            for name, element, shape in (
+                (f"conv_state{end}.{i}", TensorProto.FLOAT16, conv),
+                (f"ssm_state{end}.{i}", ssm_type, ssm),
+            ):
+                to.append(helper.make_tensor_value_info(name, element, ["b", *shape]))
+        step = op("MatMul", h, f"U{i}", out=f"step{i}")
+        total = op("CumSum", step, "one", out=f"total{i}")
+        start = op("Cast", f"ssm_state.{i}", out=f"start{i}", to=TensorProto.FLOAT)
+        flat = op("Reshape", start, "flat_shape", out=f"flat{i}")
+        running = op("Add", total, flat, out=f"running{i}")
+        last = op("Slice", running, "minus_one", "far", "axis_1", out=f"last{i}")
+        shaped = op("Reshape", last, "state_shape", out=f"shaped{i}")
+        op("Cast", shaped, out=f"ssm_state_out.{i}", to=ssm_type)
+        row = op("MatMul", h, f"C{i}", out=f"row{i}")
+        half = op("Cast", row, out=f"half{i}", to=TensorProto.FLOAT16)
+        rows = op("Concat", f"conv_state.{i}", half, out=f"rows{i}", axis=1)
+        op("Slice", rows, "minus_taps", "far", "axis_1", out=f"conv_state_out.{i}")
+        late = op("Slice", rows, "zero", "minus_taps", "axis_1", out=f"late{i}")
+        wide = op("Cast", late, out=f"wide{i}", to=TensorProto.FLOAT)
+        from_ssm = op("MatMul", running, f"O{i}", out=f"from_ssm{i}")
+        from_conv = op("MatMul", wide, f"V{i}", out=f"from_conv{i}")
+        mixed = op("Tanh", op("Add", from_ssm, from_conv, out=f"sum{i}"), out=f"mixed{i}")
+        h = op("Add", h, mixed, out=f"h{i}")
+
+    vocabulary = tokenizer.get_vocab_size()
+    follows = np.zeros((VOCAB, VOCAB))
+    follows[:, vocabulary:] = 1000  # padding rows, the likeliest of all if they were allowed
+    if stops:
+        follows[:, tokenizer.token_to_id("<|endoftext|>")] = 500
+    chain = tokenizer.encode(CHAIN).ids
+    follows[chain, [*chain[1:], chain[0]]] = 100
+    weights |= {"follows": follows, "head": random.normal(size=(D_MODEL, VOCAB))}
+    negative = op("Neg", "logits_to_keep", out="negative")
+    from_last = op("Reshape", negative, "one_shape", out="from_last")
+    h = op("Slice", h, from_last, "far", "axis_1", out="kept")
+    ids = op("Slice", "input_ids", from_last, "far", "axis_1", out="kept_ids")
+    scores = op("MatMul", h, "head", out="scores")
+    op("Add", scores, op("Gather", "follows", ids, out="bias"), out="logits")
+
+    constants = {
+        "one": 1,
+        "zero": [0],
+        "far": [2**62],
+        "axis_1": [1],
+        "minus_one": [-1],
+        "minus_taps": [1 - D_CONV],
+        "one_shape": [1],
+        "flat_shape": [-1, 1, channels],
+        "state_shape": [-1, NHEADS, HEADDIM, D_STATE],
+    }
+    initializers = [
+        *(numpy_helper.from_array(a.astype(np.float32), n) for n, a in weights.items()),
+        *(numpy_helper.from_array(np.array(v, np.int64), n) for n, v in constants.items()),
+    ]
+    graph = helper.make_graph(nodes, "tiny", inputs, outputs, initializers)
+    opset = helper.make_opsetid("", 17)
+    model = helper.make_model(graph, opset_imports=[opset], ir_version=9)
+    onnx.checker.check_model(model)
+    return model
+
+
+def make_golden(folder: Path, state_dtype: str) -> None:
+    """Golden vectors from onnxruntime itself: one prefill in one piece, then single steps."""
+    session = onnxruntime.InferenceSession(
+        folder / "model.portable.onnx", providers=["CPUExecutionProvider"]
+    )
+    names = [output.name for output in session.get_outputs()]
+    ids = np.random.default_rng(1).integers(0, 300, (1, 16)).astype(np.int32)
+    prompt, following, keep = ids[:, :12], ids[:, 12:], 6
+
+    def run(tokens: np.ndarray, states: dict[str, np.ndarray], keep: int) -> dict[str, np.ndarray]:
+        feed = {"input_ids": tokens, "logits_to_keep": np.array(keep, np.int64), **states}
+        return {n.replace("_out", ""): v for n, v in zip(names, session.run(names, feed))}  # noqa: B905
+
+    ssm_dtype = np.float32 if state_dtype == "fp32" else np.float16
+    states = {}
+    for i in range(LAYERS):
+        states[f"conv_state.{i}"] = np.zeros((1, D_CONV - 1, CONV_DIM), np.float16)
+        states[f"ssm_state.{i}"] = np.zeros((1, NHEADS, HEADDIM, D_STATE), ssm_dtype)
+    golden = run(prompt, states, keep)
+    states = {n: v for n, v in golden.items() if n != "logits"}
+    decode_logits = []
+    for token in following[0]:
+        result = run(np.array([[token]], np.int32), states, 1)
+        decode_logits.append(result.pop("logits")[0, 0])
+        states = result
+    np.savez(
+        folder / "golden.npz",
+        input_ids=prompt,
+        decode_ids=following,
+        decode_logits=np.stack(decode_logits),
+        **golden,
+    )
+
+
+def pack(folder: Path, **changes: Any) -> None:
+    """Write the manifest of what lies in `folder`; `changes` replace entries of its top level."""
+    files = sorted(f for f in folder.rglob("*") if f.is_file() and "__pycache__" not in f.parts)
+    manifest = {
+        "schema": 1,
+        "name": "tiny--edge-w8a8--host-cpu",
+        "model": SIZES,
+        "recipe": {"name": "edge-w8a8", "weights": "int8", "state_dtype": "fp32"},
+        "target": {"name": "host-cpu", "runtime": "onnxruntime", "max_tokens": MAX_TOKENS},
+        "created": {"host": "bench", "versions": {"onnx": onnx.__version__}},
+        "steps": [{"step": "export", "where": "bench", "seconds": 1.5}],
+        "not_run": ["engine: to be built on the board"],
+        **changes,
+    }
+    manifest["files"] = {
+        f.relative_to(folder).as_posix(): {"sha256": sha256(f), "bytes": f.stat().st_size}
+        for f in files
+        if f.name != "manifest.json"
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+
+
+def make_bundle(folder: Path, state_dtype: str = "fp32", stops: bool = False) -> Path:
+    shutil.copytree(JETSON, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    tokenizer = make_tokenizer()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    onnx.save_model(
+        make_graph(tokenizer, state_dtype, stops),
+        folder / "model.portable.onnx",
+        save_as_external_data=True,
+        location="weights.bin",
+        size_threshold=256,
+    )
+    make_golden(folder, state_dtype)
+    pack(folder, recipe={"name": "edge-w8a8", "state_dtype": state_dtype})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle that tests only read."""
+    return make_bundle(tmp_path_factory.mktemp("bundle") / "tiny")
+
+
+@pytest.fixture
+def copy(packed: Path, tmp_path: Path) -> Path:
+    """A bundle that a test may spoil."""
+    return Path(shutil.copytree(packed, tmp_path / "tiny"))
+
+
+@pytest.fixture(scope="module")
+def bundle(packed: Path) -> Bundle:
+    return open_bundle(packed)
+
+
+@pytest.fixture(scope="module")
+def backend(bundle: Bundle) -> OnnxRuntimeBackend:
+    return OnnxRuntimeBackend(bundle, threads=1)
+
+
+@pytest.fixture(scope="module")
+def codec(bundle: Bundle) -> TextCodec:
+    return TextCodec(bundle)
+
+
+def run_engine(folder: Path, *arguments: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "run_engine.py", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, timeout=120, **options)
+
+
+def run_json(folder: Path, *arguments: str, exit_code: int = 0) -> dict[str, Any]:
+    result = run_engine(folder, *arguments, "--json")
+    assert result.returncode == exit_code, result.stderr.decode()
+    return json.loads(result.stdout)
+
+
+def assert_one_sentence(
+    result: subprocess.CompletedProcess[bytes], words: list[str], exit_code: int = 2
+) -> None:
+    """One line on stderr that has all of `words`, and nothing on stdout."""
+    text = result.stderr.decode()
+    assert result.returncode == exit_code, text
+    assert text.startswith("run_engine: ") and text.endswith(".\n") and text.count("\n") == 1, text
+    assert result.stdout == b""
+    for word in words:
+        assert word in text
+
+
+# --------------------------------------------------------------------------------------------------
+# parts
+
+
+def test_jetson_imports_only_what_a_board_has() -> None:
+    allowed = {*sys.stdlib_module_names, "runtime"}
+    allowed |= {"numpy", "onnxruntime", "tensorrt", "pycuda", "tokenizers"}
+    files = list(JETSON.rglob("*.py"))
+    assert files
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{file}: relative import"
+                names = [node.module or ""]
+            else:
+                continue
+            for name in names:
+                assert name.split(".")[0] in allowed, f"{file} imports {name}"
+
+
+@pytest.mark.parametrize(
+    ("length", "pieces"),
+    [
+        (1, [(0, 1)]),
+        (10, [(0, 10)]),
+        (11, [(0, 8), (8, 11)]),
+        (16, [(0, 8), (8, 16)]),
+        (17, [(0, 8), (8, 16), (16, 17)]),
+    ],
+)
+def test_prefill_pieces(length: int, pieces: list[tuple[int, int]]) -> None:
+    assert prefill_pieces(length, max_tokens=10, chunk_size=4) == pieces
+
+
+@pytest.mark.parametrize("state_dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize(
+    ("length", "keep"), [(1, 1), (10, 3), (23, 1), (23, 2), (23, 11), (23, 23)]
+)
+def test_prefill_in_pieces_equals_one_prefill(
+    tmp_path: Path, state_dtype: str, length: int, keep: int
+) -> None:
+    bundle = open_bundle(make_bundle(tmp_path / "tiny", state_dtype))
+    backend = OnnxRuntimeBackend(bundle, threads=1)
+    ids = np.random.default_rng(2).integers(0, 300, (2, length)).astype(np.int32)
+    whole_logits, whole = backend.forward(ids, backend.zero_states(2), keep)
+    logits, states = prefill(backend, bundle, ids, keep)
+    tolerance = 1e-5 if state_dtype == "fp32" else 2e-3
+    assert logits.shape == (2, keep, VOCAB) and logits.dtype == np.float32
+    assert relative_error(logits, whole_logits) < tolerance
+    for name, value in whole.items():
+        assert states[name].dtype == value.dtype == bundle.state_dtypes()[name]
+        assert relative_error(states[name], value) < tolerance, name
+
+
+def test_decode_continues_a_prefill(backend: OnnxRuntimeBackend, bundle: Bundle) -> None:
+    ids = np.arange(9, dtype=np.int32)[None]
+    whole, _ = backend.forward(ids, backend.zero_states(1))
+    _, states = prefill(backend, bundle, ids[:, :8])
+    step, _ = backend.forward(ids[:, 8:], states)
+    fresh, _ = backend.forward(ids[:, 8:], backend.zero_states(1))
+    assert relative_error(step, whole) < 1e-5
+    assert relative_error(fresh, whole) > 1e-3  # so the states do matter in this graph
+
+
+def test_forward_leaves_its_states_intact(backend: OnnxRuntimeBackend) -> None:
+    states = backend.zero_states(1)
+    backend.forward(np.ones((1, 5), np.int32), states)
+    assert not any(value.any() for value in states.values())
+
+
+def test_backend_failure_is_a_sentence(backend: OnnxRuntimeBackend) -> None:
+    with pytest.raises(RunFailure, match="failed on 3 tokens"):
+        backend.forward(np.full((1, 3), VOCAB, np.int32), backend.zero_states(1))
+
+
+def test_generate_ends_after_the_end_token(backend: OnnxRuntimeBackend, bundle: Bundle) -> None:
+    tokens = iter([5, 6, 0, 7])
+    prompt = np.array([[1, 2]], np.int32)
+    steps = list(generate(backend, bundle, prompt, lambda _: next(tokens), 10, end_id=0))
+    assert [step.token for step in steps] == [5, 6, 0]
+    assert all(step.seconds > 0 for step in steps)
+
+
+def test_timings() -> None:
+    timings = Timings.of(7, [0.5, 0.1, 0.3])
+    assert (timings.prompt_tokens, timings.ttft_s, timings.tpot_s) == (7, 0.5, 0.2)
+    assert timings.tokens_per_s == 5.0
+    assert Timings.of(7, [0.5]).tokens_per_s is None
+    assert Timings.of(7, []).ttft_s is None
+
+
+def draw(count: int, logits: np.ndarray, **options: Any) -> list[int]:
+    sample = Sampler(len(logits) - 2, **options)
+    return [sample(logits) for _ in range(count)]
+
+
+def test_sampling() -> None:
+    logits = np.array([0.0, 3.0, 2.0, 1.0, -1.0, 99.0, 99.0], np.float32)  # the last two: padding
+    assert draw(3, logits) == [1, 1, 1]
+    free = draw(400, logits, temperature=2.0, seed=3)
+    assert free == draw(400, logits, temperature=2.0, seed=3)
+    assert free != draw(400, logits, temperature=2.0, seed=4)
+    assert set(free) == {0, 1, 2, 3, 4}
+    assert set(draw(200, logits, temperature=2.0, top_k=2)) == {1, 2}
+    assert set(draw(200, logits, temperature=2.0, top_k=50)) == {0, 1, 2, 3, 4}
+    assert draw(20, logits, temperature=1e-310) == [1] * 20
+    # Frequencies follow the softmax: exp((3 - 2) / 2) between the two likeliest.
+    many = draw(4000, logits, temperature=2.0, top_k=2, seed=5)
+    assert many.count(1) / many.count(2) == pytest.approx(np.exp(0.5), rel=0.1)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_sampling_refuses_logits_that_are_not_numbers(bad: float) -> None:
+    with pytest.raises(RunFailure, match="NaN or infinite"):
+        Sampler(3)(np.array([0, bad, 1], np.float32))
+    assert Sampler(3)(np.array([0, 1, 0, bad], np.float32)) == 1  # padding may hold anything
+
+
+@pytest.mark.parametrize(
+    "text", ["héllo 🙂 日本語 done", "the board", "👩‍👩‍👧 x", " spaces  kept "]
+)
+def test_stream_gives_whole_characters(codec: TextCodec, text: str) -> None:
+    ids = codec.encode(text)[0].tolist()
+    stream = TextStream(codec)
+    pieces = [stream.add(token) for token in ids]
+    assert "".join(pieces) == text
+    assert REPLACEMENT not in "".join(pieces)
+    # Nothing is held back longer than needed: each prefix shows all of its complete characters.
+    for end in range(1, len(ids) + 1):
+        shown = "".join(pieces[:end])
+        assert shown == codec.decode(ids[:end]).rstrip(REPLACEMENT)
+
+
+def test_stream_shows_bytes_that_are_no_text_and_goes_on(codec: TextCodec) -> None:
+    lead, space = codec.encode("é")[0].tolist()[0], codec.encode(" ")[0].tolist()[0]
+    stream = TextStream(codec)
+    assert [stream.add(token) for token in (lead, lead, space)] == ["", REPLACEMENT, "\ufffd "]
+    assert stream.add(lead) == ""  # an incomplete end stays unprinted
+
+
+def test_sha256_is_checked_for_small_files_at_load_and_for_all_when_asked(copy: Path) -> None:
+    weights = copy / "weights.bin"
+    data = bytearray(weights.read_bytes())
+    data[100] ^= 1
+    weights.write_bytes(data)
+    bundle = open_bundle(copy)
+    bundle.check_files(hash_up_to=len(data) - 1)
+    with pytest.raises(BundleProblem, match=r"weights\.bin was altered"):
+        bundle.check_files(hash_up_to=None)
+
+
+def test_sha256_of_a_file(tmp_path: Path) -> None:
+    data = bytes(range(256)) * 5000  # more than one piece
+    (tmp_path / "f").write_bytes(data)
+    assert sha256(tmp_path / "f") == hashlib.sha256(data).hexdigest()
+
+
+def test_relative_error_never_passes_nan() -> None:
+    a = np.array([3.0, 4.0], np.float16)
+    assert relative_error(a, a) == 0
+    assert relative_error(a + np.array([0, 0.5]), a) == pytest.approx(0.1)
+    assert relative_error(a, np.zeros(2)) == float("inf")
+    assert relative_error(np.zeros(2), np.zeros(2)) == 0
+    assert relative_error(a, a[:1]) == float("inf")
+    for bad in (np.nan, np.inf):
+        assert relative_error(np.array([3, bad]), a) == float("inf")
+        assert relative_error(np.array([3, bad]), np.array([3, bad])) == float("inf")
+
+
+# --------------------------------------------------------------------------------------------------
+# generating
+
+
+def test_text_goes_to_stdout_and_the_rest_to_stderr(packed: Path) -> None:
+    result = run_engine(packed, "--prompt", CHAIN, "--max-new-tokens", "25", "--threads", "1")
+    assert result.returncode == 0
+    # Twenty-five bytes of the ten-byte chain: the last two are the first half of the face.
+    assert result.stdout.decode() == CHAIN * 2 + " é\n"
+    errors = result.stderr.decode()
+    for word in ("10 prompt tokens, 25 new", "TTFT", "TPOT", "tokens/s", "cores", "onnxruntime"):
+        assert word in errors
+
+
+def test_json_of_a_run(packed: Path) -> None:
+    report = run_json(packed, "--prompt", CHAIN, "--max-new-tokens", "12", "--seed", "5")
+    assert list(report) == [
+        "bundle", "recipe", "backend", "machine", "threads", "sampling", "prompt", "text", "tokens",
+        "finish", "prompt_tokens", "new_tokens", "load_s", "ttft_s", "tpot_s", "tokens_per_s",
+    ]  # fmt: skip
+    assert report["bundle"] == "tiny--edge-w8a8--host-cpu"
+    assert report["recipe"] == "edge-w8a8"
+    assert report["backend"] == f"onnxruntime {onnxruntime.__version__} (CPU)"
+    assert set(report["machine"]) == {"platform", "cpu", "cores", "python"}
+    assert report["threads"] is None
+    assert report["sampling"] == {"max_new_tokens": 12, "temperature": 0, "top_k": 0, "seed": 5}
+    assert (report["prompt"], report["text"]) == (CHAIN, CHAIN + " ")
+    assert (report["prompt_tokens"], report["new_tokens"], len(report["tokens"])) == (10, 12, 12)
+    assert report["finish"] == "length"
+    assert report["ttft_s"] > 0 and report["tpot_s"] > 0 and report["load_s"] > 0
+    assert report["tokens_per_s"] == pytest.approx(1 / report["tpot_s"])
+
+
+def test_sampling_is_reproducible_and_never_takes_padding(packed: Path, codec: TextCodec) -> None:
+    options = ("--prompt", SENTENCE, "--temperature", "3", "--top-k", "100")
+    first = run_json(packed, *options, "--seed", "1")
+    assert first["tokens"] == run_json(packed, *options, "--seed", "1")["tokens"]
+    assert first["tokens"] != run_json(packed, *options, "--seed", "2")["tokens"]
+    assert len(set(first["tokens"])) > 5
+    assert max(first["tokens"]) < codec.vocabulary < VOCAB
+
+
+def test_generation_stops_at_the_end_of_the_text(tmp_path: Path) -> None:
+    report = run_json(make_bundle(tmp_path / "tiny", stops=True), "--prompt", "the board")
+    assert (report["finish"], report["text"], report["new_tokens"]) == ("stop", "", 0)
+    assert report["ttft_s"] > 0 and report["tpot_s"] is None and report["tokens_per_s"] is None
+
+
+def test_prompt_from_a_file_and_from_stdin(packed: Path, tmp_path: Path) -> None:
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_bytes((CHAIN + "\n").encode())
+    length = ("--max-new-tokens", "10")
+    assert run_json(packed, "--prompt-file", str(prompt), *length)["text"] == CHAIN
+    piped = run_engine(packed, "--prompt-file", "-", *length, input=CHAIN.encode())
+    assert piped.stdout.decode() == CHAIN + "\n"
+
+
+def test_bundle_can_be_named_from_elsewhere(packed: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(JETSON / "run_engine.py"), str(packed), "--info", "--json"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=120, check=True)
+    assert json.loads(result.stdout)["bundle"] == "tiny--edge-w8a8--host-cpu"
+
+
+def test_console_without_unicode(packed: Path) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    result = run_engine(packed, "--prompt", "the é", "--max-new-tokens", "9", env=environment)
+    assert result.returncode == 0, result.stderr
+
+
+def start_endless(folder: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "run_engine.py", "--prompt", CHAIN, "--max-new-tokens", "1000000000"]
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_ctrl_c_ends_cleanly(packed: Path) -> None:
+    with start_endless(packed) as process:
+        assert process.stdout is not None
+        start = process.stdout.read(50)  # it streams: text arrives while the run goes on
+        process.send_signal(signal.SIGINT)
+        rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors.decode()
+    text = (start + rest).decode()
+    assert text.endswith("\n") and (CHAIN * (len(text) // 5 + 1)).startswith(text[:-1])
+    assert b"Traceback" not in errors and b"tokens/s" in errors
+
+
+def test_closed_pipe_ends_quietly(packed: Path) -> None:
+    with start_endless(packed) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.read(1)
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert process.returncode == 141
+    assert errors == b""
+
+
+# --------------------------------------------------------------------------------------------------
+# verify and info
+
+
+def change_golden(folder: Path, name: str, change: Callable[[np.ndarray], None]) -> None:
+    with np.load(folder / "golden.npz") as arrays:
+        golden = dict(arrays)
+    change(golden[name])
+    np.savez(folder / "golden.npz", **golden)
+    pack(folder)
+
+
+@pytest.mark.parametrize("state_dtype", ["fp32", "fp16"])
+def test_verify_passes(tmp_path: Path, state_dtype: str) -> None:
+    folder = make_bundle(tmp_path / "tiny", state_dtype)
+    result = run_engine(folder, "--verify")
+    assert result.returncode == 0, result.stderr.decode()
+    assert "golden vectors: 9 tensors agree" in result.stdout.decode()
+    report = run_json(folder, "--verify")
+    assert list(report) == [
+        "bundle", "verified", "problem", "backend", "machine", "tolerance", "comparisons",
+    ]  # fmt: skip
+    assert report["verified"] is True and report["problem"] is None
+    assert [c["name"] for c in report["comparisons"]] == [
+        "conv_state.0", "ssm_state.0", "conv_state.1", "ssm_state.1", "logits",
+        "decode_logits[0]", "decode_logits[1]", "decode_logits[2]", "decode_logits[3]",
+    ]  # fmt: skip
+    assert all(c["agrees"] and c["relative_error"] < 1e-3 for c in report["comparisons"])
+
+
+def poison(array: np.ndarray) -> None:
+    array.flat[-1] = np.nan
+
+
+def shift(array: np.ndarray) -> None:
+    array *= 1.01
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "place"),
+    [
+        ("ssm_state.1", shift, "layer 1: ssm_state"),
+        ("conv_state.0", poison, "layer 0: conv_state"),
+        ("logits", shift, "logits"),
+        ("decode_logits", poison, "decode_logits[3]"),
+    ],
+)
+def test_verify_names_the_first_difference(
+    copy: Path, name: str, change: Callable[[np.ndarray], None], place: str
+) -> None:
+    change_golden(copy, name, change)
+    result = run_engine(copy, "--verify")
+    assert result.returncode == 1
+    assert f"run_engine: {place} is the first of " in result.stderr.decode()
+    report = run_json(copy, "--verify", exit_code=1)
+    assert report["verified"] is False and place in report["problem"]
+
+
+def test_verify_finds_wrong_weights_that_hash_right(copy: Path) -> None:
+    weights = copy / "weights.bin"
+    weights.write_bytes(bytes(weights.stat().st_size))
+    pack(copy)
+    report = run_json(copy, "--verify", exit_code=1)
+    assert report["problem"].startswith("layer 0: conv_state is the first of 9 tensors")
+
+
+def test_verify_names_an_altered_file(copy: Path) -> None:
+    weights = copy / "weights.bin"
+    weights.write_bytes(bytes(weights.stat().st_size))
+    result = run_engine(copy, "--verify")
+    assert_one_sentence(result, ["weights.bin was altered", "copy the bundle again"], exit_code=1)
+    report = run_json(copy, "--verify", exit_code=1)
+    assert "weights.bin" in report["problem"] and report["comparisons"] == []
+
+
+def test_info(packed: Path) -> None:
+    report = run_json(packed, "--info")
+    assert list(report) == [
+        "bundle", "model", "recipe", "target", "files", "bytes", "state_bytes_per_sequence",
+        "created", "steps", "not_run",
+    ]  # fmt: skip
+    assert report["model"] == SIZES
+    assert report["bytes"] == sum(report["files"].values())
+    assert report["state_bytes_per_sequence"] == 2 * (3 * 24 * 2 + 2 * 8 * 4 * 4)
+    text = run_engine(packed, "--info").stdout.decode()
+    for word in (
+        "edge-w8a8",
+        "host-cpu",
+        "n_layer 2",
+        "weights.bin",
+        "not run  engine: to be built",
+    ):
+        assert word in text
+
+
+# --------------------------------------------------------------------------------------------------
+# what does not fit
+
+
+def edit_manifest(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        path = folder / "manifest.json"
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        change(manifest)
+        path.write_text(json.dumps(manifest), encoding="utf-8")
+
+    return edit
+
+
+def drop_and_pack(name: str) -> Callable[[Path], None]:
+    def drop(folder: Path) -> None:
+        (folder / name).unlink()
+        pack(folder)
+
+    return drop
+
+
+def overwrite_and_pack(name: str, data: bytes) -> Callable[[Path], None]:
+    def overwrite(folder: Path) -> None:
+        (folder / name).write_bytes(data)
+        pack(folder)
+
+    return overwrite
+
+
+BAD_BUNDLES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
+    "no manifest": (
+        lambda f: (f / "manifest.json").unlink(),
+        ["no manifest.json", "name a bundle"],
+    ),
+    "manifest cut short": (
+        lambda f: (f / "manifest.json").write_text('{"schema": 1,'),
+        ["not the manifest of a bundle", "copy"],
+    ),
+    "another schema": (edit_manifest(lambda m: m.update(schema=2)), ["schema 2", "schema 1"]),
+    "no sizes": (edit_manifest(lambda m: m["model"].pop("d_conv")), ["d_conv", "pack"]),
+    "no files": (edit_manifest(lambda m: m.update(files={})), ["files", "pack"]),
+    "steps are text": (edit_manifest(lambda m: m.update(steps="x")), ["steps is not a list"]),
+    "unknown state dtype": (
+        edit_manifest(lambda m: m["recipe"].update(state_dtype="int4")),
+        ["int4", "pack"],
+    ),
+    "unknown runtime": (
+        edit_manifest(lambda m: m["target"].update(runtime="abacus")),
+        ["abacus", "onnxruntime and tensorrt"],
+    ),
+    "pieces shorter than a chunk": (
+        edit_manifest(lambda m: m["target"].update(max_tokens=3)),
+        ["3 tokens", "chunk of 4", "max_tokens"],
+    ),
+    "missing file": (lambda f: (f / "weights.bin").unlink(), ["weights.bin is missing", "copy"]),
+    "file cut short": (
+        lambda f: os.truncate(f / "weights.bin", 100),
+        ["weights.bin has 100 bytes", "copy"],
+    ),
+    "altered file": (
+        lambda f: (f / "weights.bin").write_bytes(bytes((f / "weights.bin").stat().st_size)),
+        ["weights.bin was altered", "copy"],
+    ),
+    "no graph": (drop_and_pack("model.portable.onnx"), ["no model.portable.onnx", "pack"]),
+    "no tokenizer": (drop_and_pack("tokenizer.json"), ["no tokenizer.json", "pack"]),
+    "unreadable graph": (overwrite_and_pack("model.portable.onnx", b"x"), ["cannot load", "copy"]),
+    "unreadable tokenizer": (overwrite_and_pack("tokenizer.json", b"{}"), ["cannot read", "pip"]),
+    "one layer too many": (
+        edit_manifest(lambda m: m["model"].update(n_layer=3)),
+        ["model.portable.onnx", "conv_state.2"],
+    ),
+    "tokenizer of a larger model": (
+        edit_manifest(lambda m: m["model"].update(vocab_size=2)),
+        ["the model has 2", "tokenizer"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_BUNDLES)
+def test_bad_bundle_is_one_sentence(copy: Path, case: str) -> None:
+    spoil, words = BAD_BUNDLES[case]
+    spoil(copy)
+    assert_one_sentence(run_engine(copy, "--prompt", "the board"), words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["nothing to do", "--prompt"]),
+        (["--prompt", ""], ["prompt is empty"]),
+        (["--prompt-file", "absent.txt"], ["absent.txt", "No such file"]),
+        (["--prompt-file", "weights.bin"], ["not UTF-8"]),
+        (["--prompt", "a", "--max-new-tokens", "-1"], ["--max-new-tokens", "'-1'", "at least 1"]),
+        (["--prompt", "a", "--max-new-tokens", "many"], ["--max-new-tokens", "'many'"]),
+        (["--prompt", "a", "--temperature", "-0.5"], ["--temperature", "at least 0"]),
+        (["--prompt", "a", "--temperature", "nan"], ["--temperature", "'nan'"]),
+        (["--prompt", "a", "--temperature", "inf"], ["--temperature", "'inf'"]),
+        (["--prompt", "a", "--top-k", "-3"], ["--top-k", "'-3'"]),
+        (["--prompt", "a", "--seed", "-3"], ["--seed", "'-3'"]),
+        (["--prompt", "a", "--threads", "0"], ["--threads", "from 1 to 1024"]),
+        (["--prompt", "a", "--backend", "abacus"], ["--backend", "abacus"]),
+        (["--prompt", "a", "--verify"], ["--verify", "not allowed with"]),
+        (["--prompt", "a", "--backend", "tensorrt"], ["no TensorRT engine", "--backend onnxrun"]),
+        (["absent", "--info"], ["absent is not a bundle", "run_engine.py BUNDLE"]),
+    ],
+    ids=" ".join,
+)
+def test_bad_option_is_one_sentence(packed: Path, arguments: list[str], words: list[str]) -> None:
+    assert_one_sentence(run_engine(packed, *arguments), words)
+
+
+def test_prompt_that_is_no_text(packed: Path) -> None:
+    command: list[Any] = [sys.executable, "run_engine.py", "--prompt", b"caf\xe9"]
+    environment = {**os.environ, "PYTHONUTF8": "1"}
+    result = subprocess.run(command, cwd=packed, capture_output=True, timeout=60, env=environment)
+    assert_one_sentence(result, ["not UTF-8"])
+
+
+@pytest.mark.parametrize("module", ["numpy", "onnxruntime", "tokenizers"])
+def test_missing_library_is_one_sentence(packed: Path, tmp_path: Path, module: str) -> None:
+    # A module of that name, found first, that fails as an absent one does.
+    stand_in = f"raise ModuleNotFoundError(\"No module named '{module}'\", name='{module}')\n"
+    (tmp_path / f"{module}.py").write_text(stand_in)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    result = run_engine(packed, "--prompt", "the board", env=environment)
+    assert_one_sentence(result, [module, f"-m pip install {module}"])
+
+
+def test_script_without_its_folder(tmp_path: Path) -> None:
+    shutil.copy(JETSON / "run_engine.py", tmp_path)
+    assert_one_sentence(run_engine(tmp_path, "--info"), ["runtime", "copy the whole bundle"])
+
+
+def test_bundle_for_tensorrt_says_so_and_runs_its_portable_graph_when_asked(copy: Path) -> None:
+    pack(copy, target={"name": "orin-nx", "runtime": "tensorrt", "max_tokens": MAX_TOKENS})
+    words = ["built on the board", "falls back to nothing", "use --backend onnxruntime"]
+    assert_one_sentence(run_engine(copy, "--prompt", CHAIN), words)
+    with pytest.raises(BundleProblem, match="built on the board"):
+        open_backend(open_bundle(copy), "tensorrt", threads=None)
+    portable = ("--backend", "onnxruntime")
+    assert run_json(copy, "--prompt", CHAIN, "--max-new-tokens", "10", *portable)["text"] == CHAIN
+    assert run_json(copy, "--verify", *portable)["verified"]
+    assert run_json(copy, "--info")["target"]["name"] == "orin-nx"

@@ -33,6 +33,7 @@ BUNDLE = "bundle"
 WEIGHTS = "model.safetensors"
 PORTABLE_MODEL = "model.portable.onnx"
 TENSORRT_MODEL = "model.onnx"
+TOKENIZER = "tokenizer.json"
 GOLDEN = "golden.npz"
 MANIFEST = "manifest.json"
 BUNDLE_SCHEMA = 1

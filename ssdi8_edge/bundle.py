@@ -22,6 +22,7 @@ from ssdi8_edge.artifacts import (
     PORTABLE_MODEL,
     QUANTIZED,
     TENSORRT_MODEL,
+    TOKENIZER,
     WEIGHTS,
     link_or_copy,
     sha256_file,
@@ -34,7 +35,6 @@ from ssdi8_edge.profiles import Target
 from ssdi8_edge.quantize.modules import QuantizedMamba2
 from ssdi8_edge.quantize.saved import load_quantized, read_config
 
-TOKENIZER = "tokenizer.json"
 DECODE_STEPS = 4
 GOLDEN_LOGITS = 4
 PACKAGES = ("torch", "numpy", "onnx", "onnxruntime", "onnx-graphsurgeon", "safetensors")
@@ -98,7 +98,8 @@ def pack(
         shutil.copyfile(run_folder / QUANTIZED / TOKENIZER, folder / TOKENIZER)
     for source, inside in ((shipped("jetson"), folder), (shipped("plugins"), folder / "plugins")):
         _copy_sources(source, inside)
-    np.savez(folder / GOLDEN, **golden_vectors(load_quantized(run_folder / QUANTIZED), golden_ids))
+    golden = golden_vectors(load_quantized(run_folder / QUANTIZED), golden_ids)
+    np.savez(folder / GOLDEN, **golden)  # type: ignore[arg-type]
 
     manifest: dict[str, Any] = {
         "schema": BUNDLE_SCHEMA,

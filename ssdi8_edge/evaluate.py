@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ssdi8_edge.artifacts import TOKENIZER
 from ssdi8_edge.board_runtime import bundle_folder, open_checked_bundle, runtime_module
-from ssdi8_edge.bundle import TOKENIZER
 from ssdi8_edge.checkpoint import open_checkpoint
 from ssdi8_edge.errors import UsageError
 from ssdi8_edge.model import Mamba2Config, Mamba2LM
@@ -99,7 +99,7 @@ def perplexity(
     windows = read_tokens(text, subject.tokenizer, WINDOW, limit or 1 << 40)
     total = 0.0
     with torch.inference_mode():
-        for window in track(windows, f"evaluate {subject.name}"):
+        for window in track(list(windows), f"evaluate {subject.name}"):
             logits = subject.forward(window[None])[0, :-1]
             total += functional.cross_entropy(logits, window[1:].long()).item()
     return Perplexity(

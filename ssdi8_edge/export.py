@@ -20,8 +20,8 @@ from ssdi8_edge.artifacts import WEIGHTS
 from ssdi8_edge.methods import QuantConfig
 from ssdi8_edge.model import Mamba2Config
 from ssdi8_edge.ops import OPS
-from ssdi8_edge.ops.op import DOMAIN, Attribute, BodyForm, GraphValue, Op
-from ssdi8_edge.quantize.modules import Attributes, State, run_model, state_dtype
+from ssdi8_edge.ops.op import DOMAIN, Attributes, BodyForm, GraphValue, Op
+from ssdi8_edge.quantize.modules import NodeAttributes, State, run_model, state_dtype
 from ssdi8_edge.safetensors_writer import data_start, header_of
 
 # The newest opset that TensorRT 10.3 (JetPack 6.2) reads, and its IR version.
@@ -30,7 +30,7 @@ IR_VERSION = 9
 
 
 class GraphBuilder:
-    """Collects nodes while the model's forward runs on `GraphValue`s; implements `ops.op.Emitter`."""
+    """Collects nodes while the forward runs on `GraphValue`s; implements `ops.op.Emitter`."""
 
     def __init__(self, form: BodyForm) -> None:
         self.form = form
@@ -39,7 +39,7 @@ class GraphBuilder:
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
         self._initializers: list[onnx.TensorProto] = []
-        self._functions: dict[str, tuple[dict[str, Attribute], int, onnx.FunctionProto]] = {}
+        self._functions: dict[str, tuple[dict[str, Any], int, onnx.FunctionProto]] = {}
 
     @contextmanager
     def scope(self, name: str) -> Iterator[None]:
@@ -64,7 +64,7 @@ class GraphBuilder:
         return GraphValue(tensor.name, self)
 
     def emit(
-        self, op: Op, inputs: tuple[GraphValue, ...], attributes: Mapping[str, Attribute]
+        self, op: Op, inputs: tuple[GraphValue, ...], attributes: Attributes
     ) -> tuple[GraphValue, ...]:
         """Append one node of `op`; returns its outputs."""
         if set(attributes) != set(op.attributes):
@@ -75,12 +75,13 @@ class GraphBuilder:
         name = f"{prefix}/{op.name}" + (f".{index}" if index else "")
         outputs = [f"{name}.{output}" for output in op.outputs]
         node = helper.make_node(
-            op.name, [v.name for v in inputs], outputs, name=name, domain=DOMAIN, **attributes
+            op.name, [v.name for v in inputs], outputs, name=name, domain=DOMAIN
         )
+        node.attribute.extend(helper.make_attribute(k, v) for k, v in attributes.items())
         self._nodes.append(node)
         return tuple(GraphValue(output, self) for output in outputs)
 
-    def _define(self, op: Op, n_inputs: int, attributes: Mapping[str, Attribute]) -> None:
+    def _define(self, op: Op, n_inputs: int, attributes: Attributes) -> None:
         static = op.static_attributes(attributes)
         known = self._functions.get(op.name)
         if known is not None:
@@ -107,8 +108,8 @@ class GraphBuilder:
         )
 
 
-def _plain(value: object) -> Attribute:
-    return value.decode() if isinstance(value, bytes) else value  # type: ignore[return-value]
+def _plain(value: Any) -> Any:
+    return value.decode() if isinstance(value, bytes) else value
 
 
 def nested_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
@@ -216,8 +217,8 @@ def export_model(
     parameters = _ExternalParameters(weights, graph)
     ids = graph.input("input_ids", TensorProto.INT32, ["batch", "tokens"])
     keep = graph.input("logits_to_keep", TensorProto.INT64, [])
-    conv = ["batch", config.d_conv - 1, config.conv_dim]
-    ssm = ["batch", config.nheads, config.headdim, config.d_state]
+    conv: list[int | str] = ["batch", config.d_conv - 1, config.conv_dim]
+    ssm: list[int | str] = ["batch", config.nheads, config.headdim, config.d_state]
     ssm_type = TensorProto.FLOAT16 if state_dtype(recipe) == torch.float16 else TensorProto.FLOAT
     states = [
         State(
@@ -229,13 +230,13 @@ def export_model(
     logits, new_states = run_model(
         lambda i: _Scoped(parameters, f"layers.{i}."),
         _Top(parameters),
-        Attributes(config, recipe),
+        NodeAttributes(config, recipe),
         ids,
         states,
         keep,
         graph.scope,
     )
-    vocabulary = ["batch", "positions", config.vocab_size]
+    vocabulary: list[int | str] = ["batch", "positions", config.vocab_size]
     graph.output(logits, "logits", TensorProto.FLOAT, vocabulary)
     for i, state in enumerate(new_states):
         graph.output(state.conv, f"conv_state_out.{i}", TensorProto.FLOAT16, conv)

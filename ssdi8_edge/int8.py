@@ -7,7 +7,7 @@ they belong to: tensor ≈ scale · q.
 Two roundings exist, chosen by the recipe:
 
 * ``half_even``: round half to even, saturate to [-128, 127]. One hardware convert instruction.
-* ``half_away``: ⌊|v| + ½⌋ with the sign of v, saturate to [-127, 127]. What SSDi8 was released with.
+* ``half_away``: ⌊|v| + ½⌋ with the sign of v, saturate to [-127, 127]. SSDi8 as released.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ from ssdi8_edge.artifacts import (
     PORTABLE_MODEL,
     QUANTIZED,
     TENSORRT_MODEL,
+    TOKENIZER,
     WEIGHTS,
     key_of,
     link_or_copy,
@@ -40,7 +41,7 @@ from ssdi8_edge.artifacts import (
     whole_or_absent,
     write_json,
 )
-from ssdi8_edge.bundle import TOKENIZER, pack
+from ssdi8_edge.bundle import pack
 from ssdi8_edge.calibrate import calibrate, layer_config
 from ssdi8_edge.checkpoint import DEMO_FOLDER, Checkpoint, open_checkpoint
 from ssdi8_edge.errors import UsageError

@@ -28,16 +28,15 @@ class SafetensorsWriter:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._data = tempfile.TemporaryFile(prefix="ssdi8-", dir=path.parent)
+        # Lives as long as the writer: a with block would end too early.
+        self._data = tempfile.TemporaryFile(prefix="ssdi8-", dir=path.parent)  # noqa: SIM115
         self._header: dict[str, Any] = {}
         self._offset = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
         data = tensor.detach().contiguous().cpu()
         size = data.numel() * data.element_size()
-        self._data.write(
-            data.flatten().view(torch.uint8).numpy().data if data.dim() else _scalar(data)
-        )
+        self._data.write(data.reshape(-1).view(torch.uint8).numpy().data)
         self._header[name] = {
             "dtype": _DTYPES[data.dtype],
             "shape": list(data.shape),
@@ -54,10 +53,6 @@ class SafetensorsWriter:
             self._data.seek(0)
             shutil.copyfileobj(self._data, file, 1 << 22)
         self._data.close()
-
-
-def _scalar(tensor: Tensor) -> bytes:
-    return tensor.numpy().tobytes()
 
 
 def data_start(path: Path) -> int:

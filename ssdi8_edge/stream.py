@@ -22,7 +22,8 @@ class Spool:
     """
 
     def __init__(self, samples: int, shape: tuple[int, ...], dtype: np.dtype) -> None:
-        self._file = tempfile.TemporaryFile(prefix="ssdi8-")
+        # Lives as long as the spool: a with block would end too early.
+        self._file = tempfile.TemporaryFile(prefix="ssdi8-")  # noqa: SIM115
         self._shape, self._dtype = shape, dtype
         self._bytes = int(np.prod(shape)) * dtype.itemsize
         self.samples = samples

@@ -6,14 +6,12 @@ ChunkScan (SSDi8's reuse; the release does it in two kernels of its own).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
 from ssdi8_edge.int8 import Rounding, quantize
 from ssdi8_edge.ops import onnx_text as t
-from ssdi8_edge.ops.op import Attribute, BodyForm, Op
+from ssdi8_edge.ops.op import Attributes, BodyForm, Op
 
 
 def silu(x: Tensor) -> Tensor:
@@ -80,7 +78,7 @@ def causal_conv1d_reference(
     return x.half(), per_group(b, b_scale, "B"), per_group(c, c_scale, "C"), state
 
 
-def convolution_lines(a: Mapping[str, Attribute], form: BodyForm) -> list[str]:
+def convolution_lines(a: Attributes, form: BodyForm) -> list[str]:
     """`convolve` as statements: defines `activated` (B, L, E2) FP32 and `conv_state_out`."""
     f = t.compute_type(form)
     e, width = int(a["d_inner"]), int(a["d_conv"])
@@ -125,7 +123,7 @@ def silu_lines(out: str, x: str, f: int) -> str:
     )
 
 
-def _body(a: Mapping[str, Attribute], form: BodyForm) -> str:
+def _body(a: Attributes, form: BodyForm) -> str:
     e, g = int(a["d_inner"]), int(a["ngroups"])
     gn = (int(a["conv_dim"]) - e) // 2
     lines = [

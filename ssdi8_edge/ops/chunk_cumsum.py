@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
 from ssdi8_edge.ops import onnx_text as t
 from ssdi8_edge.ops.chunking import pad_tokens
-from ssdi8_edge.ops.op import Attribute, BodyForm, Op
+from ssdi8_edge.ops.op import Attributes, BodyForm, Op
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -56,7 +54,7 @@ def chunk_cumsum_reference(
     return dt, a.float().contiguous()
 
 
-def time_step_lines(a: Mapping[str, Attribute], form: BodyForm) -> list[str]:
+def time_step_lines(a: Attributes, form: BodyForm) -> list[str]:
     """`time_step` as statements: defines `dt_blh` (B, L, H) FP32."""
     f = t.compute_type(form)
     start, heads = int(a["dt_column"]), int(a["nheads"])
@@ -78,7 +76,7 @@ def time_step_lines(a: Mapping[str, Attribute], form: BodyForm) -> list[str]:
     return [*lines, t.cast("dt_blh", out, t.FP32)]
 
 
-def _body(a: Mapping[str, Attribute], form: BodyForm) -> str:
+def _body(a: Attributes, form: BodyForm) -> str:
     f = t.compute_type(form)
     chunk, heads = int(a["chunk_size"]), int(a["nheads"])
     return "\n".join(

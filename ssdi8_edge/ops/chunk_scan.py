@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
@@ -11,7 +9,7 @@ from ssdi8_edge.int8 import Rounding, round_to_int8
 from ssdi8_edge.ops import onnx_text as t
 from ssdi8_edge.ops.chunk_state import decay_lines
 from ssdi8_edge.ops.chunking import chunks_of_decay, chunks_of_tokens, per_head
-from ssdi8_edge.ops.op import Attribute, BodyForm, Op
+from ssdi8_edge.ops.op import Attributes, BodyForm, Op
 
 # exp of this is zero in every format used; masks decays that would otherwise overflow.
 MASKED = -1e30
@@ -39,13 +37,13 @@ def chunk_scan_reference(
     d_state: int,
     rounding: Rounding,
 ) -> Tensor:
-    """y = exp(a_m) · C · R  (Scan1)  +  Σ_{k ≤ m} CB · exp(a_m - a_k) · dt_k · x_k  (Scan2)  +  D · x.
+    """y = exp(a_m)·C·R (Scan1) + Σ_{k ≤ m} CB · exp(a_m - a_k) · dt_k · x_k (Scan2) + D·x.
 
-    CB = Q(C_q · B_qᵀ) is INT8. Scan2 is cut into tiles of `scan_tile` positions. On the diagonal the
-    weighted CB is rounded to FP16 and multiplied with the FP16 x. Left of it, with r the decay at the
-    end of the tile of k, exp(a_m - a_k) = exp(a_m - r) · exp(r - a_k): the second factor goes into an
-    INT8 x once per tile, the first into the epilogue of an INT8 product. With scan_tile = chunk_size
-    all of Scan2 is FP16, as released.
+    CB = Q(C_q · B_qᵀ) is INT8. Scan2 is cut into tiles of `scan_tile` positions. On the diagonal
+    the weighted CB is rounded to FP16 and multiplied with the FP16 x. Left of it, with r the decay
+    at the end of the tile of k, exp(a_m - a_k) = exp(a_m - r) · exp(r - a_k): the second factor
+    goes into an INT8 x once per tile, the first into the epilogue of an INT8 product. With
+    scan_tile = chunk_size all of Scan2 is FP16, as released.
 
     Args:
         x: (B, L, H·P) FP16.
@@ -103,7 +101,7 @@ def chunk_scan_reference(
     return y.transpose(2, 3).flatten(1, 2).flatten(2)[:, : x.shape[1]].contiguous()
 
 
-def _body(a: Mapping[str, Attribute], form: BodyForm) -> str:
+def _body(a: Attributes, form: BodyForm) -> str:
     f = t.compute_type(form)
     k, h, g, p, n = (
         int(a[key]) for key in ("chunk_size", "nheads", "ngroups", "headdim", "d_state")
@@ -215,7 +213,7 @@ def _body(a: Mapping[str, Attribute], form: BodyForm) -> str:
     return "\n".join(lines)
 
 
-def _off_diagonal_lines(a: Mapping[str, Attribute], form: BodyForm) -> list[str]:
+def _off_diagonal_lines(a: Attributes, form: BodyForm) -> list[str]:
     """`scans_all` = `scans` + Scan2 left of the diagonal: products of INT8 CB and INT8 x."""
     f = t.compute_type(form)
     k, h, g, p = (int(a[key]) for key in ("chunk_size", "nheads", "ngroups", "headdim"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from ssdi8_edge.int8 import Rounding, round_to_int8
 from ssdi8_edge.ops import onnx_text as t
 from ssdi8_edge.ops.chunking import chunks_of_decay, chunks_of_tokens, per_head
-from ssdi8_edge.ops.op import Attribute, BodyForm, Op
+from ssdi8_edge.ops.op import Attributes, BodyForm, Op
 
 # How the state travels from chunk to chunk: as released, INT8 states and a gate of 7 fractional
 # bits on an INT32 carry; ours, real states and an FP32 gate on an FP32 carry.
@@ -49,8 +48,8 @@ def chunk_state_reference(
         state_scale: (H, P) FP32, of the stored states.
 
     Returns:
-        (B, C, H, P, N): with gate "fp32" the states in FP32, in real units; with gate "q0.7" INT8 in
-        units of state_scale.
+        (B, C, H, P, N): with gate "fp32" the states in FP32, in real units; with gate "q0.7" INT8
+        in units of state_scale.
     """
     x_c = chunks_of_tokens(x, chunk_size, nheads, headdim).float()  # (B, C, H, K, P)
     b_c = chunks_of_tokens(b_q, chunk_size, ngroups, d_state).float()  # (B, C, G, K, N)
@@ -70,7 +69,7 @@ def chunk_state_reference(
     return round_to_int8(requantized, rounding, "chunk_state")
 
 
-def _body(a: Mapping[str, Attribute], form: BodyForm) -> str:
+def _body(a: Attributes, form: BodyForm) -> str:
     f = t.compute_type(form)
     k, h, g = int(a["chunk_size"]), int(a["nheads"]), int(a["ngroups"])
     p = int(a["headdim"])

@@ -6,8 +6,6 @@ FP16 between ops, FP32 or wider inside them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
@@ -17,19 +15,19 @@ from ssdi8_edge.ops.causal_conv1d import convolution_lines, convolve
 from ssdi8_edge.ops.chunk_cumsum import time_step_lines
 from ssdi8_edge.ops.chunk_scan import MASKED
 from ssdi8_edge.ops.chunk_state import decay_lines
-from ssdi8_edge.ops.op import Attribute, BodyForm, Op
+from ssdi8_edge.ops.op import Attributes, BodyForm, Op
 from ssdi8_edge.ops.rms_norm import rms_lines
 from ssdi8_edge.ops.rms_norm_gated import gated_norm, gated_norm_lines
-from ssdi8_edge.ops.state_passing import scan_over_chunks
+from ssdi8_edge.ops.state_passing import DECAY, scan_over_chunks
 
 
 def embedding_reference(table: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of the FP16 table (V, D) as `hidden` (B, L, D), and a zero FP32 residual to add it to."""
+    """Rows of the FP16 table (V, D) as `hidden` (B, L, D), and a zero FP32 residual for it."""
     hidden = table[input_ids.long()]
     return hidden, torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
 
 
-def _embedding_body(a: Mapping[str, Attribute], form: BodyForm) -> str:
+def _embedding_body(a: Attributes, form: BodyForm) -> str:
     return "\n".join(
         [
             "hidden = Gather (table, input_ids)",
@@ -43,12 +41,12 @@ def _embedding_body(a: Mapping[str, Attribute], form: BodyForm) -> str:
 def last_positions_reference(
     hidden: Tensor, residual: Tensor, keep: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The last `keep` (a scalar) positions of both (B, L, D) tensors: the only ones that need logits."""
+    """The last `keep` (a scalar) positions of both (B, L, D): the only ones that need logits."""
     n = int(keep)
     return hidden[:, -n:], residual[:, -n:]
 
 
-def _last_positions_body(a: Mapping[str, Attribute], form: BodyForm) -> str:
+def _last_positions_body(a: Attributes, form: BodyForm) -> str:
     return "\n".join(
         [
             t.ints("vector", [1]),
@@ -67,7 +65,7 @@ def logits_reference(y: Tensor) -> Tensor:
     return y.float()
 
 
-def _logits_body(a: Mapping[str, Attribute], form: BodyForm) -> str:
+def _logits_body(a: Attributes, form: BodyForm) -> str:
     return t.cast("logits", "y", t.FP32)
 
 
@@ -81,7 +79,7 @@ def rms_norm_reference(
     return residual, (residual * rstd * weight).half()
 
 
-def _rms_norm_body(a: Mapping[str, Attribute], form: BodyForm) -> str:
+def _rms_norm_body(a: Attributes, form: BodyForm) -> str:
     return "\n".join(
         [
             t.cast("hidden32", "hidden", t.FP32),
@@ -98,7 +96,7 @@ def linear_reference(x: Tensor, weight: Tensor) -> Tensor:
     return (x.float() @ weight.float().t()).half()
 
 
-def _linear_body(a: Mapping[str, Attribute], form: BodyForm) -> str:
+def _linear_body(a: Attributes, form: BodyForm) -> str:
     if form == "tensorrt":  # FP16 operands: TensorRT accumulates in FP32 by itself
         return "weight_t = Transpose <perm = [1, 0]> (weight)\ny = MatMul (x, weight_t)"
     return "\n".join(
@@ -131,7 +129,7 @@ def causal_conv1d_reference(
     return x, b, c, state
 
 
-def _causal_conv1d_body(a: Mapping[str, Attribute], form: BodyForm) -> str:
+def _causal_conv1d_body(a: Attributes, form: BodyForm) -> str:
     e, conv_dim = int(a["d_inner"]), int(a["conv_dim"])
     gn = (conv_dim - e) // 2
     return "\n".join(
@@ -164,7 +162,10 @@ def ssd_scan_reference(
     dt_min: float,
     dt_max: float,
 ) -> tuple[Tensor, Tensor]:
-    """SSD without quantization; one token is a chunk of one. Returns y (B, L, H·P) FP16 and ssm_state' in the type of ssm_state."""
+    """SSD without quantization; one token is a chunk of one.
+
+    Returns y (B, L, H·P) FP16 and ssm_state' in the type of ssm_state.
+    """
     x_h = x.unflatten(-1, (nheads, headdim)).float()
     b_g = b.unflatten(-1, (ngroups, d_state)).float()
     c_g = c.unflatten(-1, (ngroups, d_state)).float()
@@ -179,7 +180,7 @@ def ssd_scan_reference(
     return y.half().flatten(2), final.to(ssm_state.dtype)
 
 
-def _ssd_scan_body(a: Mapping[str, Attribute], form: BodyForm) -> str:
+def _ssd_scan_body(a: Attributes, form: BodyForm) -> str:
     f = t.compute_type(form)
     kind = "double" if form == "cpu" else "float"
     h, g, p, n = (int(a[key]) for key in ("nheads", "ngroups", "headdim", "d_state"))
@@ -232,7 +233,7 @@ def _ssd_scan_body(a: Mapping[str, Attribute], form: BodyForm) -> str:
         "gamma_bc = Unsqueeze (a_last_exp, last)",
         "gamma = Transpose <perm = [1, 0, 2, 3, 4]> (gamma_bc)",
         t.cast("start", "ssm_state", f),
-        scan_over_chunks("start", "gamma", "states_c", kind, "decayed = Mul (gamma_c, carry)"),
+        scan_over_chunks("start", "gamma", "states_c", kind, DECAY),
         "ssm_state_out = CastLike (final, ssm_state)",
         t.ints("entering_shape", [0, 0, g, h // g, n, p]),
         "entering_np = Transpose <perm = [1, 0, 2, 4, 3]> (entering_c)",  # (B, C, H, N, P)
@@ -290,7 +291,7 @@ def rms_norm_gated_reference(
     return gated_norm(y, zxbcdt, weight, d_inner=d_inner, ngroups=ngroups, eps=eps).half()
 
 
-def _rms_norm_gated_body(a: Mapping[str, Attribute], form: BodyForm) -> str:
+def _rms_norm_gated_body(a: Attributes, form: BodyForm) -> str:
     return "\n".join([*gated_norm_lines(a, form), t.cast("normed", "r", t.FP16)])
 
 

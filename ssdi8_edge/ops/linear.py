@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
 from ssdi8_edge.int8 import int8_matmul, round_to_int8
 from ssdi8_edge.ops import onnx_text as t
-from ssdi8_edge.ops.op import Attribute, BodyForm, Op
+from ssdi8_edge.ops.op import Attributes, BodyForm, Op
 
 
 def linear_reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
@@ -88,11 +86,11 @@ def _product(form: BodyForm) -> list[str]:
     return [*product, "biased = Add (scaled, bias)", t.cast("y", "biased", t.FP16)]
 
 
-def _body(a: Mapping[str, Attribute], form: BodyForm) -> str:
+def _body(a: Attributes, form: BodyForm) -> str:
     return "\n".join(_product(form))
 
 
-def _w4_body(a: Mapping[str, Attribute], form: BodyForm) -> str:
+def _w4_body(a: Attributes, form: BodyForm) -> str:
     group = int(a["group_size"])
     return "\n".join(
         [

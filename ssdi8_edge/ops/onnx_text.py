@@ -1,9 +1,9 @@
 """Pieces of ONNX text shared by the op bodies: the twins of `int8` and of the chunk helpers.
 
 A body is text for `onnx.parser`. Each helper returns statements; names that start with the given
-prefix are private to it. `F` is the type an op computes in: FP64 on a CPU, so that the rounded result
-does not depend on the order of a sum or on who wrote `exp`; FP32 for NVIDIA's parser, which has no
-FP64.
+prefix are private to it. `F` is the type an op computes in: FP64 on a CPU, so that the rounded
+result does not depend on the order of a sum or on who wrote `exp`; FP32 for NVIDIA's parser, which
+has no FP64.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def from_int8(out: str, q: str, form: BodyForm) -> str:
 def inverse(out: str, scale: str, form: BodyForm) -> str:
     """out = FP32(1 / scale).
 
-    By way of FP64, which rounds to the same FP32: onnxruntime rewrites x · (1 / s) as x / s where it
-    sees both, and the two round differently.
+    By way of FP64, which rounds to the same FP32: onnxruntime rewrites x · (1 / s) as x / s where
+    it sees both, and the two round differently.
     """
     f = compute_type(form)
     return "\n".join(

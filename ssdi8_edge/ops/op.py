@@ -19,15 +19,15 @@ DOMAIN = "ssdi8"
 # "tensorrt": what NVIDIA's parser accepts: no FP64, linears as Q/DQ + MatMul. For its checks only,
 # and for the ops that have no plugin.
 BodyForm = Literal["cpu", "tensorrt"]
-Attribute = int | float | str
-Body = Callable[[Mapping[str, Attribute], BodyForm], str]
+Attributes = Mapping[str, Any]  # values are int, float or str
+Body = Callable[[Attributes, BodyForm], str]
 
 
 class Emitter(Protocol):
     """Where nodes go; implemented by `export.GraphBuilder`."""
 
     def emit(
-        self, op: Op, inputs: tuple[GraphValue, ...], attributes: Mapping[str, Attribute]
+        self, op: Op, inputs: tuple[GraphValue, ...], attributes: Attributes
     ) -> tuple[GraphValue, ...]: ...
 
 
@@ -74,18 +74,18 @@ class Op:
         """Attribute names; each node carries all of them."""
         return tuple(p.name for p in self._parameters if p.kind is p.KEYWORD_ONLY)
 
-    def __call__(self, *inputs: Any, **attributes: Attribute) -> Any:
+    def __call__(self, *inputs: Any, **attributes: Any) -> Any:
         if isinstance(inputs[0], GraphValue):
             outputs = inputs[0].graph.emit(self, inputs, attributes)
             return outputs if len(outputs) > 1 else outputs[0]
         return self.reference(*inputs, **attributes)
 
-    def static_attributes(self, attributes: Mapping[str, Attribute]) -> dict[str, Attribute]:
+    def static_attributes(self, attributes: Attributes) -> dict[str, Any]:
         """The attributes that select the body: equal in the whole graph, unlike a node's scale."""
         return {k: v for k, v in attributes.items() if k != "scale"}
 
     def function_text(
-        self, n_inputs: int, attributes: Mapping[str, Attribute], form: BodyForm, opset: int
+        self, n_inputs: int, attributes: Attributes, form: BodyForm, opset: int
     ) -> str:
         """The op as an ONNX function in the textual syntax of `onnx.parser`."""
         inputs = ", ".join(self.inputs[:n_inputs])

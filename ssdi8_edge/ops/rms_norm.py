@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
 from ssdi8_edge.int8 import Rounding, quantize
 from ssdi8_edge.ops import onnx_text as t
-from ssdi8_edge.ops.op import Attribute, BodyForm, Op
+from ssdi8_edge.ops.op import Attributes, BodyForm, Op
 
 
 def rms_norm_reference(
@@ -34,7 +32,7 @@ def rms_norm_reference(
     return residual, quantize(u, torch.tensor(scale, device=u.device), rounding, "u")
 
 
-def _body(a: Mapping[str, Attribute], form: BodyForm) -> str:
+def _body(a: Attributes, form: BodyForm) -> str:
     f = t.compute_type(form)
     return "\n".join(
         [

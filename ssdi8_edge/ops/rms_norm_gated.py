@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
@@ -11,7 +9,7 @@ from ssdi8_edge import hadamard
 from ssdi8_edge.int8 import Rounding, quantize
 from ssdi8_edge.ops import onnx_text as t
 from ssdi8_edge.ops.causal_conv1d import silu, silu_lines
-from ssdi8_edge.ops.op import Attribute, BodyForm, Op
+from ssdi8_edge.ops.op import Attributes, BodyForm, Op
 from ssdi8_edge.ops.rms_norm import rms_lines
 
 
@@ -53,7 +51,7 @@ def rms_norm_gated_reference(
     return quantize(rotated, torch.tensor(scale, device=r.device), rounding, "r")
 
 
-def gated_norm_lines(a: Mapping[str, Attribute], form: BodyForm) -> list[str]:
+def gated_norm_lines(a: Attributes, form: BodyForm) -> list[str]:
     """`gated_norm` as statements: defines `r` (B, L, E) FP32."""
     f = t.compute_type(form)
     e, g = int(a["d_inner"]), int(a["ngroups"])
@@ -78,7 +76,7 @@ def _matrix(name: str, m: Tensor, form: BodyForm) -> str:
     return f"{name} = Constant <value = {kind}[{m.shape[0]}, {m.shape[1]}] {{{values}}}> ()"
 
 
-def _body(a: Mapping[str, Attribute], form: BodyForm) -> str:
+def _body(a: Attributes, form: BodyForm) -> str:
     f = t.compute_type(form)
     e = int(a["d_inner"])
     left, right = hadamard.factors(e)

@@ -1,8 +1,8 @@
-"""All of SSD in one op: the composition of the modules for a sequence, the recurrence for one token."""
+"""All of SSD in one op: the modules composed for a sequence, the recurrence for one token."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from ssdi8_edge.ops.chunk_cumsum import CHUNK_CUMSUM, time_step, time_step_lines
 from ssdi8_edge.ops.chunk_scan import CHUNK_SCAN
 from ssdi8_edge.ops.chunk_state import CHUNK_STATE, Gate
 from ssdi8_edge.ops.chunking import per_head
-from ssdi8_edge.ops.op import DOMAIN, Attribute, BodyForm, Op
+from ssdi8_edge.ops.op import DOMAIN, Attributes, BodyForm, Op
 from ssdi8_edge.ops.state_passing import STATE_PASSING
 
 
@@ -32,14 +32,14 @@ def ssd_modules(
     state_scale: Tensor,
     cb_scale: Tensor,
     x_tile_scale: Tensor | None = None,
-    **attributes: Attribute,
+    **attributes: Any,
 ) -> tuple[Tensor, Tensor]:
     """ChunkCumsum → ChunkState → StatePassing → ChunkScan, each an op of its own.
 
     Arguments and results as in `ssd_scan_reference`. Works on tensors and on graph values.
     """
 
-    def run(op: Op, *inputs: Tensor) -> tuple[Tensor, ...] | Tensor:
+    def run(op: Op, *inputs: Tensor) -> Any:
         return op(*inputs, **{k: v for k, v in attributes.items() if k in op.attributes})
 
     dt, a = run(CHUNK_CUMSUM, zxbcdt, dt_bias, A)
@@ -156,7 +156,7 @@ def _group_rows(q: Tensor, scale: Tensor, heads: int, groups: int) -> Tensor:
     return rows.float() * per_head(scale, heads)[:, None]
 
 
-def _body(a: Mapping[str, Attribute], form: BodyForm) -> str:
+def _body(a: Attributes, form: BodyForm) -> str:
     inputs = "x, b_q, c_q, dt, a, passed, D, b_scale, c_scale, state_scale, cb_scale"
     if int(a["scan_tile"]) < int(a["chunk_size"]):
         inputs += ", x_tile_scale"
@@ -201,12 +201,12 @@ def _body(a: Mapping[str, Attribute], form: BodyForm) -> str:
     )
 
 
-def _literal(value: Attribute) -> str:
+def _literal(value: Any) -> str:
     return f'"{value}"' if isinstance(value, str) else repr(value)
 
 
-def _step_lines(a: Mapping[str, Attribute], form: BodyForm) -> str:
-    """`ssd_step` from `b_step32`, `c_step32` (B, 1, G·N) and their scales (broadcast to (H, 1, N))."""
+def _step_lines(a: Attributes, form: BodyForm) -> str:
+    """`ssd_step` from `b_step32`, `c_step32` (B, 1, G·N) and their scales per head (H, 1, 1)."""
     f = t.compute_type(form)
     h, p, g, n = (int(a[key]) for key in ("nheads", "headdim", "ngroups", "d_state"))
     lines = [

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
@@ -11,7 +9,7 @@ from ssdi8_edge.int8 import Rounding, round_to_int8, round_to_integer
 from ssdi8_edge.ops import onnx_text as t
 from ssdi8_edge.ops.chunk_state import Gate
 from ssdi8_edge.ops.chunking import chunks_of_decay
-from ssdi8_edge.ops.op import Attribute, BodyForm, Op
+from ssdi8_edge.ops.op import Attributes, BodyForm, Op
 
 GATE_BITS = 7
 
@@ -26,7 +24,7 @@ def state_passing_reference(
     gate: Gate,
     rounding: Rounding,
 ) -> tuple[Tensor, Tensor]:
-    """R_0 = ssm_state; R_{c+1} = exp(a_last of chunk c) · R_c + S_c; stored as Q(R_c / state_scale).
+    """R_0 = ssm_state; R_{c+1} = exp(a_last of chunk c)·R_c + S_c; stored as Q(R_c / state_scale).
 
     gate "fp32": FP32 carry, one multiplication and one addition, each rounded; only the stored
     copies are quantized. gate "q0.7", as released: INT32 carry in units of state_scale, the gate in
@@ -65,7 +63,7 @@ def state_passing_reference(
     return passed, final.to(ssm_state.dtype)
 
 
-def _body(a: Mapping[str, Attribute], form: BodyForm) -> str:
+def _body(a: Attributes, form: BodyForm) -> str:
     f = t.compute_type(form)
     k, rounding = int(a["chunk_size"]), a["rounding"]
     lines = [
@@ -128,6 +126,10 @@ def _body(a: Mapping[str, Attribute], form: BodyForm) -> str:
         "ssm_state_out = CastLike (final_real, ssm_state)",
     ]
     return "\n".join(lines)
+
+
+# One step of an unquantized carry.
+DECAY = "decayed = Mul (gamma_c, carry)"
 
 
 def scan_over_chunks(start: str, gamma: str, states: str, kind: str, decay: str) -> str:

@@ -23,7 +23,7 @@ from ssdi8_edge.progress import Track, silent
 from ssdi8_edge.quantize.correction import MeanDifference
 from ssdi8_edge.quantize.gptq import quantize_w4
 from ssdi8_edge.quantize.modules import (
-    Attributes,
+    NodeAttributes,
     linear,
     run_mixer,
     zero_state,
@@ -247,7 +247,7 @@ def _quantize_layer(
     hessian = _in_proj_hessian(p, config, streams) if recipe.gptq else None
     p |= _linear_tensors("in_proj", rotated[IN_PROJ], scales["u_scale"], recipe, hessian)
 
-    attributes = Attributes(config, recipe)
+    attributes = NodeAttributes(config, recipe)
     hessian = torch.zeros(config.d_inner, config.d_inner) if recipe.gptq else None
     for part in streams.parts:
         entering = streams.quantized[part]

@@ -53,7 +53,7 @@ def zero_state(config: Mamba2Config, recipe: QuantConfig, batch: int, device: An
 
 
 @dataclass(frozen=True)
-class Attributes:
+class NodeAttributes:
     """Node attributes that follow from the model's sizes and the recipe."""
 
     config: Mamba2Config
@@ -104,7 +104,7 @@ def linear(p: Parameters, name: str, x: Any, recipe: QuantConfig) -> Any:
 
 
 def run_mixer(
-    p: Parameters, attributes: Attributes, hidden: Any, residual: Any, state: State
+    p: Parameters, attributes: NodeAttributes, hidden: Any, residual: Any, state: State
 ) -> tuple[Any, Any, State]:
     """Norm to gated norm of an INT8 block: (residual', input of out_proj INT8, state')."""
     recipe = attributes.recipe
@@ -135,7 +135,7 @@ def run_mixer(
 
 
 def run_block(
-    p: Parameters, attributes: Attributes, hidden: Any, residual: Any, state: State
+    p: Parameters, attributes: NodeAttributes, hidden: Any, residual: Any, state: State
 ) -> tuple[Any, Any, State]:
     """One block: hidden (B, L, D) FP16 and residual (B, L, D) FP32 in, their successors out."""
     if attributes.recipe.quantized:
@@ -154,7 +154,7 @@ def run_block(
     return fp16.LINEAR(r, p["out_proj.weight"]), residual, State(conv, ssm)
 
 
-def run_head(p: Parameters, attributes: Attributes, hidden: Any, residual: Any) -> Any:
+def run_head(p: Parameters, attributes: NodeAttributes, hidden: Any, residual: Any) -> Any:
     """Final norm and lm_head: logits (B, L, V) FP32."""
     eps = attributes.config.norm_eps
     if attributes.recipe.lm_head == "fp16":
@@ -170,7 +170,7 @@ Scope = Callable[[str], AbstractContextManager[Any]]
 def run_model(
     layer: Callable[[int], Parameters],
     top: Parameters,
-    attributes: Attributes,
+    attributes: NodeAttributes,
     input_ids: Any,
     states: list[State],
     keep: Any,
@@ -198,7 +198,7 @@ class QuantizedMamba2:
     def __init__(
         self, config: Mamba2Config, recipe: QuantConfig, tensors: Mapping[str, Tensor]
     ) -> None:
-        self.attributes = Attributes(config, recipe)
+        self.attributes = NodeAttributes(config, recipe)
         self._top: dict[str, Any] = {}
         self._layers: list[dict[str, Any]] = [{} for _ in range(config.n_layer)]
         for name, tensor in tensors.items():

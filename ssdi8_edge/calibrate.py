@@ -43,8 +43,8 @@ def load_block(layer: dict[str, Tensor], config: Mamba2Config) -> Mamba2Block:
     return block.eval().requires_grad_(False)
 
 
-def fp32_layer(checkpoint: Checkpoint, index: int) -> dict[str, Tensor]:
-    return {name: tensor.float() for name, tensor in checkpoint.layer(index).items()}
+def fp32_layer(checkpoint: Checkpoint, index: int, device: str) -> dict[str, Tensor]:
+    return {k: tensor.to(device).float() for k, tensor in checkpoint.layer(index).items()}
 
 
 def embed(checkpoint: Checkpoint, ids: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -113,7 +113,11 @@ class Observers:
 
 
 def calibrate(
-    checkpoint: Checkpoint, recipe: QuantConfig, ids: Tensor, track: Track = silent
+    checkpoint: Checkpoint,
+    recipe: QuantConfig,
+    ids: Tensor,
+    track: Track = silent,
+    device: str = "cpu",
 ) -> dict[str, Tensor]:
     """Statistics of every layer on the token windows `ids` (S, T).
 
@@ -129,14 +133,14 @@ def calibrate(
     statistics: dict[str, Tensor] = {}
     with torch.inference_mode():
         for i in track(range(config.n_layer), "calibrate"):
-            layer = fp32_layer(checkpoint, i)
+            layer = fp32_layer(checkpoint, i, device)
             observers = Observers(config, recipe.scan_tile, layer[GATE_NORM])
             observers.observe_decay(-layer["mixer.A_log"].exp())
             block = load_block(rotate_layer(layer, fold_gate_norm=True), config)
             for part in batches(ids):
-                residual, _ = block(stream[part], None, observers)
+                residual, _ = block(stream[part].to(device), None, observers)
                 stream[part] = residual
-            statistics |= {f"layers.{i}.{k}": v for k, v in observers.absmax.items()}
+            statistics |= {f"layers.{i}.{k}": v.cpu() for k, v in observers.absmax.items()}
         norm_f = torch.zeros(())
         for part in batches(ids):
             rows = stream[part]

@@ -50,7 +50,7 @@ class Perplexity:
     perplexity: float
 
 
-def open_subject(source: str, tokenizer: Path | None = None) -> Subject:
+def open_subject(source: str, tokenizer: Path | None = None, device: str = "cpu") -> Subject:
     """What `source` names: a bundle or run folder, a quantized checkpoint, an FP checkpoint.
 
     Raises:
@@ -60,11 +60,11 @@ def open_subject(source: str, tokenizer: Path | None = None) -> Subject:
     if (bundle_folder(folder) / "manifest.json").is_file():
         return _bundle_subject(folder)
     if is_quantized_checkpoint(folder):
-        model = load_quantized(folder)
+        model = load_quantized(folder, device)
         return Subject(
             model.recipe.name,
             "torch reference",
-            lambda ids: model.forward(ids, None, ids.shape[1])[0],
+            lambda ids: model.forward(ids.to(device), None, ids.shape[1])[0].cpu(),
             tokenizer or folder / TOKENIZER,
         )
     checkpoint = open_checkpoint(source)
@@ -73,7 +73,8 @@ def open_subject(source: str, tokenizer: Path | None = None) -> Subject:
         raise UsageError(f"{source} has no tokenizer.json;", "name one with --tokenizer.")
     lm = Mamba2LM(Mamba2Config(**checkpoint.config)).eval()
     lm.load_state_dict({name: checkpoint.tensor(name).float() for name in checkpoint.names})
-    return Subject("fp32", "torch", lambda ids: lm(ids.long())[0], found)
+    lm = lm.to(device)
+    return Subject("fp32", "torch", lambda ids: lm(ids.to(device).long())[0].cpu(), found)
 
 
 def _bundle_subject(folder: Path) -> Subject:

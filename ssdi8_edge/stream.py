@@ -35,7 +35,7 @@ class Spool:
 
     def __setitem__(self, part: slice, value: Tensor) -> None:
         self._file.seek(part.start * self._bytes)
-        self._file.write(value.contiguous().numpy().astype(self._dtype, copy=False).data)
+        self._file.write(value.cpu().contiguous().numpy().astype(self._dtype, copy=False).data)
 
     def close(self) -> None:
         self._file.close()

@@ -56,6 +56,7 @@ def quantize(
     ids: Tensor,
     sink: Sink,
     track: Track = silent,
+    device: str = "cpu",
 ) -> dict[str, float]:
     """Quantize `checkpoint` by `recipe` and hand every tensor to `sink`.
 
@@ -71,13 +72,17 @@ def quantize(
         _keep_fp16(checkpoint, config, sink, track)
         return {}
     _quantize_ends(checkpoint, recipe, statistics, sink)
-    streams = _Streams(checkpoint, config, ids)
+    streams = _Streams(checkpoint, config, ids, device)
     with torch.inference_mode(), int8.count_saturation() as saturation:
         for i in track(range(config.n_layer), "quantize"):
             prefix = f"layers.{i}."
             saturation.scope = prefix
-            own = {k[len(prefix) :]: v for k, v in statistics.items() if k.startswith(prefix)}
-            source = fp32_layer(checkpoint, i)
+            own = {
+                k[len(prefix) :]: v.to(device)
+                for k, v in statistics.items()
+                if k.startswith(prefix)
+            }
+            source = fp32_layer(checkpoint, i, device)
             for name, tensor in _quantize_layer(source, own, config, recipe, streams).items():
                 sink.add(prefix + name, tensor)
         fractions = saturation.fractions()
@@ -92,7 +97,7 @@ def _keep_fp16(checkpoint: Checkpoint, config: Mamba2Config, sink: Sink, track: 
     if not config.tie_embeddings:
         sink.add("lm_head.weight", checkpoint.tensor("lm_head.weight").half())
     for i in track(range(config.n_layer), "quantize"):
-        layer = fp32_layer(checkpoint, i)
+        layer = fp32_layer(checkpoint, i, "cpu")
         tensors = {
             "norm.weight": layer[NORM],
             "in_proj.weight": layer[IN_PROJ].half(),
@@ -154,7 +159,7 @@ def _w8(weight: Tensor, input_scale: Tensor, *, per_row: bool) -> Layer:
     return {
         "weight": int8.quantize(weight, scale[:, None], "half_even"),
         "scale": scale * input_scale,
-        "bias": torch.zeros(len(weight)),
+        "bias": weight.new_zeros(len(weight)),
     }
 
 
@@ -168,7 +173,7 @@ def _linear_tensors(
             "packed": w4.packed,
             "group_scale": w4.group_scale,
             "scale": w4.row_scale * input_scale,
-            "bias": torch.zeros(len(weight)),
+            "bias": weight.new_zeros(len(weight)),
         }
     else:
         tensors = _w8(weight, input_scale, per_row=recipe.linear == "w8_row")
@@ -211,7 +216,10 @@ def _scales(statistics: Mapping[str, Tensor], recipe: QuantConfig) -> Layer:
 class _Streams:
     """Residual streams of the FP and of the quantized model, entering the layer at hand."""
 
-    def __init__(self, checkpoint: Checkpoint, config: Mamba2Config, ids: Tensor) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, config: Mamba2Config, ids: Tensor, device: str
+    ) -> None:
+        self.device = device
         self.parts = batches(ids)
         self.tokens = ids.shape[1]
         shape = (self.tokens, config.d_model)
@@ -248,11 +256,12 @@ def _quantize_layer(
     p |= _linear_tensors("in_proj", rotated[IN_PROJ], scales["u_scale"], recipe, hessian)
 
     attributes = NodeAttributes(config, recipe)
-    hessian = torch.zeros(config.d_inner, config.d_inner) if recipe.gptq else None
+    device = streams.device
+    hessian = torch.zeros(config.d_inner, config.d_inner, device=device) if recipe.gptq else None
     for part in streams.parts:
-        entering = streams.quantized[part]
-        state = zero_state(config, recipe, len(entering))
-        zero = torch.zeros(entering.shape, dtype=torch.float16)
+        entering = streams.quantized[part].to(device)
+        state = zero_state(config, recipe, len(entering), device)
+        zero = torch.zeros_like(entering, dtype=torch.float16)
         _, r, _ = run_mixer(p, attributes, zero, entering, state)
         streams.out_proj_input[part] = r
         if hessian is not None:
@@ -267,10 +276,10 @@ def _quantize_layer(
 
 def _in_proj_hessian(p: Mapping[str, Any], config: Mamba2Config, streams: _Streams) -> Tensor:
     """Σ u uᵀ of in_proj's INT8 input; a common factor does not change GPTQ."""
-    hessian = torch.zeros(config.d_model, config.d_model)
+    hessian = torch.zeros(config.d_model, config.d_model, device=streams.device)
     for part in streams.parts:
-        entering = streams.quantized[part]
-        zero = torch.zeros(entering.shape, dtype=torch.float16)
+        entering = streams.quantized[part].to(streams.device)
+        zero = torch.zeros_like(entering, dtype=torch.float16)
         scale, eps = p["u_scale"], config.norm_eps
         _, u = RMS_NORM.reference(zero, entering, scale=scale, eps=eps, rounding="half_even")
         flat = u.flatten(0, 1).float()
@@ -282,11 +291,12 @@ def _advance(p: dict[str, Any], block: Any, recipe: QuantConfig, streams: _Strea
     """Both streams through the block; the difference of their means becomes out_proj's bias."""
     difference = MeanDifference()
     for part in streams.parts:
-        fp = streams.fp[part]
+        fp = streams.fp[part].to(streams.device)
         fp_next, _ = block(fp)
         streams.fp[part] = fp_next
-        entering = streams.quantized[part]
-        out = linear(p, "out_proj", streams.out_proj_input[part], recipe).float()
+        entering = streams.quantized[part].to(streams.device)
+        r = streams.out_proj_input[part].to(streams.device)
+        out = linear(p, "out_proj", r, recipe).float()
         streams.quantized[part] = entering + out
         if recipe.correction == "out":
             difference.add((fp_next - fp) - out)
@@ -295,6 +305,6 @@ def _advance(p: dict[str, Any], block: Any, recipe: QuantConfig, streams: _Strea
     if recipe.correction == "none":
         return
     bias = difference.correction(recipe.correction_strength)
-    p["out_proj.bias"] = bias
+    p["out_proj.bias"] = bias.to(streams.device)
     for part in streams.parts:
         streams.quantized[part] = streams.quantized[part] + bias

@@ -23,7 +23,7 @@ class MeanDifference:
     def add(self, difference: Tensor) -> None:
         """`difference` (samples, L, D)."""
         skip = min(SKIP_TOKENS, difference.shape[1] - 1)
-        self._sample_means.append(difference[:, skip:].double().mean(1))
+        self._sample_means.append(difference[:, skip:].double().mean(1).cpu())
 
     def correction(self, strength: float | None) -> Tensor:
         """λ · mean difference, (D) FP32.

@@ -48,8 +48,8 @@ def quantize_w4(weight: Tensor, group_size: int, hessian: Tensor | None) -> W4:
         )
     work = weight.float().clone()
     factor = None if hessian is None else _inverse_cholesky(work, hessian)
-    q4 = torch.empty(rows, columns, dtype=torch.int16)
-    scales = torch.empty(rows, columns // group_size)
+    q4 = torch.empty(rows, columns, dtype=torch.int16, device=work.device)
+    scales = torch.empty(rows, columns // group_size, device=work.device)
     for start in range(0, columns, group_size):
         block = slice(start, start + group_size)
         scale = (work[:, block].abs().amax(1) * 2 / 15).clamp_min(1e-8)
@@ -57,7 +57,7 @@ def quantize_w4(weight: Tensor, group_size: int, hessian: Tensor | None) -> W4:
         if factor is None:
             q4[:, block] = _round_group(work[:, block], scale[:, None]).to(torch.int16)
             continue
-        errors = torch.empty(rows, group_size)
+        errors = torch.empty(rows, group_size, device=work.device)
         inside = factor[block, block]
         current = work[:, block]
         for j in range(group_size):

@@ -7,7 +7,8 @@ they belong to: tensor ≈ scale · q.
 Two roundings exist, chosen by the recipe:
 
 * ``half_even``: round half to even, saturate to [-128, 127]. One hardware convert instruction.
-* ``half_away``: ⌊|v| + ½⌋ with the sign of v, saturate to [-127, 127]. SSDi8 as released.
+* ``half_away``: ⌊|v| + ½⌋ (an FP32 sum) with the sign of v, saturate to [-127, 127]. SSDi8 as
+  released.
 """
 
 from __future__ import annotations
@@ -108,7 +109,8 @@ def _library_product_is_exact() -> bool:
 def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
     """Exact INT8 × INT8 → INT32 product of `a` (…, k) with the rows of `b` (n, k): (…, n)."""
     flat = a.reshape(-1, a.shape[-1])
-    if not a.is_cuda and _library_product_is_exact():
+    # With one column, torch 2.13 returns memory that it never wrote.
+    if not a.is_cuda and flat.shape[1] > 1 and _library_product_is_exact():
         product = torch._int_mm(flat, b.t())
     else:
         product = torch.zeros(flat.shape[0], b.shape[0], dtype=torch.int32, device=a.device)

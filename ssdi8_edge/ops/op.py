@@ -1,7 +1,8 @@
 """What an op is: one name, a torch reference, and an ONNX function body.
 
-Calling an op on torch tensors computes its reference. Calling it on `GraphValue`s appends one node
-to the graph under construction. So the data flow of the model is written once, in
+Calling an op on torch tensors computes its reference, or runs its CUDA kernel where the tensors are
+on a GPU and the kernel library is built. Calling it on `GraphValue`s appends one node to the graph
+under construction. So the data flow of the model is written once, in
 `quantize.modules`, and the exported graph cannot differ from what was evaluated.
 """
 
@@ -78,7 +79,13 @@ class Op:
         if isinstance(inputs[0], GraphValue):
             outputs = inputs[0].graph.emit(self, inputs, attributes)
             return outputs if len(outputs) > 1 else outputs[0]
-        return self.reference(*inputs, **attributes)
+        kernel = None
+        if inputs[0].is_cuda:
+            # Here, since the library's signatures use the types of the ops, which import this file.
+            from ssdi8_edge.ops.kernel_library import kernel_for
+
+            kernel = kernel_for(self.name)
+        return (kernel or self.reference)(*inputs, **attributes)
 
     def static_attributes(self, attributes: Attributes) -> dict[str, Any]:
         """The attributes that select the body: equal in the whole graph, unlike a node's scale."""

@@ -294,17 +294,22 @@ def _advance(p: dict[str, Any], block: Any, recipe: QuantConfig, streams: _Strea
         fp = streams.fp[part].to(streams.device)
         fp_next, _ = block(fp)
         streams.fp[part] = fp_next
-        entering = streams.quantized[part].to(streams.device)
-        r = streams.out_proj_input[part].to(streams.device)
-        out = linear(p, "out_proj", r, recipe).float()
-        streams.quantized[part] = entering + out
-        if recipe.correction == "out":
-            difference.add((fp_next - fp) - out)
-        elif recipe.correction == "residual":
-            difference.add(fp_next - (entering + out))
-    if recipe.correction == "none":
-        return
-    bias = difference.correction(recipe.correction_strength)
-    p["out_proj.bias"] = bias.to(streams.device)
+        if recipe.correction == "none":
+            continue
+        entering, out = _out_proj(p, recipe, streams, part)
+        # The output alone, as released, or with it all that the residual has lost so far.
+        base = fp if recipe.correction == "out" else entering
+        difference.add((fp_next - base) - out)
+    if recipe.correction != "none":
+        p["out_proj.bias"] = difference.correction(recipe.correction_strength).to(streams.device)
     for part in streams.parts:
-        streams.quantized[part] = streams.quantized[part] + bias
+        entering, out = _out_proj(p, recipe, streams, part)
+        streams.quantized[part] = entering + out
+
+
+def _out_proj(
+    p: Mapping[str, Any], recipe: QuantConfig, streams: _Streams, part: slice
+) -> tuple[Tensor, Tensor]:
+    """The quantized residual entering the block, and what the block adds to it as it will run."""
+    r = streams.out_proj_input[part].to(streams.device)
+    return streams.quantized[part].to(streams.device), linear(p, "out_proj", r, recipe).float()

@@ -71,7 +71,7 @@ def quantize_w4(weight: Tensor, group_size: int, hessian: Tensor | None) -> W4:
 
 
 def _inverse_cholesky(weight: Tensor, hessian: Tensor) -> Tensor:
-    """Upper Cholesky factor of the inverse damped Hessian; inputs never seen are left alone."""
+    """Upper Cholesky factor of the inverse damped Hessian; inputs never seen get zero weights."""
     h = hessian.double().clone()
     diagonal = h.diagonal()
     unseen = diagonal == 0

@@ -1,0 +1,88 @@
+"""The rotations: orthogonal, equal to the plain matrix product, and refused where none exists."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from ssdi8_edge import hadamard
+from ssdi8_edge.errors import UsageError
+
+# 2^k, 12 · 2^k and 20 · 2^k: the widths of the published models, and the smallest of each family.
+ORDERS = [1, 2, 4, 12, 20, 24, 40, 48, 64, 256, 768, 1024, 1536, 2048, 2560, 3072, 5120]
+# Dense n × n products beyond this are slow, and prove nothing more.
+DENSE = [n for n in ORDERS if n <= 1536]
+
+
+def matrix(n: int) -> Tensor:
+    left, right = hadamard.factors(n)
+    return torch.kron(left, right)
+
+
+@pytest.mark.parametrize("n", ORDERS)
+def test_factors_are_hadamard_matrices(n: int) -> None:
+    """Entries ±1, order n together, and rows orthogonal: H·Hᵀ = n·I, in exact integers."""
+    left, right = hadamard.factors(n)
+    assert left.shape[0] * right.shape[0] == n
+    for h in (left, right):
+        assert h.shape[0] == h.shape[1]
+        assert torch.equal(h.abs(), torch.ones_like(h))
+        assert torch.equal(h @ h.t(), h.shape[0] * torch.eye(h.shape[0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("n", ORDERS)
+def test_factors_are_balanced(n: int) -> None:
+    """Two small products: neither factor may be (nearly) the whole matrix."""
+    sizes = [f.shape[0] for f in hadamard.factors(n)]
+    assert max(sizes) <= max(20, 4 * n**0.5)
+
+
+@pytest.mark.parametrize("n", DENSE)
+def test_transform_is_the_matrix_product(n: int) -> None:
+    """x · H / √n with the dense Kronecker product: catches a transposed or swapped factor.
+
+    Relative 1e-13: FP64 sums of n ≤ 1536 terms in another order.
+    """
+    x = torch.randn(2, 3, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    want = x @ matrix(n) / n**0.5
+    torch.testing.assert_close(hadamard.transform(x), want, rtol=0, atol=1e-13 * n**0.5)
+
+
+@pytest.mark.parametrize("n", ORDERS)
+def test_transform_is_orthogonal(n: int) -> None:
+    """Inner products survive (to FP64 rounding), so norms and linears can be rotated exactly."""
+    x = torch.randn(4, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    y = hadamard.transform(x)
+    torch.testing.assert_close(y @ y.t(), x @ x.t(), rtol=1e-12, atol=1e-11 * n**0.5)
+
+
+@pytest.mark.parametrize("n", [12, 20, 24, 1536])
+def test_not_symmetric_where_paley_is_not(n: int) -> None:
+    """H_12 and H_20 differ from their transposes: the test above can see a transposition."""
+    h = matrix(n)
+    assert not torch.equal(h, h.t())
+
+
+def test_transform_spreads_an_outlier() -> None:
+    """What the rotation is for: one large channel becomes n equal ones."""
+    x = torch.zeros(1, 1536)
+    x[0, 77] = 1536**0.5
+    torch.testing.assert_close(hadamard.transform(x).abs(), torch.ones(1, 1536).double())
+
+
+def test_transform_computes_in_fp64() -> None:
+    """FP16 input, FP64 arithmetic and result; the sum 60000 · 64 would overflow FP16."""
+    y = hadamard.transform(torch.full((1, 64), 60000.0, dtype=torch.float16))
+    assert y.dtype is torch.float64
+    assert y[0, 0].item() == pytest.approx(60000 * 8, rel=1e-3)
+
+
+@pytest.mark.parametrize("n", [3, 6, 10, 28, 36, 60, 100, 120 * 3, 4096 + 1])
+def test_refuses_other_orders(n: int) -> None:
+    """A UsageError that names the size and the way out, not a wrong rotation."""
+    with pytest.raises(UsageError, match=rf"size {n}\b") as caught:
+        hadamard.factors(n)
+    assert "fp16" in caught.value.hint
+    with pytest.raises(UsageError):
+        hadamard.transform(torch.zeros(2, n))

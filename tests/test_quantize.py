@@ -1,0 +1,1215 @@
+"""Recipes end to end on a tiny model: statistics, weights, correction, and what comes out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from case_table import (
+    Quantized,
+    TensorSink,
+    apply_recipe,
+    random_ids,
+    relative_error,
+    tiny_recipe,
+    write_checkpoint,
+)
+from conftest import make_config
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional
+
+from ssdi8_edge import hadamard, int8, safetensors_writer
+from ssdi8_edge.calibrate import calibrate, fp32_layer
+from ssdi8_edge.checkpoint import DEMO_FOLDER, Checkpoint, open_checkpoint
+from ssdi8_edge.errors import CheckpointError, UsageError
+from ssdi8_edge.methods import METHODS, QuantConfig, find_method
+from ssdi8_edge.model import LayerState, Mamba2Config, Mamba2LM
+from ssdi8_edge.ops.linear import unpack_w4
+from ssdi8_edge.pipeline import Build, BuildRequest
+from ssdi8_edge.profiles import load_target
+from ssdi8_edge.quantize import quantize
+from ssdi8_edge.quantize.correction import SKIP_TOKENS, MeanDifference
+from ssdi8_edge.quantize.gptq import quantize_w4
+from ssdi8_edge.quantize.modules import QuantizedMamba2, State, run_block
+from ssdi8_edge.quantize.saved import is_quantized_checkpoint, load_quantized, read_config
+from ssdi8_edge.safetensors_writer import SafetensorsWriter
+from ssdi8_edge.stream import TOKENS_PER_BATCH, Spool, batches, read_tokens
+
+SAMPLES, TOKENS = 12, 48
+QUANTIZED = [name for name, recipe in METHODS.items() if recipe.quantized]
+EDGE = ["edge-w8a8", "edge-w4a8"]
+
+
+class Tiny:
+    """Tiny checkpoints and what recipes make of them, each made once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._sources: dict[int, tuple[Checkpoint, Mamba2LM]] = {}
+        self._made: dict[str, Quantized] = {}
+        self.ids = random_ids(SAMPLES, TOKENS)
+
+    def source(self, ngroups: int = 1) -> tuple[Checkpoint, Mamba2LM]:
+        if ngroups not in self._sources:
+            made = write_checkpoint(self._folder / f"{ngroups}", make_config(ngroups))
+            self._sources[ngroups] = made
+        return self._sources[ngroups]
+
+    def quantized(self, name: str, ngroups: int = 1, **changes: Any) -> Quantized:
+        recipe = tiny_recipe(name, **changes)
+        key = f"{ngroups} {recipe}"
+        if key not in self._made:
+            self._made[key] = apply_recipe(self.source(ngroups)[0], recipe, self.ids)
+        return self._made[key]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return Tiny(tmp_path_factory.mktemp("tiny"))
+
+
+# ------------------------------------------------------------------------------------------------
+# Recipes
+# ------------------------------------------------------------------------------------------------
+
+# ‖logits - FP logits‖ / ‖FP logits‖ on tokens not calibrated on. Measured, over 1 and 2 groups:
+# 0.021, 0.152, 0.024, 0.151, 0.00083; bounds are twice that. (4 bits for random weights, without
+# redundancy, cost far more than in a trained model.)
+LOGIT_BOUNDS = {
+    "edge-w8a8": 0.042,
+    "edge-w4a8": 0.31,
+    "ssdi8-w8a8": 0.049,
+    "ssdi8-w4a8": 0.31,
+    "fp16": 0.0017,
+}
+
+
+def logit_error(made: Quantized, model: Mamba2LM) -> float:
+    ids = random_ids(4, TOKENS, seed=9)
+    with torch.inference_mode():
+        want, _ = model(ids)
+    got, _ = made.model.forward(ids, None, TOKENS)
+    return relative_error(got, want)
+
+
+@pytest.mark.parametrize("ngroups", [1, 2])
+@pytest.mark.parametrize("name", METHODS)
+def test_logits_stay_close(tiny: Tiny, name: str, ngroups: int) -> None:
+    """Every preset, calibrated, quantized and run, against the FP model."""
+    made = tiny.quantized(name, ngroups)
+    assert logit_error(made, tiny.source(ngroups)[1]) < LOGIT_BOUNDS[name]
+
+
+@pytest.mark.parametrize("limits", [(0.05, 0.2), (0.0, 0.05), (0.1, math.inf)])
+@pytest.mark.parametrize("name", ["fp16", "edge-w8a8", "ssdi8-w8a8"])
+def test_dt_limits(tmp_path: Path, name: str, limits: tuple[float, float]) -> None:
+    """Bounds on dt reach the quantized SSD: within the same noise of the FP model that has them."""
+    checkpoint, model = write_checkpoint(tmp_path / "c", make_config(dt_limit=limits))
+    free = Mamba2LM(make_config()).eval()
+    free.load_state_dict(model.state_dict())
+    made = apply_recipe(checkpoint, tiny_recipe(name), random_ids(SAMPLES, TOKENS))
+    error = logit_error(made, model)
+    assert error < LOGIT_BOUNDS[name]
+    assert logit_error(made, free) > 2 * error
+
+
+def test_more_bits_are_better(tiny: Tiny) -> None:
+    """FP16 beats W8 beats W4 by a margin; a swapped method would turn this around."""
+    errors = {name: logit_error(tiny.quantized(name), tiny.source()[1]) for name in METHODS}
+    assert errors["fp16"] * 10 < errors["edge-w8a8"]
+    for family in ("edge", "ssdi8"):
+        assert errors[f"{family}-w8a8"] * 3 < errors[f"{family}-w4a8"]
+
+
+def test_gptq_beats_rounding_in_the_model(tiny: Tiny) -> None:
+    """The same recipe without GPTQ is worse on tokens that neither saw."""
+    with_gptq = logit_error(tiny.quantized("edge-w4a8"), tiny.source()[1])
+    without = logit_error(tiny.quantized("edge-w4a8", gptq=False), tiny.source()[1])
+    assert with_gptq < 0.95 * without
+
+
+def test_quantize_is_deterministic(tiny: Tiny) -> None:
+    """The same inputs give the same bytes: artifacts are reused by the key of their inputs."""
+    first = tiny.quantized("edge-w4a8")
+    again = apply_recipe(tiny.source()[0], first.recipe, tiny.ids)
+    assert first.tensors.keys() == again.tensors.keys()
+    assert all(torch.equal(first.tensors[k], again.tensors[k]) for k in first.tensors)
+    assert first.saturation == again.saturation
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_tensor_types(tiny: Tiny, name: str) -> None:
+    """What is stored, in which type: INT8 weights, FP16 tables, FP32 scales, and no more."""
+    made = tiny.quantized(name)
+    recipe, tensors = made.recipe, made.tensors
+    kinds = {k: v.dtype for k, v in tensors.items()}
+    assert kinds["embedding.weight"] is torch.float16
+    layer = {k.removeprefix("layers.0."): v for k, v in kinds.items() if k.startswith("layers.0.")}
+    small = {"conv1d.weight", "conv1d.bias", "dt_bias", "A", "D", "gate_norm.weight"}
+    linears = {"in_proj", "out_proj"}
+    if not recipe.quantized:
+        stored = {f"{k}.weight": torch.float16 for k in linears}
+        assert layer == {**dict.fromkeys([*small, "norm.weight"], torch.float32), **stored}
+        assert "lm_head.weight" not in kinds  # tied
+        return
+    scales = {f"{k}_scale" for k in ("u", "b", "c", "x", "state", "cb", "r")}
+    if recipe.scan2 == "int8_offdiag":
+        scales.add("x_tile_scale")
+    parts: dict[str, torch.dtype] = {"scale": torch.float32, "bias": torch.float32}
+    if recipe.linear == "w4":
+        parts |= {"packed": torch.int8, "group_scale": torch.float16}
+    else:
+        parts |= {"weight": torch.int8}
+    want = {f"{k}.{part}": kind for k in linears for part, kind in parts.items()}
+    assert layer == {**dict.fromkeys(small | scales, torch.float32), **want}
+    assert kinds["lm_head.weight"] is torch.float16  # rotated, so no longer tied
+
+
+def test_int8_head(tiny: Tiny) -> None:
+    """lm_head in INT8 per row with an INT8 norm_f: close to the FP16 head."""
+    made = tiny.quantized("edge-w8a8", lm_head="w8_row")
+    assert made.tensors["lm_head.weight"].dtype is torch.int8
+    assert made.tensors["lm_head.scale"].shape == (256,)
+    assert "norm_f.weight" not in made.tensors
+    assert logit_error(made, tiny.source()[1]) < 0.045  # measured 0.022
+
+
+# ------------------------------------------------------------------------------------------------
+# Calibration
+# ------------------------------------------------------------------------------------------------
+
+
+def direct_statistics(model: Mamba2LM, ids: Tensor, tile: int) -> dict[str, Tensor]:
+    """The statistics from the unrotated FP model: one call per layer, FP64, token by token."""
+    config = model.config
+    chunk, found = config.chunk_size, {}
+    residual = model.backbone.embedding(ids).float()
+    for i, block in enumerate(model.backbone.layers):
+        seen: dict[str, Tensor] = {}
+
+        def observe(name: str, value: Tensor, seen: dict[str, Tensor] = seen) -> None:
+            seen[name] = value.double()
+
+        wide = residual.double()
+        u = wide / (wide.square().mean(-1, keepdim=True) + config.norm_eps).sqrt()
+        residual, _ = block(residual, None, observe)
+        x, dt, b, c = (seen[k] for k in ("x", "dt", "B", "C"))
+        rate = -block.mixer.A_log.double().exp()
+        heads = config.nheads // config.ngroups
+        b_h, c_h = b.repeat_interleave(heads, 2), c.repeat_interleave(heads, 2)
+        shape = (config.nheads, config.headdim)
+        top: dict[str, Tensor] = {
+            "u": hadamard.transform(u).abs().amax(),
+            "B": b.abs().amax((0, 1, 3)),
+            "C": c.abs().amax((0, 1, 3)),
+            "r": hadamard.transform(seen["r"]).abs().amax(),
+            "r_folded": hadamard.transform(seen["r"] / block.mixer.norm.weight).abs().amax(),
+        }
+        for name in ("x_scaled", "x_tile", "chunk_state", "passed_state"):
+            top[name] = torch.zeros(shape, dtype=torch.float64)
+        for name in ("CB", "CB_full"):
+            top[name] = torch.zeros(config.nheads, dtype=torch.float64)
+
+        def raise_to(name: str, value: Tensor, top: dict[str, Tensor] = top) -> None:
+            top[name] = torch.maximum(top[name], value)
+
+        for row in range(len(ids)):
+            carried = torch.zeros(*shape, config.d_state, dtype=torch.float64)
+            for start in range(0, ids.shape[1], chunk):
+                stop = min(start + chunk, ids.shape[1])
+                raise_to("passed_state", carried.abs().amax(-1))
+                local = torch.zeros_like(carried)
+                for k in range(start, stop):
+                    decay = torch.exp(dt[row, k] * rate)[:, None, None]
+                    new = torch.einsum("hp,hn->hpn", dt[row, k, :, None] * x[row, k], b_h[row, k])
+                    local, carried = decay * local + new, decay * carried + new
+                    for name, size in (("x_scaled", chunk), ("x_tile", tile)):
+                        end = min(start + ((k - start) // size + 1) * size, stop)
+                        left = (dt[row, k + 1 : end] * rate).sum(0)
+                        weight = torch.exp(left) * dt[row, k]
+                        raise_to(name, (weight[:, None] * x[row, k]).abs())
+                    for m in range(start, stop):
+                        product = (c_h[row, m] * b_h[row, k]).sum(-1).abs()
+                        raise_to("CB_full", product)
+                        if k <= m:
+                            raise_to("CB", product)
+                raise_to("chunk_state", local.abs().amax(-1))
+            raise_to("passed_state", carried.abs().amax(-1))
+        for name in ("CB", "CB_full"):
+            top[name] = top[name].unflatten(0, (config.ngroups, -1)).amax(1)
+        found |= {f"layers.{i}.{k}": v for k, v in top.items()}
+    wide = residual.double()
+    normed = wide / (wide.square().mean(-1, keepdim=True) + config.norm_eps).sqrt()
+    found["norm_f"] = hadamard.transform(normed).abs().amax()
+    return found
+
+
+@pytest.mark.parametrize("ngroups", [1, 2])
+def test_statistics_by_hand(tiny: Tiny, ngroups: int) -> None:
+    """Every statistic, short last chunk included; 1e-4 relative: FP32 sums in a rotated basis."""
+    checkpoint, model = tiny.source(ngroups)
+    ids = random_ids(3, 37, seed=3)
+    got = calibrate(checkpoint, tiny_recipe("edge-w8a8"), ids)
+    with torch.inference_mode():
+        want = direct_statistics(model, ids, tile=8)
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        assert got[name].dtype is torch.float32
+        torch.testing.assert_close(
+            *(got[name].double(), value),
+            rtol=1e-4,
+            atol=1e-6,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+
+
+def test_statistics_are_running_maxima(tiny: Tiny) -> None:
+    """Windows in one call or in two, of more than one batch: the maximum of both."""
+    checkpoint, _ = tiny.source()
+    recipe = tiny_recipe("edge-w8a8")
+    ids = random_ids(2 * TOKENS_PER_BATCH // TOKENS, TOKENS, seed=4)
+    assert len(batches(ids)) > 1
+    whole = calibrate(checkpoint, recipe, ids)
+    half = len(ids) // 2
+    parts = [calibrate(checkpoint, recipe, part) for part in (ids[:half], ids[half:])]
+    for name, value in whole.items():
+        torch.testing.assert_close(torch.maximum(*(p[name] for p in parts)), value)
+
+
+# ------------------------------------------------------------------------------------------------
+# Scales and weights
+# ------------------------------------------------------------------------------------------------
+
+
+def layer_of(made: Quantized, index: int = 0) -> dict[str, Tensor]:
+    prefix = f"layers.{index}."
+    return {k[len(prefix) :]: v for k, v in made.tensors.items() if k.startswith(prefix)}
+
+
+def statistics_of(made: Quantized, index: int = 0) -> dict[str, Tensor]:
+    prefix = f"layers.{index}."
+    return {k[len(prefix) :]: v for k, v in made.statistics.items() if k.startswith(prefix)}
+
+
+def doctored(tiny: Tiny, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Statistics that are all different, and the tensors of the first layer made with them."""
+    made = tiny.quantized(name, 2)
+    factors = {
+        "u": 1.1,
+        "B": 1.2,
+        "C": 1.3,
+        "CB": 1.4,
+        "CB_full": 1.5,
+        "x_scaled": 1.6,
+        "x_tile": 1.7,
+        "chunk_state": 1.8,
+        "passed_state": 1.0,
+        "r": 2.0,
+        "r_folded": 2.1,
+        "norm_f": 1.0,
+    }
+    statistics = {k: v * factors[k.rsplit(".", 1)[-1]] for k, v in made.statistics.items()}
+    sink = TensorSink()
+    quantize(tiny.source(2)[0], made.recipe, statistics, made.ids, sink)
+    changed = dataclasses.replace(made, statistics=statistics, tensors=sink)
+    return layer_of(changed), statistics_of(changed)
+
+
+def test_activation_scales(tiny: Tiny) -> None:
+    """Which statistic becomes which scale: ours takes passed states and the causal half of CB."""
+    p, s = doctored(tiny, "edge-w8a8")
+    states = torch.maximum(s["chunk_state"], s["passed_state"])
+    assert not torch.equal(states, s["chunk_state"])
+    assert not torch.equal(states, s["passed_state"])
+    want = {
+        "u_scale": s["u"],
+        "r_scale": s["r_folded"],
+        "b_scale": s["B"],
+        "c_scale": s["C"],
+        "cb_scale": s["CB"],
+        "x_scale": s["x_scaled"],
+        "x_tile_scale": s["x_tile"],
+        "state_scale": states,
+    }
+    for name, absmax in want.items():
+        assert torch.equal(p[name], absmax / 127), name
+
+
+def test_released_activation_scales(tiny: Tiny) -> None:
+    """The release: local states, the full square of CB, r with its weight, no tile scale."""
+    p, s = doctored(tiny, "ssdi8-w8a8")
+    want = {"state": "chunk_state", "cb": "CB_full", "r": "r", "x": "x_scaled", "b": "B", "c": "C"}
+    for name, absmax in want.items():
+        assert torch.equal(p[f"{name}_scale"], s[absmax] / 127), name
+    assert "x_tile_scale" not in p
+    gamma = fp32_layer(tiny.source(2)[0], 0, "cpu")["mixer.norm.weight"]
+    assert torch.equal(p["gate_norm.weight"], gamma)
+    folded = layer_of(tiny.quantized("edge-w8a8", 2))["gate_norm.weight"]
+    assert torch.equal(folded, torch.ones_like(folded))
+
+
+@pytest.mark.parametrize("which", ["bc", "x"])
+def test_one_scale_per_tensor(tiny: Tiny, which: str) -> None:
+    """Granularity "tensor" repeats the largest in the same shape, and in its own family only."""
+    fine = layer_of(tiny.quantized("edge-w8a8", 2))
+    coarse = layer_of(tiny.quantized("edge-w8a8", 2, **{f"{which}_granularity": "tensor"}))
+    families = {"bc": ["b", "c", "cb"], "x": ["x", "x_tile", "state"]}
+    for family, names in families.items():
+        for name in names:
+            got, was = coarse[f"{name}_scale"], fine[f"{name}_scale"]
+            assert got.shape == was.shape
+            collapsed = was.amax().expand(was.shape)
+            assert not torch.equal(was, collapsed)
+            assert torch.equal(got, collapsed if family == which else was), name
+
+
+def dequantized(p: dict[str, Tensor], name: str, input_scale: Tensor, group: int) -> Tensor:
+    """The real weight that a stored linear stands for."""
+    if f"{name}.packed" in p:
+        q = unpack_w4(p[f"{name}.packed"], p[f"{name}.group_scale"], group)
+    else:
+        q = p[f"{name}.weight"]
+    return q.float() * (p[f"{name}.scale"] / input_scale)[:, None]
+
+
+def rotated_weights(checkpoint: Checkpoint, *, fold: bool) -> dict[str, Tensor]:
+    """in_proj and out_proj as they must be stored, by dense FP64 products."""
+    layer = {k: v.double() for k, v in fp32_layer(checkpoint, 0, "cpu").items()}
+    d, e = (torch.kron(*hadamard.factors(n)) / n**0.5 for n in (64, 128))
+    out = layer["mixer.out_proj.weight"]
+    out = out * layer["mixer.norm.weight"] if fold else out
+    in_proj = layer["mixer.in_proj.weight"] * layer["norm.weight"] @ d
+    return {"in_proj": in_proj.float(), "out_proj": (d.t() @ out @ e).float()}
+
+
+@pytest.mark.parametrize("name", ["edge-w8a8", "ssdi8-w8a8"])
+def test_w8_weights(tiny: Tiny, name: str) -> None:
+    """Half a step from the rotated weight everywhere; one scale per row, or one for all rows."""
+    made = tiny.quantized(name)
+    p, s = layer_of(made), made.tensors
+    per_row = made.recipe.linear == "w8_row"
+    weights = rotated_weights(tiny.source()[0], fold=made.recipe.fold_gate_norm)
+    for linear, weight in weights.items():
+        input_scale = s[f"layers.0.{'u' if linear == 'in_proj' else 'r'}_scale"]
+        step = p[f"{linear}.scale"] / input_scale
+        absmax = weight.abs().amax(1) if per_row else weight.abs().amax().expand(len(weight))
+        torch.testing.assert_close(step, absmax / 127, rtol=1e-5, atol=0)
+        assert (len(step.unique()) > 10) == per_row
+        error = (dequantized(p, linear, input_scale, 32) - weight).abs()
+        assert float((error / step[:, None]).max()) < 0.5 + 1e-3
+        assert int(p[f"{linear}.weight"].to(torch.int16).abs().max()) == 127
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_ssm_parameters(tiny: Tiny, name: str) -> None:
+    """A_log and D go through INT8 in the released recipes only; dt_bias and the conv never."""
+    p, source = layer_of(tiny.quantized(name)), fp32_layer(tiny.source()[0], 0, "cpu")
+    a_log, d = source["mixer.A_log"], source["mixer.D"]
+    for key in ("dt_bias", "conv1d.bias"):
+        assert torch.equal(p[key], source[f"mixer.{key}"])
+    assert torch.equal(p["conv1d.weight"], source["mixer.conv1d.weight"][:, 0])
+    if not name.startswith("ssdi8"):
+        assert torch.equal(p["A"], -a_log.exp())
+        assert torch.equal(p["D"], d)
+        return
+    step = a_log.abs().max() / 127
+    stored = (-p["A"]).log() / step
+    torch.testing.assert_close(stored, stored.round(), rtol=0, atol=1e-3)
+    assert not torch.allclose(p["A"], -a_log.exp(), rtol=1e-4)
+    torch.testing.assert_close((-p["A"]).log(), a_log, rtol=0, atol=0.51 * float(step))
+    torch.testing.assert_close(p["D"], d, rtol=0, atol=0.51 * float(d.abs().max()) / 127)
+
+
+# ------------------------------------------------------------------------------------------------
+# 4-bit weights
+# ------------------------------------------------------------------------------------------------
+
+
+def w4_problem(correlated: bool, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A weight (24, 64) and inputs (1000, 64)."""
+    g = torch.Generator().manual_seed(seed)
+    weight, x = torch.randn(24, 64, generator=g), torch.randn(1000, 64, generator=g)
+    if correlated:
+        x = x @ (torch.randn(64, 64, generator=g) * 0.8 ** torch.arange(64)[:, None])
+    return weight, x
+
+
+def w4_weight(weight: Tensor, hessian: Tensor | None, group: int = 16) -> Tensor:
+    w4 = quantize_w4(weight, group, hessian)
+    return unpack_w4(w4.packed, w4.group_scale, group).float() * w4.row_scale[:, None]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_gptq_reduces_the_output_error(seed: int) -> None:
+    """On correlated inputs, to a fifth of rounding's energy (measured 0.06 to 0.09)."""
+    weight, x = w4_problem(correlated=True, seed=seed)
+    errors = [
+        float(((w4_weight(weight, h) - weight) @ x.t()).square().sum()) for h in (x.t() @ x, None)
+    ]
+    assert errors[0] < 0.2 * errors[1]
+
+
+def test_gptq_of_a_diagonal_hessian_is_rounding() -> None:
+    """Uncorrelated inputs: no error can be moved, so that every nibble and scale is the same."""
+    weight, _ = w4_problem(correlated=False)
+    diagonal = torch.diag(torch.rand(64, generator=torch.Generator().manual_seed(1)) + 0.1)
+    for got, want in zip(
+        quantize_w4(weight, 16, diagonal), quantize_w4(weight, 16, None), strict=True
+    ):
+        assert torch.equal(got, want)
+
+
+def test_gptq_ignores_the_scale_of_its_hessian() -> None:
+    """Σ u uᵀ of integers stands for that of reals: a common factor changes nothing."""
+    weight, x = w4_problem(correlated=True)
+    h = x.t() @ x
+    assert torch.equal(w4_weight(weight, h), w4_weight(weight, 4096.0 * h))
+
+
+def test_gptq_with_an_input_that_is_always_zero() -> None:
+    """Its Hessian is singular; the other columns come out as if it were not there."""
+    weight, x = w4_problem(correlated=True)
+    x[:, 5] = 0
+    got = w4_weight(weight, x.t() @ x)
+    assert bool(torch.isfinite(got).all())
+    rounding = float(((w4_weight(weight, None) - weight) @ x.t()).square().sum())
+    assert float(((got - weight) @ x.t()).square().sum()) < 0.5 * rounding
+
+
+@pytest.mark.parametrize("group", [16, 32, 64])
+def test_w4_rounding_error(group: int) -> None:
+    """Half a 4-bit step (one where +max meets the cap of 7), and half an INT8 step more."""
+    weight, _ = w4_problem(correlated=False)
+    w4 = quantize_w4(weight, group, None)
+    assert w4.packed.shape == (24, 32) and w4.group_scale.shape == (24, 64 // group)
+    assert w4.packed.dtype is torch.int8 and w4.group_scale.dtype is torch.float16
+    absmax = weight.unflatten(1, (-1, group)).abs().amax(-1)
+    torch.testing.assert_close(
+        w4.group_scale.float() * w4.row_scale[:, None], absmax * 2 / 15, rtol=1e-3, atol=0
+    )
+    error = (w4_weight(weight, None, group) - weight).abs()
+    step = (absmax * 2 / 15).repeat_interleave(group, 1)
+    bound = 0.5 * step * (1 + 8e-3) + 0.51 * w4.row_scale[:, None]
+    assert bool((error <= bound).all())
+
+
+def test_w4_of_zeros_and_outliers() -> None:
+    """A zero row, a zero group and one huge weight: finite, zero where zero, INT8 not exceeded."""
+    weight, x = w4_problem(correlated=True)
+    weight[0] = 0
+    weight[1, 16:32] = 0
+    weight[2, 3] = 1e4
+    for hessian in (None, x.t() @ x):
+        w4 = quantize_w4(weight, 16, hessian)
+        assert all(bool(torch.isfinite(t.float()).all()) for t in w4)
+        got = w4_weight(weight, hessian)
+        assert float(got[0].abs().max()) == 0
+        assert got[2, 3].item() == pytest.approx(1e4, rel=0.07)
+    assert float(w4_weight(weight, None)[1, 16:32].abs().max()) == 0
+
+
+def test_w4_refuses_other_widths() -> None:
+    """64 columns do not divide into groups of 48: an error that says what to choose."""
+    with pytest.raises(UsageError, match="64 input columns cannot have groups of 48"):
+        quantize_w4(torch.zeros(4, 64), 48, None)
+
+
+# ------------------------------------------------------------------------------------------------
+# Mean correction
+# ------------------------------------------------------------------------------------------------
+
+
+def test_mean_difference_by_hand() -> None:
+    """The mean over tokens after the skipped ones, over all calls, times the strength."""
+    g = torch.Generator().manual_seed(0)
+    parts = [torch.randn(2, 20, 3, generator=g), torch.randn(1, 20, 3, generator=g)]
+    measured = MeanDifference()
+    for part in parts:
+        poisoned = part.clone()
+        poisoned[:, :SKIP_TOKENS] = 1e6
+        measured.add(poisoned)
+    mean = torch.cat(parts).double()[:, SKIP_TOKENS:].mean((0, 1))
+    for strength in (1.0, 0.15):
+        torch.testing.assert_close(measured.correction(strength), (strength * mean).float())
+
+
+def test_mean_difference_of_short_samples() -> None:
+    """Fewer tokens than are skipped: the last one counts, so that the mean exists."""
+    measured = MeanDifference()
+    measured.add(torch.tensor([[[1.0], [2.0]]]))
+    assert measured.correction(1.0).tolist() == [2.0]
+    assert measured.correction(None).tolist() == [0.0]  # one sample says nothing about noise
+
+
+def test_shrinkage_leaves_noise_alone() -> None:
+    """Channels whose samples agree get their mean, channels of noise (nearly) nothing."""
+    g = torch.Generator().manual_seed(1)
+    channels, samples = 400, 32
+    noise = torch.randn(samples, 1, 2 * channels, generator=g)
+    noise[..., channels:] += 10.0
+    measured = MeanDifference()
+    measured.add(noise)
+    got, full = measured.correction(None), measured.correction(1.0)
+    # E[mean²] of noise is v: channels below it get 0 (68 %), the others what exceeds it.
+    assert float((got[:channels] == 0).double().mean()) > 0.5
+    assert float(got[:channels].norm()) < 0.75 * float(full[:channels].norm())
+    torch.testing.assert_close(got[channels:], full[channels:], rtol=2e-3, atol=0)
+
+
+def capture_out(model: QuantizedMamba2, ids: Tensor) -> list[Tensor]:
+    """Outputs of out_proj, layer by layer, and the residual behind the last."""
+    hidden = model._top["embedding.weight"][ids]
+    residual = torch.zeros(hidden.shape)
+    outputs = []
+    for layer, state in zip(model._layers, model.zero_states(len(ids)), strict=True):
+        hidden, residual, _ = run_block(layer, model.attributes, hidden, residual, state)
+        outputs.append(hidden.float())
+    return [*outputs, residual + hidden.float()]
+
+
+def fp_out(model: Mamba2LM, ids: Tensor) -> list[Tensor]:
+    """The same of the FP model, rotated into the basis of the quantized one."""
+    residual = model.backbone.embedding(ids).float()
+    outputs = []
+    for block in model.backbone.layers:
+        following, _ = block(residual)
+        outputs.append(hadamard.transform(following - residual).float())
+        residual = following
+    return [*outputs, hadamard.transform(residual).float()]
+
+
+def mean_errors(made: Quantized, model: Mamba2LM) -> list[Tensor]:
+    """Per layer (and for the residual): FP mean minus quantized mean, calibration windows."""
+    with torch.inference_mode():
+        pairs = zip(fp_out(model, made.ids), capture_out(made.model, made.ids), strict=True)
+        return [(a - b)[:, SKIP_TOKENS:].double().mean((0, 1)) for a, b in pairs]
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_full_correction_makes_the_means_equal(tiny: Tiny, name: str) -> None:
+    """λ = 1 on out_proj: its output has the FP mean on the calibration set, to FP16 precision.
+
+    Outputs reach 3.2, where half an FP16 step is 2^-10. The first layer is far better (measured
+    3e-5, bound 1e-4); later ones see inputs that were rounded with the bias, not before it, and
+    some of their INT8 values flip (measured 6e-4).
+    """
+    model = tiny.source()[1]
+    on = mean_errors(tiny.quantized(name, correction="out", correction_strength=1.0), model)
+    off = mean_errors(tiny.quantized(name, correction="none"), model)
+    assert float(on[0].abs().max()) < 1e-4
+    assert float(on[1].abs().max()) < 2.0**-10
+    assert min(float(error.abs().max()) for error in off) > 2.0**-9
+
+
+def test_residual_correction_makes_the_residual_mean_equal(tiny: Tiny) -> None:
+    """λ = 1 behind the residual add: also what earlier layers left over is taken away."""
+    model = tiny.source()[1]
+    on = tiny.quantized("edge-w8a8", correction="residual", correction_strength=1.0)
+    off = tiny.quantized("edge-w8a8", correction="none")
+    assert float(mean_errors(on, model)[-1].abs().max()) < 2.0**-10  # measured 6e-4
+    assert float(mean_errors(off, model)[-1].abs().max()) > 2.0**-9
+
+
+def test_correction_is_the_bias(tiny: Tiny) -> None:
+    """It lives in out_proj's bias alone; strength scales the first layer's in proportion."""
+    full = tiny.quantized("ssdi8-w8a8", correction_strength=1.0).tensors
+    part = tiny.quantized("ssdi8-w8a8").tensors
+    off = tiny.quantized("ssdi8-w8a8", correction="none").tensors
+    name = "layers.0.out_proj.bias"
+    assert float(off[name].abs().max()) == 0
+    torch.testing.assert_close(part[name], 0.15 * full[name])
+    assert {k for k in off if not torch.equal(off[k], part[k])} == {
+        "layers.0.out_proj.bias",
+        "layers.1.out_proj.bias",
+    }
+
+
+# ------------------------------------------------------------------------------------------------
+# Prefill, decode, batches
+# ------------------------------------------------------------------------------------------------
+
+
+def decode(model: QuantizedMamba2, ids: Tensor, prefill: int) -> tuple[Tensor, list[State]]:
+    """Logits of all positions: `prefill` at once, the rest one by one."""
+    logits, states = model.forward(ids[:, :prefill], None, prefill)
+    parts = [logits]
+    for i in range(prefill, ids.shape[1]):
+        logits, states = model.forward(ids[:, i : i + 1], states, 1)
+        parts.append(logits)
+    return torch.cat(parts, 1), states
+
+
+# ‖difference‖ / ‖logits‖ of decoded positions. Measured: edge 0.012 (W8) and 0.013 (W4), the
+# rounding of w·x, states and CB, which steps do not have; FP16 0.0006, the rounding of the carried
+# state. Bounds are twice that.
+DECODE_BOUNDS = {"edge-w8a8": 0.024, "edge-w4a8": 0.026, "fp16": 0.0012}
+
+
+@pytest.mark.parametrize("prefill", [1, 5, 16, 35])
+@pytest.mark.parametrize("name", DECODE_BOUNDS)
+def test_decode_continues_prefill(tiny: Tiny, name: str, prefill: int) -> None:
+    """prefill(L) and t steps equal prefill(L + t) within the noise that the INT8 path makes."""
+    made = tiny.quantized(name)
+    ids = random_ids(2, prefill + 20, seed=5)
+    want, _ = made.model.forward(ids, None, ids.shape[1])
+    got, _ = decode(made.model, ids, prefill)
+    assert relative_error(got[:, prefill:], want[:, prefill:]) < DECODE_BOUNDS[name]
+
+
+@pytest.mark.parametrize("name", ["edge-w8a8", "fp16"])
+def test_decode_uses_the_state(tiny: Tiny, name: str) -> None:
+    """Without the carried state the same comparison fails by far: the test above can fail."""
+    made = tiny.quantized(name)
+    ids = random_ids(2, 40, seed=5)
+    want, _ = made.model.forward(ids, None, 40)
+    forgetful, _ = made.model.forward(ids[:, 39:], None, 1)
+    assert relative_error(forgetful, want[:, 39:]) > 0.1
+
+
+@pytest.mark.parametrize("ssd_ops", ["fused", "modular"])
+@pytest.mark.parametrize("name", ["edge-w8a8", "edge-w4a8"])
+def test_prefill_in_whole_chunks_is_exact(tiny: Tiny, name: str, ssd_ops: str) -> None:
+    """With an FP32 state, cuts at multiples of the chunk change no bit of any state."""
+    made = tiny.quantized(name, ssd_ops=ssd_ops, state_dtype="fp32")
+    ids = random_ids(2, 69, seed=6)
+    want, want_states = made.model.forward(ids, None, 69)
+    parts, states = [], None
+    for piece in ids.split([16, 32, 21], 1):
+        logits, states = made.model.forward(piece, states, piece.shape[1])
+        parts.append(logits)
+    assert states is not None
+    for state, other in zip(states, want_states, strict=True):
+        assert torch.equal(state.conv, other.conv)
+        assert torch.equal(state.ssm, other.ssm)
+    # lm_head is an FP32 product: its order may depend on the number of rows.
+    assert relative_error(torch.cat(parts, 1), want) < 1e-4
+
+
+def test_prefill_in_chunks_with_an_fp16_state(tiny: Tiny) -> None:
+    """The FP16 state between calls costs one rounding per cut: 2^-11 of the state each."""
+    made = tiny.quantized("edge-w8a8")
+    ids = random_ids(2, 64, seed=6)
+    want, want_states = made.model.forward(ids, None, 64)
+    _, states = made.model.forward(ids[:, :32], None, 1)
+    got, states = made.model.forward(ids[:, 32:], states, 32)
+    assert relative_error(got, want[:, 32:]) < 0.01
+    for state, other in zip(states, want_states, strict=True):
+        assert state.ssm.dtype is torch.float16
+        assert relative_error(state.ssm.float(), other.ssm.float()) < 0.01
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("length", [1, 5, 37])
+def test_batch_rows_do_not_meet(tiny: Tiny, name: str, length: int) -> None:
+    """A batch of three equals its rows: conv states bit for bit, all else to rounding."""
+    made = tiny.quantized(name, 2)
+    ids = random_ids(3, length, seed=7)
+    logits, states = made.model.forward(ids, None, length)
+    exact = made.recipe.quantized
+    for row in range(3):
+        own, own_states = made.model.forward(ids[row : row + 1], None, length)
+        assert relative_error(own, logits[row : row + 1]) < 1e-3
+        for state, other in zip(states, own_states, strict=True):
+            for got, want in zip((x[row : row + 1] for x in state), other, strict=True):
+                if exact:
+                    assert torch.equal(got, want)
+                else:  # FP32 sums, whose order may depend on the batch
+                    torch.testing.assert_close(got, want, rtol=4e-3, atol=4e-3)
+
+
+@pytest.mark.parametrize("keep", [1, 3, 20])
+def test_keep_selects_the_last_positions(tiny: Tiny, keep: int) -> None:
+    """Logits of fewer positions are the last rows of all of them."""
+    made = tiny.quantized("edge-w8a8")
+    ids = random_ids(2, 20, seed=8)
+    every, _ = made.model.forward(ids, None, 20)
+    some, _ = made.model.forward(ids, None, keep)
+    assert some.shape == (2, keep, 256)
+    torch.testing.assert_close(some, every[:, -keep:], rtol=2e-3, atol=2e-3)
+
+
+# ------------------------------------------------------------------------------------------------
+# The shipped model
+# ------------------------------------------------------------------------------------------------
+
+EVALUATION = DEMO_FOLDER / "evaluation.txt"
+# Measured worst sites at 8192 tokens: edge 0.017 %, released 0.023 % (both passed_state). The heads
+# of this model forget fast enough for the released calibration, too; see `test_passed_states_fit`
+# for heads that do not.
+SATURATION_LIMIT = 1e-3
+SSD_SITES = {"u", "B", "C", "x_scaled", "passed_state", "CB", "r"}
+SITES = {"edge-w8a8": {*SSD_SITES, "x_tile"}, "ssdi8-w8a8": {*SSD_SITES, "chunk_state"}}
+
+
+@pytest.fixture(scope="module")
+def demo() -> Callable[[str], Quantized]:
+    """The demo model under a recipe, calibrated as shipped but on fewer windows."""
+    made: dict[str, Quantized] = {}
+    windows = {"edge-w8a8": 8, "ssdi8-w8a8": 32, "fp16": 1}
+
+    def make(name: str) -> Quantized:
+        if name not in made:
+            checkpoint, recipe = open_checkpoint("demo"), METHODS[name]
+            assert checkpoint.tokenizer_path is not None
+            ids = read_tokens(
+                *(DEMO_FOLDER / "calibration.txt", checkpoint.tokenizer_path),
+                *(recipe.calibration_tokens, windows[name]),
+            )
+            made[name] = apply_recipe(checkpoint, recipe, ids)
+        return made[name]
+
+    return make
+
+
+def evaluation_windows(tokens: int, samples: int) -> Tensor:
+    return read_tokens(EVALUATION, DEMO_FOLDER / "tokenizer.json", tokens, samples)
+
+
+def saturation_of(made: Quantized, tokens: int, samples: int) -> dict[str, float]:
+    """Fractions per layer and site on text that was not calibrated on."""
+    with int8.count_saturation() as counter:
+
+        @contextmanager
+        def scope(name: str) -> Iterator[None]:
+            counter.scope = f"{name}."
+            yield
+
+        for window in evaluation_windows(tokens, samples):
+            made.model.forward(window[None], None, 1, scope)
+    return counter.fractions()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tokens", "samples"), [(512, 4), (2048, 2), (8192, 1)])
+@pytest.mark.parametrize("name", SITES)
+def test_saturation_of_the_demo(
+    demo: Callable[[str], Quantized], name: str, tokens: int, samples: int
+) -> None:
+    """Every site of every layer below 0.1 % saturated, at all lengths (method §8.5, 5)."""
+    found = saturation_of(demo(name), tokens, samples)
+    assert found.keys() == {f"layers.{i}.{site}" for i in range(8) for site in SITES[name]}
+    above = {k: f"{v:.2%}" for k, v in found.items() if v >= SATURATION_LIMIT}
+    assert not above
+
+
+def test_passed_states_fit(tiny: Tiny) -> None:
+    """Where heads remember, scales of local states overflow and those of passed states do not.
+
+    Measured: 0.38 % against 0.015 % of the stored states, on windows that were calibrated on.
+    """
+    fractions = {}
+    for observer in ("local", "passed"):
+        made = tiny.quantized("edge-w8a8", state_observer=observer)
+        with int8.count_saturation() as counter:
+            made.model.forward(made.ids)
+        fractions[observer] = counter.fractions()["passed_state"]
+    assert fractions["passed"] < SATURATION_LIMIT
+    assert fractions["local"] > 5 * fractions["passed"]
+
+
+# |perplexity / FP32 perplexity - 1| on 2 windows of 2048 tokens. Measured: 1e-5, 1e-4, 3e-4; below
+# one another's noise, so that the bounds leave room for other calibration windows.
+PERPLEXITY_BOUNDS = {"fp16": 2e-4, "edge-w8a8": 2e-3, "ssdi8-w8a8": 3e-3}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PERPLEXITY_BOUNDS)
+def test_perplexity_of_the_demo(demo: Callable[[str], Quantized], name: str) -> None:
+    """A trained model on held-out text: what the tiny random model cannot say."""
+    checkpoint, made = open_checkpoint("demo"), demo(name)
+    model = Mamba2LM(Mamba2Config(**checkpoint.config)).eval()
+    model.load_state_dict({k: checkpoint.tensor(k).float() for k in checkpoint.names})
+    losses = [0.0, 0.0]
+    with torch.inference_mode():
+        for window in evaluation_windows(2048, 2):
+            rows = (model(window[None])[0], made.model.forward(window[None], None, 2048)[0])
+            for i, logits in enumerate(rows):
+                losses[i] += functional.cross_entropy(logits[0, :-1], window[1:]).item() / 2
+    assert abs(math.exp(losses[1] - losses[0]) - 1) < PERPLEXITY_BOUNDS[name]
+
+
+# ------------------------------------------------------------------------------------------------
+# QuantConfig
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_recipe_round_trip(name: str) -> None:
+    """Through JSON and back: equal, and every field is written."""
+    recipe = METHODS[name]
+    fields = json.loads(json.dumps(recipe.to_dict()))
+    assert set(fields) == {f.name for f in dataclasses.fields(QuantConfig)}
+    assert QuantConfig.from_dict(fields) == recipe
+    assert find_method(name) is recipe
+
+
+def test_recipe_refuses_an_unknown_field() -> None:
+    """A recipe of another version must not be half understood."""
+    with pytest.raises(UsageError, match="unknown recipe field 'group_sise'") as caught:
+        QuantConfig.from_dict({"name": "x", "group_sise": 64})
+    assert "group_size" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        *("linear", "lm_head", "ssd", "ssd_ops", "bc_granularity", "x_granularity", "gate"),
+        *("state_observer", "scan2", "rounding", "ssm_params", "correction", "state_dtype"),
+    ],
+)
+def test_recipe_refuses_a_bad_value(field: str) -> None:
+    """Every field with a list of values refuses others, naming the field and the list."""
+    with pytest.raises(UsageError, match=f"recipe x: {field} is 'fp17'") as caught:
+        QuantConfig(name="x", **{field: "fp17"})
+    assert "must be one of" in caught.value.hint
+
+
+def test_recipe_refuses_half_fp16() -> None:
+    """FP16 linears with an INT8 SSD, or the other way round, exist nowhere."""
+    for fields in ({"linear": "fp16"}, {"ssd": "fp16"}):
+        with pytest.raises(UsageError, match="both are fp16, or neither"):
+            QuantConfig(name="x", **fields)
+
+
+def test_unknown_method() -> None:
+    """The message lists what exists."""
+    with pytest.raises(UsageError, match=r"unknown method 'w8'.*edge-w8a8"):
+        find_method("w8")
+
+
+def stages(tiny: Tiny, recipe: QuantConfig) -> dict[str, dict[str, Tensor]]:
+    """What each stage of a recipe leaves: statistics, tensors, outputs."""
+    made = apply_recipe(tiny.source(2)[0], recipe, tiny.ids)
+    ids = random_ids(2, 35, seed=2)
+    prefill, states = made.model.forward(ids, None, 35)
+    step, after = made.model.forward(ids[:, :1], states, 1)
+    kept = {f"{k}.{i}": v for i, state in enumerate(after) for k, v in state._asdict().items()}
+    outputs = {"prefill": prefill, "step": step, **kept}
+    return {"statistics": made.statistics, "tensors": dict(made.tensors), "outputs": outputs}
+
+
+def changed(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() != b.keys() or any(
+        a[k].dtype is not b[k].dtype or not torch.equal(a[k], b[k]) for k in a
+    )
+
+
+# field -> (its other value, what else must be set, the first stage that it changes)
+W4 = {"linear": "w4"}
+FIELDS: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "linear": ("w8_tensor", {}, "tensors"),
+    "group_size": (16, W4, "tensors"),
+    "gptq": (True, W4, "tensors"),
+    "lm_head": ("w8_row", {}, "tensors"),
+    "ssd_ops": ("modular", {}, "outputs"),
+    "bc_granularity": ("tensor", {}, "tensors"),
+    "x_granularity": ("tensor", {}, "tensors"),
+    "gate": ("q0.7", {}, "outputs"),
+    "state_observer": ("local", {}, "tensors"),
+    "scan2": ("fp16", {}, "tensors"),
+    "scan_tile": (4, {}, "statistics"),
+    "rounding": ("half_away", {}, "outputs"),
+    "ssm_params": ("int8", {}, "tensors"),
+    "fold_gate_norm": (False, {}, "tensors"),
+    "correction": ("out", {}, "tensors"),
+    "correction_strength": (0.5, {"correction": "residual"}, "tensors"),
+    "state_dtype": ("fp32", {}, "outputs"),
+    "chunk_size": (8, {}, "statistics"),
+}
+# Labels; and what the pipeline reads, below.
+ELSEWHERE = {"name", "about", "ssd", "calibration_tokens", "calibration_samples"}
+
+
+def test_every_field_is_in_the_table() -> None:
+    """A new field needs a row: else nobody notices that nothing reads it."""
+    assert set(FIELDS) | ELSEWHERE == {f.name for f in dataclasses.fields(QuantConfig)}
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_no_field_is_dead(tiny: Tiny, field: str) -> None:
+    """Changing one field changes its stage, and no stage before it."""
+    value, needed, first = FIELDS[field]
+    base = tiny_recipe("edge-w8a8", **{"correction": "none", **needed})
+    assert getattr(base, field) != value
+    before = stages(tiny, base)
+    after = stages(tiny, dataclasses.replace(base, **{field: value}))
+    moved = [stage for stage in before if changed(before[stage], after[stage])]
+    assert moved and moved[0] == first
+    assert moved[-1] == "outputs"
+
+
+def test_ssd_field(tiny: Tiny) -> None:
+    """ssd (with linear, which it must agree with) selects the FP16 graph: nothing is INT8."""
+    made = tiny.quantized("edge-w8a8", linear="fp16", ssd="fp16")
+    assert not any(v.dtype is torch.int8 for v in made.tensors.values())
+
+
+def demo_build(tmp_path: Path, recipe: QuantConfig) -> Build:
+    return Build(BuildRequest("demo", recipe, load_target("host-cpu"), tmp_path))
+
+
+def test_calibration_windows_are_the_recipes(tmp_path: Path) -> None:
+    """calibration_tokens and calibration_samples are the shape of what is calibrated on."""
+    recipe = dataclasses.replace(
+        METHODS["edge-w8a8"], calibration_tokens=100, calibration_samples=3
+    )
+    assert demo_build(tmp_path, recipe)._windows().shape == (3, 100)
+
+
+def test_calibration_is_reused_exactly_when_it_may_be(tmp_path: Path) -> None:
+    """The key of the statistics changes with the fields that change them, and with no other.
+
+    Otherwise a build would reuse stale scales, or recalibrate for nothing.
+    """
+    base = tiny_recipe("edge-w8a8", correction="none")
+    key = demo_build(tmp_path, base).keys()["calibrate"]
+    for field, (value, needed, first) in FIELDS.items():
+        changes = {**needed, field: value}
+        if field == "chunk_size":
+            value = 128  # the demo's own is 256
+            changes = {field: value}
+        other = demo_build(tmp_path, dataclasses.replace(base, **changes)).keys()["calibrate"]
+        assert (other != key) == (first == "statistics"), field
+
+
+# ------------------------------------------------------------------------------------------------
+# Files and streams
+# ------------------------------------------------------------------------------------------------
+
+
+def test_spool_keeps_its_samples() -> None:
+    """Written in any order and overwritten, read in other pieces; FP16 values go in as FP32."""
+    values = torch.randn(7, 3, 5, generator=torch.Generator().manual_seed(0))
+    spool = Spool(7, (3, 5), np.dtype(np.float32))
+    spool[4:7] = values[4:7].transpose(1, 2).contiguous().transpose(1, 2)  # strided
+    spool[0:4] = torch.zeros(4, 3, 5)
+    spool[0:4] = values[0:4]
+    assert torch.equal(spool[0:7], values)
+    assert torch.equal(spool[2:5], values[2:5])
+    spool[2:3] = values[2:3].half()
+    assert torch.equal(spool[2:3], values[2:3].half().float())
+    assert spool.samples == 7
+    spool.close()
+    with pytest.raises(ValueError, match="closed"):
+        _ = spool[0:1]
+
+
+def test_spool_of_int8_and_its_independence() -> None:
+    """What was read may be written to without changing the spool."""
+    spool = Spool(2, (4,), np.dtype(np.int8))
+    spool[0:2] = torch.tensor([[-128, 127, 0, 1], [2, 3, 4, 5]], dtype=torch.int8)
+    read = spool[0:2]
+    assert read.dtype is torch.int8
+    read.zero_()
+    assert spool[0:1].tolist() == [[-128, 127, 0, 1]]
+    spool.close()
+
+
+@pytest.mark.parametrize(
+    ("samples", "tokens", "sizes"),
+    [(5, 1024, [2, 2, 1]), (3, 5000, [1, 1, 1]), (4, 10, [4]), (1, 2048, [1])],
+)
+def test_batches(samples: int, tokens: int, sizes: list[int]) -> None:
+    """All samples once, in order, at most TOKENS_PER_BATCH tokens unless one sample is longer."""
+    parts = batches(torch.zeros(samples, tokens))
+    assert [part.stop - part.start for part in parts] == sizes
+    assert [i for part in parts for i in range(part.start, part.stop)] == list(range(samples))
+
+
+TOKENIZER = DEMO_FOLDER / "tokenizer.json"
+
+
+def encode(text: str) -> list[int]:
+    from tokenizers import Tokenizer
+
+    ids: list[int] = Tokenizer.from_file(str(TOKENIZER)).encode(text, add_special_tokens=False).ids
+    return ids
+
+
+def test_read_tokens(tmp_path: Path) -> None:
+    """Windows in the order of the text; the rest that fills no window is left out."""
+    text = "It was the best of times, it was the worst of times.\n" * 10
+    path = tmp_path / "text.txt"
+    path.write_text(text)
+    ids = encode(text)
+    windows = read_tokens(path, TOKENIZER, 20, 100)
+    assert windows.dtype is torch.int64
+    assert windows.shape == (len(ids) // 20, 20)
+    assert windows.flatten().tolist() == ids[: windows.numel()]
+    assert torch.equal(read_tokens(path, TOKENIZER, 20, 2), windows[:2])
+
+
+def test_read_tokens_of_more_than_one_block(tmp_path: Path) -> None:
+    """Three times the block: as if tokenized at once, and reading stops when it has enough."""
+    lines = [f"Line {i} of a book, with ünïcödé and a number {i * i}.\n" for i in range(5000)]
+    path = tmp_path / "text.txt"
+    path.write_text("".join(lines), encoding="utf-8")
+    assert path.stat().st_size > 3 << 16
+    ids = encode("".join(lines))
+    windows = read_tokens(path, TOKENIZER, 512, 1 << 40)
+    assert windows.shape[0] == len(ids) // 512
+    assert windows.flatten().tolist() == ids[: windows.numel()]
+    with path.open("ab") as file:
+        file.write(b"\xff\xfe")  # beyond what two windows need
+    assert torch.equal(read_tokens(path, TOKENIZER, 512, 2), windows[:2])
+
+
+def test_read_tokens_of_a_short_text(tmp_path: Path) -> None:
+    """Shorter than a window: one shorter sample. Shorter than 16 tokens: refused."""
+    path = tmp_path / "text.txt"
+    text = "a b c d e f g h i j k l m n o p q r s t"
+    path.write_text(text)
+    assert read_tokens(path, TOKENIZER, 2048, 32).tolist() == [encode(text)]
+    for short in ("only a few words", ""):
+        path.write_text(short)
+        with pytest.raises(UsageError, match=r"holds \d+ tokens; .* at least 16"):
+            read_tokens(path, TOKENIZER, 2048, 32)
+
+
+def test_read_tokens_refuses(tmp_path: Path) -> None:
+    """A missing file, a folder and bytes that are no UTF-8: each named with its remedy."""
+    binary = tmp_path / "binary.txt"
+    binary.write_bytes(b"abc \xff\xfe\x00 def" * 100)
+    with pytest.raises(UsageError, match=r"binary\.txt is not UTF-8 text"):
+        read_tokens(binary, TOKENIZER, 16, 1)
+    with pytest.raises(UsageError, match=r"cannot read .*absent\.txt: No such file"):
+        read_tokens(tmp_path / "absent.txt", TOKENIZER, 16, 1)
+    with pytest.raises(UsageError, match="Is a directory"):
+        read_tokens(tmp_path, TOKENIZER, 16, 1)
+
+
+def writer_tensors() -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return {
+        "layers.0.in_proj.weight": torch.randint(-128, 128, (3, 5), generator=g, dtype=torch.int8),
+        "layers.0.u_scale": torch.tensor(0.25),
+        "layers.10.A": torch.randn(7, generator=g),
+        "embedding.weight": torch.randn(4, 6, generator=g).half().t(),  # strided
+        "unicode.γ": torch.tensor([1.5]),
+    }
+
+
+def test_safetensors_writer(tmp_path: Path) -> None:
+    """Read back by the safetensors library: names, shapes (0-d too), types and bytes."""
+    path = tmp_path / "model.safetensors"
+    writer = SafetensorsWriter(path)
+    tensors = writer_tensors()
+    for name, tensor in tensors.items():
+        writer.add(name, tensor)
+    assert not path.exists()
+    writer.close()
+    found = load_file(path)
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype is tensor.dtype
+        assert found[name].shape == tensor.shape
+        assert torch.equal(found[name], tensor)
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_safetensors_offsets(tmp_path: Path) -> None:
+    """`data_start` and `header_of` lead to each tensor's bytes: what ONNX's external data need."""
+    path = tmp_path / "model.safetensors"
+    writer = SafetensorsWriter(path)
+    tensors = writer_tensors()
+    for name, tensor in tensors.items():
+        writer.add(name, tensor)
+    writer.close()
+    content, start = path.read_bytes(), safetensors_writer.data_start(path)
+    assert start % 8 == 0
+    header = safetensors_writer.header_of(path)
+    assert list(header) == list(tensors)
+    last = 0
+    for name, tensor in tensors.items():
+        begin, end = header[name]["data_offsets"]
+        assert begin == last and header[name]["shape"] == list(tensor.shape)
+        assert content[start + begin : start + end] == tensor.contiguous().numpy().tobytes()
+        last = end
+    assert len(content) == start + last
+
+
+@pytest.mark.parametrize("length", range(1, 9))
+def test_safetensors_data_are_aligned(tmp_path: Path, length: int) -> None:
+    """Whatever the names' lengths, data start at a multiple of 8: readers map them in place."""
+    path = tmp_path / "model.safetensors"
+    writer = SafetensorsWriter(path)
+    writer.add("n" * length, torch.arange(3.0))
+    writer.close()
+    assert safetensors_writer.data_start(path) % 8 == 0
+    assert load_file(path)["n" * length].tolist() == [0, 1, 2]
+
+
+def test_quantized_checkpoint_on_disk(tiny: Tiny, tmp_path: Path) -> None:
+    """Written, opened again and run: the same logits, bit for bit."""
+    made = tiny.quantized("edge-w8a8")
+    writer = SafetensorsWriter(tmp_path / "model.safetensors")
+    quantize(tiny.source()[0], made.recipe, made.statistics, made.ids, writer)
+    writer.close()
+    settings = {"model": made.config.to_dict(), "recipe": made.recipe.to_dict()}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert is_quantized_checkpoint(tmp_path)
+    loaded = load_quantized(tmp_path)
+    assert loaded.recipe == made.recipe and loaded.config == made.config
+    ids = random_ids(1, 20, seed=1)
+    assert torch.equal(loaded.forward(ids)[0], made.model.forward(ids)[0])
+
+
+def test_quantized_checkpoint_refused(tiny: Tiny, tmp_path: Path) -> None:
+    """A training checkpoint, an empty folder and a torn weight file are told apart."""
+    folder = tiny.source()[0].folder
+    assert not is_quantized_checkpoint(folder)
+    for wrong in (folder, tmp_path):
+        with pytest.raises(CheckpointError, match="not a quantized checkpoint"):
+            read_config(wrong)
+    made = tiny.quantized("fp16")
+    settings = {"model": made.config.to_dict(), "recipe": made.recipe.to_dict()}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    (tmp_path / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
+    with pytest.raises(CheckpointError, match=r"cannot read .*model\.safetensors"):
+        load_quantized(tmp_path)
+
+
+def test_sink_gets_every_tensor_once(tiny: Tiny) -> None:
+    """`TensorSink` refuses a second write; the names are those that the model reads."""
+    sink = TensorSink()
+    made = tiny.quantized("fp16")
+    quantize(tiny.source()[0], made.recipe, {}, made.ids, sink)
+    assert sink.keys() == made.tensors.keys()
+
+
+def test_states_of_the_fp_model_have_the_same_shapes(tiny: Tiny) -> None:
+    """conv (B, W - 1, E2), ssm (B, H, P, N): what a board carries is what the FP model carries."""
+    made = tiny.quantized("edge-w8a8")
+    ids = random_ids(2, 9)
+    with torch.inference_mode():
+        _, want = tiny.source()[1](ids)
+    _, got = made.model.forward(ids)
+    for state, other in zip(got, want, strict=True):
+        assert isinstance(other, LayerState)
+        assert state.conv.shape == other.conv.shape
+        assert state.ssm.shape == other.ssm.shape
+        # The second layer's states are small sums of noisy products.
+        assert relative_error(state.ssm.float(), other.ssm) < 0.3
+        assert relative_error(state.conv.float(), other.conv) < 0.05
+
+
+def test_safe_open_lists_scalars(tiny: Tiny, tmp_path: Path) -> None:
+    """Static scales are 0-d in the file: the exporter tells them from tensors by that."""
+    made = tiny.quantized("edge-w8a8")
+    writer = SafetensorsWriter(tmp_path / "w.safetensors")
+    for name, tensor in made.tensors.items():
+        writer.add(name, tensor)
+    writer.close()
+    with safe_open(tmp_path / "w.safetensors", framework="pt") as file:
+        scalars = {k for k in file.keys() if not file.get_slice(k).get_shape()}  # noqa: SIM118
+    assert scalars == {f"layers.{i}.{k}_scale" for i in range(2) for k in "ur"}

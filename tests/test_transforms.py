@@ -1,0 +1,127 @@
+"""Folds and rotations must not change what an FP model computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from case_table import random_ids, relative_error, write_checkpoint
+from conftest import make_config
+from torch import Tensor
+
+from ssdi8_edge import hadamard
+from ssdi8_edge.calibrate import embed
+from ssdi8_edge.model import Mamba2LM
+from ssdi8_edge.transforms import (
+    GATE_NORM,
+    IN_PROJ,
+    NORM,
+    OUT_PROJ,
+    rotate_embedding,
+    rotate_head,
+    rotate_layer,
+    rotate_out_proj_input,
+)
+
+# FP32 sums in another basis; measured 5e-7.
+TOLERANCE = 1e-5
+
+
+def rotate(model: Mamba2LM, *, fold_gate_norm: bool) -> Mamba2LM:
+    """A copy whose residual stream is rotated, every norm weight folded."""
+    config = model.config
+    tensors = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    table, head = tensors["backbone.embedding.weight"], tensors["lm_head.weight"]
+    norm_f = tensors["backbone.norm_f.weight"]
+    tensors["lm_head.weight"] = rotate_head(head, norm_f)
+    tensors["backbone.embedding.weight"] = rotate_embedding(table)
+    tensors["backbone.norm_f.weight"] = torch.ones_like(norm_f)
+    for i in range(config.n_layer):
+        prefix = f"backbone.layers.{i}."
+        layer = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+        rotated = rotate_layer(layer, fold_gate_norm=fold_gate_norm)
+        tensors |= {prefix + k: v for k, v in rotated.items()}
+    untied = Mamba2LM(type(config)(**{**vars(config), "tie_embeddings": False})).eval()
+    untied.load_state_dict(tensors)
+    return untied
+
+
+@pytest.mark.parametrize("fold_gate_norm", [False, True])
+@pytest.mark.parametrize("ngroups", [1, 2])
+@pytest.mark.parametrize("tied", [True, False])
+def test_rotated_model_is_the_model(
+    tmp_path: Path, ngroups: int, tied: bool, fold_gate_norm: bool
+) -> None:
+    """FP32 logits of the rotated weights; norms differ from 1, so a missed fold shows."""
+    _, model = write_checkpoint(tmp_path / "c", make_config(ngroups, tie_embeddings=tied))
+    ids = random_ids(2, 37)
+    with torch.inference_mode():
+        want, _ = model(ids)
+        got, _ = rotate(model, fold_gate_norm=fold_gate_norm)(ids)
+    assert relative_error(got, want) < TOLERANCE
+
+
+@pytest.mark.parametrize("width", [64, 96, 160])
+def test_rotation_of_paley_widths(tmp_path: Path, width: int) -> None:
+    """96 = 12·8 and 160 = 20·8: there the rotation is not symmetric, and transposes differ."""
+    _, model = write_checkpoint(tmp_path / "c", make_config(d_model=width))
+    ids = random_ids(1, 20)
+    with torch.inference_mode():
+        want, _ = model(ids)
+        got, _ = rotate(model, fold_gate_norm=True)(ids)
+    assert relative_error(got, want) < TOLERANCE
+
+
+@pytest.mark.parametrize("width", [128, 96, 160])
+def test_out_proj_input_rotation(width: int) -> None:
+    """(r · H) · (W · H)ᵀ = r · Wᵀ: the online transform meets the offline one."""
+    g = torch.Generator().manual_seed(width)
+    r = torch.randn(3, width, generator=g)
+    weight = torch.randn(20, width, generator=g)
+    got = hadamard.transform(r).float() @ rotate_out_proj_input(weight).t()
+    torch.testing.assert_close(got, r @ weight.t(), rtol=1e-4, atol=1e-4)
+
+
+def test_rotation_moves_the_residual(tmp_path: Path) -> None:
+    """The rotated embedding is not the embedding, and what calibration embeds is it."""
+    checkpoint, model = write_checkpoint(tmp_path / "c")
+    ids = random_ids(70, 48)  # more than one batch of samples
+    table = model.backbone.embedding.weight.detach()
+    assert relative_error(rotate_embedding(table), table) > 0.5
+    rows = torch.cat([rows for _, rows in embed(checkpoint, ids)])
+    want = hadamard.transform(table[ids]).float()
+    assert torch.equal(rows, want)
+
+
+def test_rotate_layer_leaves_its_argument_alone() -> None:
+    """Source tensors are shared with the checkpoint's cache: none may be written to."""
+    g = torch.Generator().manual_seed(0)
+    layer = {
+        NORM: torch.rand(64, generator=g) + 0.5,
+        IN_PROJ: torch.randn(296, 64, generator=g),
+        GATE_NORM: torch.rand(128, generator=g) + 0.5,
+        OUT_PROJ: torch.randn(64, 128, generator=g),
+    }
+    before = {k: v.clone() for k, v in layer.items()}
+    rotated = rotate_layer(layer, fold_gate_norm=True)
+    assert all(torch.equal(layer[k], v) for k, v in before.items())
+    assert torch.equal(rotated[NORM], torch.ones(64))
+    assert torch.equal(rotated[GATE_NORM], torch.ones(128))
+    kept = rotate_layer(layer, fold_gate_norm=False)
+    assert torch.equal(kept[GATE_NORM], layer[GATE_NORM])
+
+
+def test_fold_is_the_diagonal(tmp_path: Path) -> None:
+    """γ_gate scales columns of out_proj, γ_pre columns of in_proj: checked without a model."""
+    g = torch.Generator().manual_seed(1)
+    layer: dict[str, Tensor] = {
+        NORM: torch.rand(4, generator=g) + 0.5,
+        IN_PROJ: torch.randn(6, 4, generator=g),
+        GATE_NORM: torch.rand(8, generator=g) + 0.5,
+        OUT_PROJ: torch.randn(4, 8, generator=g),
+    }
+    h4 = torch.kron(*hadamard.factors(4)).float() / 2
+    rotated = rotate_layer(layer, fold_gate_norm=True)
+    torch.testing.assert_close(rotated[IN_PROJ], layer[IN_PROJ] * layer[NORM] @ h4)
+    torch.testing.assert_close(rotated[OUT_PROJ], h4.t() @ (layer[OUT_PROJ] * layer[GATE_NORM]))

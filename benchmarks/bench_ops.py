@@ -1,0 +1,454 @@
+"""Times the CUDA kernels on the shapes of real models and writes one CSV row per case.
+
+    python benchmarks/bench_ops.py --models 2.7b --ops linear linear_w4 --check --out ops.csv
+
+A case is captured in a CUDA graph that runs over several sets of inputs, together larger than the
+L2 cache, so that each launch finds its data in device memory as it would inside a model. The time
+is that of a replay over its launches: the median, and the 10th and 90th percentile of the replays.
+GB/s counts each tensor once; it is set against a large device-to-device copy, TOP/s against a large
+`torch._int_mm`, both measured in the same run. `copy_us` is a copy that moves as many bytes as the
+case, timed in the same way: the launch and the latency of a small case are in both. `library_us` is
+`torch._int_mm` (cuBLASLt) on the same operands, without the scale, bias and FP16 output that the
+kernel includes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from ssdi8_edge.ops import OPS, kernel_library
+
+REPLAYS = 15
+MAX_SETS = 24
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The widths of a Mamba-2 model with headdim 64, d_state 128 and one group."""
+
+    d_model: int
+    batch: int = 1  # of the SSD ops; the others see tokens only
+
+    @property
+    def d_inner(self) -> int:
+        return 2 * self.d_model
+
+    @property
+    def conv_dim(self) -> int:
+        return self.d_inner + 256
+
+    @property
+    def d_in_proj(self) -> int:
+        return self.d_inner + self.conv_dim + self.d_inner // 64
+
+    @property
+    def nheads(self) -> int:
+        return self.d_inner // 64
+
+
+MODELS = {"130m": Sizes(768), "1.3b": Sizes(2048), "2.7b": Sizes(2560)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape of one op: `inputs` draws a fresh set, all tensors of which are read once."""
+
+    op: str  # in ops.OPS
+    label: str
+    inputs: Callable[[], tuple[Tensor, ...]]
+    attributes: dict[str, Any]
+    read_bytes: int = 0  # where the kernel reads only part of its inputs
+    operations: int = 0
+    library: Callable[..., Any] | None = None  # called like the op
+
+
+def half(*shape: int) -> Tensor:
+    return torch.randn(shape, device="cuda", dtype=torch.float16)
+
+
+def single(*shape: int) -> Tensor:
+    return torch.randn(shape, device="cuda")
+
+
+def int8(*shape: int) -> Tensor:
+    return torch.randint(-128, 128, shape, device="cuda", dtype=torch.int8)
+
+
+def linear_shapes(s: Sizes) -> dict[str, tuple[int, int]]:
+    """Name -> (inputs, outputs)."""
+    return {"in_proj": (s.d_model, s.d_in_proj), "out_proj": (s.d_inner, s.d_model)}
+
+
+def int_mm(x: Tensor, weight: Tensor, *_: Tensor) -> Tensor:
+    return torch._int_mm(x[0], weight.t())
+
+
+def rms_norm_cases(s: Sizes, tokens: int) -> Iterable[Case]:
+    shape = (1, tokens, s.d_model)
+    attributes = {"scale": 0.03, "eps": 1e-5, "rounding": "half_even"}
+    yield Case("Ssdi8RmsNorm", "", lambda: (half(*shape), single(*shape)), attributes)
+
+
+def linear_cases(s: Sizes, tokens: int) -> Iterable[Case]:
+    for name, (n_in, n_out) in linear_shapes(s).items():
+        yield Case(
+            "Ssdi8Linear",
+            name,
+            lambda n_in=n_in, n_out=n_out: (
+                int8(1, tokens, n_in),
+                int8(n_out, n_in),
+                single(n_out).abs() * 1e-4,
+                single(n_out),
+            ),
+            {},
+            operations=2 * tokens * n_in * n_out,
+            library=int_mm if tokens > 16 else None,
+        )
+
+
+def linear_w4_cases(s: Sizes, tokens: int) -> Iterable[Case]:
+    for name, (n_in, n_out) in linear_shapes(s).items():
+        yield Case(
+            "Ssdi8LinearW4",
+            name,
+            lambda n_in=n_in, n_out=n_out: (
+                int8(1, tokens, n_in),
+                int8(n_out, n_in // 2),
+                (torch.rand(n_out, n_in // 128, device="cuda") * 16).half(),
+                single(n_out).abs() * 1e-4,
+                single(n_out),
+            ),
+            {"group_size": 128},
+            operations=2 * tokens * n_in * n_out,
+        )
+
+
+def causal_conv1d_cases(s: Sizes, tokens: int) -> Iterable[Case]:
+    yield Case(
+        "Ssdi8CausalConv1d",
+        "",
+        lambda: (
+            half(1, tokens, s.d_in_proj),
+            half(1, 3, s.conv_dim),
+            single(s.conv_dim, 4),
+            single(s.conv_dim),
+            torch.full((1,), 0.02, device="cuda"),
+            torch.full((1,), 0.02, device="cuda"),
+        ),
+        {
+            "d_inner": s.d_inner,
+            "conv_dim": s.conv_dim,
+            "d_conv": 4,
+            "ngroups": 1,
+            "rounding": "half_even",
+        },
+        read_bytes=(tokens + 3) * s.conv_dim * 2 + s.conv_dim * 20,
+    )
+
+
+def rms_norm_gated_cases(s: Sizes, tokens: int) -> Iterable[Case]:
+    yield Case(
+        "Ssdi8RmsNormGated",
+        "",
+        lambda: (half(1, tokens, s.d_inner), half(1, tokens, s.d_in_proj), single(s.d_inner)),
+        {
+            "scale": 0.03,
+            "eps": 1e-5,
+            "d_inner": s.d_inner,
+            "ngroups": 1,
+            "rounding": "half_even",
+        },
+        read_bytes=tokens * s.d_inner * 4 + s.d_inner * 4,
+    )
+
+
+def ssd_values(s: Sizes, tokens: int) -> dict[str, Tensor]:
+    """Inputs of the SSD ops by name, of plausible size; states and dt are those of the kernels."""
+    b, h, column = s.batch, s.nheads, s.d_inner + s.conv_dim
+    values = {
+        "x": half(b, tokens, s.d_inner),
+        "b_q": int8(b, tokens, 128),
+        "c_q": int8(b, tokens, 128),
+        "zxbcdt": half(b, tokens, column + h),
+        "ssm_state": half(b, h, 64, 128),
+        "dt_bias": torch.linspace(-5.0, -2.0, h, device="cuda"),
+        "A": -torch.linspace(16.0, 1.0, h, device="cuda"),
+        "D": single(h),
+        "x_scale": torch.full((h, 64), 0.004, device="cuda"),
+        "x_tile_scale": torch.full((h, 64), 0.004, device="cuda"),
+        "state_scale": torch.full((h, 64), 0.05, device="cuda"),
+    }
+    for name, scale in (("b_scale", 0.02), ("c_scale", 0.02), ("cb_scale", 1.0)):
+        values[name] = torch.full((1,), scale, device="cuda")
+    return values
+
+
+def ssd_attributes(s: Sizes, op: str) -> dict[str, Any]:
+    attributes = {
+        "chunk_size": 256,
+        "scan_tile": 64,
+        "nheads": s.nheads,
+        "headdim": 64,
+        "ngroups": 1,
+        "d_state": 128,
+        "dt_column": s.d_inner + s.conv_dim,
+        "dt_min": 0.0,
+        "dt_max": float("inf"),
+        "gate": "fp32",
+        "rounding": "half_even",
+    }
+    return {k: attributes[k] for k in OPS[op].attributes}
+
+
+def ssd_module_values(s: Sizes, tokens: int) -> dict[str, Tensor]:
+    values = ssd_values(s, tokens)
+
+    def run_op(op: str) -> Any:
+        kernel = kernel_library.kernel_for(op)
+        assert kernel is not None
+        return kernel(*(values[name] for name in OPS[op].inputs), **ssd_attributes(s, op))
+
+    values["dt"], values["a"] = run_op("Ssdi8ChunkCumsum")
+    values["states"] = run_op("Ssdi8ChunkState")
+    values["passed"], _ = run_op("Ssdi8StatePassing")
+    return values
+
+
+def ssd_cases(op: str, modules: bool) -> Callable[[Sizes, int], Iterable[Case]]:
+    """`modules`: the op reads what other SSD ops compute. dt is H columns of its tensor."""
+
+    def cases(s: Sizes, tokens: int) -> Iterable[Case]:
+        make = ssd_module_values if modules else ssd_values
+        names = OPS[op].inputs
+        values = make(s, tokens)
+        unread = values["zxbcdt"].numel() * (1 - s.nheads / values["zxbcdt"].shape[2])
+        yield Case(
+            op,
+            "",
+            lambda: tuple(map(make(s, tokens).__getitem__, names)),
+            ssd_attributes(s, op),
+            read_bytes=size(values[name] for name in names) - ("zxbcdt" in names) * int(2 * unread),
+        )
+
+    return cases
+
+
+CASES: dict[str, Callable[[Sizes, int], Iterable[Case]]] = {
+    "rms_norm": rms_norm_cases,
+    "linear": linear_cases,
+    "linear_w4": linear_w4_cases,
+    "causal_conv1d": causal_conv1d_cases,
+    "rms_norm_gated": rms_norm_gated_cases,
+    "chunk_cumsum": ssd_cases("Ssdi8ChunkCumsum", modules=False),
+    "chunk_state": ssd_cases("Ssdi8ChunkState", modules=True),
+    "state_passing": ssd_cases("Ssdi8StatePassing", modules=True),
+    "chunk_scan": ssd_cases("Ssdi8ChunkScan", modules=True),
+    "ssd_scan": ssd_cases("Ssdi8SsdScan", modules=False),
+}
+PEERS = Path(__file__).with_name("peers_h100.csv")
+
+
+def tensors(result: Any) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def size(values: Iterable[Tensor]) -> int:
+    return sum(v.numel() * v.element_size() for v in values)
+
+
+def replay_times(call: Callable[..., Any], sets: list[tuple[Tensor, ...]]) -> list[float]:
+    """Microseconds per call, one value per replay of a graph that calls once per set."""
+    call(*sets[0])
+    torch.cuda.synchronize()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    # Work captured on the stream of some multiprocessors stays on them.
+    own = None if stream == torch.cuda.default_stream() else stream
+    with torch.cuda.graph(graph, stream=own):
+        for inputs in sets:
+            call(*inputs)
+    times = []
+    for _ in range(REPLAYS + 2):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) * 1e3 / len(sets))
+    return times[2:]
+
+
+def stream_of_multiprocessors(count: int) -> torch.cuda.Stream:
+    """A stream on `count` multiprocessors (CUDA green context), as many as a small board has."""
+    from cuda.bindings import driver
+
+    def checked(result: tuple[Any, ...]) -> Any:
+        if result[0] != driver.CUresult.CUDA_SUCCESS:
+            raise RuntimeError(f"green context: {result[0]}")
+        return result[1] if len(result) == 2 else result[1:]
+
+    torch.cuda.synchronize()
+    device = checked(driver.cuDeviceGet(0))
+    kind = driver.CUdevResourceType.CU_DEV_RESOURCE_TYPE_SM
+    whole = checked(driver.cuDeviceGetDevResource(device, kind))
+    groups = checked(driver.cuDevSmResourceSplitByCount(1, whole, 0, count))[0]
+    description = checked(driver.cuDevResourceGenerateDesc(groups, 1))
+    flags = driver.CUgreenCtxCreate_flags.CU_GREEN_CTX_DEFAULT_STREAM
+    context = checked(driver.cuGreenCtxCreate(description, device, flags))
+    non_blocking = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
+    return torch.cuda.ExternalStream(
+        int(checked(driver.cuGreenCtxStreamCreate(context, non_blocking, 0)))
+    )
+
+
+def peer_times() -> dict[tuple[str, ...], dict[str, float]]:
+    """(multiprocessors, op, model, batch, tokens) -> microseconds of each peer."""
+    times: dict[tuple[str, ...], dict[str, float]] = {}
+    with PEERS.open(newline="") as file:
+        for row in csv.DictReader(file):
+            key = tuple(row[k] for k in ("sms", "op", "model", "batch", "tokens"))
+            times.setdefault(key, {})[row["peer"]] = float(row["us"])
+    return times
+
+
+def ceilings() -> tuple[float, float]:
+    """Bytes/s of a large copy (read plus write), INT8 operations/s of a large `torch._int_mm`."""
+    source = torch.ones(2**27, dtype=torch.float32, device="cuda")
+    target = torch.empty_like(source)
+    # The copy engine's way and a kernel's way; which is faster depends on the chip.
+    copies = (lambda: target.copy_(source), lambda: torch.neg(source, out=target))
+    copy = min(statistics.median(replay_times(c, [()] * 4)) for c in copies)
+    n = 8192
+    operands = [(int8(n, n), int8(n, n)) for _ in range(2)]
+    product = statistics.median(replay_times(lambda a, b: torch._int_mm(a, b.t()), operands))
+    return 2 * size([source]) / copy * 1e6, 2 * n**3 / product * 1e6
+
+
+def check(case: Case, inputs: tuple[Tensor, ...], got: tuple[Tensor, ...]) -> str:
+    """Fraction of values that differ from the reference, and the largest INT8 difference."""
+    want = tensors(OPS[case.op].reference(*inputs, **case.attributes))
+    differing = sum(int((g != w).sum()) for g, w in zip(got, want, strict=True))
+    worst = [
+        int((g.int() - w.int()).abs().max())
+        for g, w in zip(got, want, strict=True)
+        if g.dtype is torch.int8
+    ]
+    return f"{differing / sum(g.numel() for g in got):.1e}/{max(worst, default=0)}"
+
+
+def run(case: Case, variant: int, checked: bool) -> dict[str, Any]:
+    kernel = kernel_library.kernel_for(case.op)
+    assert kernel is not None
+    attributes = case.attributes | ({"variant": variant} if variant else {})
+    first = case.inputs()
+    outputs = tensors(kernel(*first, **attributes))
+    moved = (case.read_bytes or size(first)) + size(outputs)
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    n_sets = min(max(2 * cache // moved + 1, 4), MAX_SETS)
+    sets = [first, *(case.inputs() for _ in range(n_sets - 1))]
+    times = sorted(replay_times(lambda *i: kernel(*i, **attributes), sets))
+    median = statistics.median(times)
+    pairs = [
+        tuple(torch.ones(moved // 8 + 1, device="cuda") for _ in range(2)) for _ in range(n_sets)
+    ]
+    row = {
+        "us": median,
+        "p10_us": times[len(times) // 10],
+        "p90_us": times[-1 - len(times) // 10],
+        "gb_s": moved / median / 1e3,
+        "top_s": case.operations / median / 1e6,
+        "copy_us": statistics.median(replay_times(lambda a, b: b.copy_(a), pairs)),
+        "library_us": "",
+        "check": check(case, first, outputs) if checked else "",
+    }
+    if case.library is not None:
+        row["library_us"] = statistics.median(replay_times(case.library, sets))
+    return row
+
+
+def describe(row: dict[str, Any]) -> str:
+    library = f"{row['us'] / row['library_us']:5.2f}x library" if row["library_us"] else ""
+    return (
+        f"{row['op']:15}{row['model']:5}{row['layer']:9}{row['tokens']:5} v{row['variant']}"
+        f"{row['us']:9.1f} us {row['gb_s']:6.0f} GB/s {row['copy_us'] / row['us']:4.0%} of a copy "
+        f"{row['top_s']:5.0f} TOP/s {row['of_int_mm']:4.0%} {library} {row['check']} {row['peers']}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ops", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 256, 512, 1024, 2048])
+    parser.add_argument(
+        "--variants", nargs="+", type=int, default=[0], help="force tiles of the linear kernels"
+    )
+    parser.add_argument("--batch", type=int, default=1, help="sequences, for the SSD ops")
+    parser.add_argument("--sms", type=int, help="run on this many multiprocessors of the GPU")
+    parser.add_argument("--check", action="store_true", help="compare with the torch reference")
+    parser.add_argument("--out", type=Path, help="CSV file")
+    options = parser.parse_args()
+    if not kernel_library.available():
+        sys.exit("needs a CUDA device and libssdi8_kernels.so (cmake -S plugins -B plugins/build)")
+
+    if options.sms:
+        torch.cuda.set_stream(stream_of_multiprocessors(options.sms))
+    processors = options.sms or torch.cuda.get_device_properties(0).multi_processor_count
+    peers = peer_times() if "H100" in torch.cuda.get_device_name() else {}
+    copy_rate, product_rate = ceilings()
+    gpu = torch.cuda.get_device_name()
+    print(f"{gpu}: copy {copy_rate / 1e9:.0f} GB/s, int_mm {product_rate / 1e12:.0f} TOP/s")
+    rows = []
+    for model in options.models:
+        for op in options.ops:
+            for tokens in options.tokens:
+                for case in CASES[op](replace(MODELS[model], batch=options.batch), tokens):
+                    variants = options.variants if op.startswith("linear") else [0]
+                    for variant in variants:
+                        if variant == 1 and tokens > 8:
+                            continue
+                        result = run(case, variant, options.check)
+                        key = (str(processors), op, model, str(options.batch), str(tokens))
+                        times = peers.get(key, {})
+                        row = {
+                            "gpu": gpu,
+                            "op": op,
+                            "model": model,
+                            "layer": case.label,
+                            "tokens": tokens,
+                            "variant": variant,
+                            "batch": options.batch,
+                            "sms": processors,
+                            **result,
+                            "peers": " ".join(
+                                f"{peer} {us / result['us']:.2f}x" for peer, us in times.items()
+                            ),
+                            "of_copy": result["gb_s"] * 1e9 / copy_rate,
+                            "of_int_mm": result["top_s"] * 1e12 / product_rate,
+                        }
+                        rows.append(row)
+                        print(describe(row), flush=True)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        with options.out.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(
+                {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
+                for row in rows
+            )
+
+
+if __name__ == "__main__":
+    main()

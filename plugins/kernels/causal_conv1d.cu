@@ -1,0 +1,179 @@
+// Depthwise causal convolution and SiLU with carried state:
+//   s = silu(bias + sum_w weight[:, w] * xBC[t - W + 1 + w]);  x = FP16(s), B, C = Q(s / scale[g]).
+//
+// zxbcdt (B, L, R) FP16, of which columns E .. E + E2 are read (x, B, C); conv_state (B, W - 1, E2)
+// FP16 holds the rows before this call, oldest first; x (B, L, E) FP16; B, C (B, L, GN) INT8.
+//
+// A thread owns 4 channels and a run of tokens: it keeps the last W - 1 rows in registers, so each
+// input row is read once per run plus W - 1 times at its start (cached). Four rows are loaded
+// before the first is used. One token (decode) is a run of length 1: the same kernel. The thread
+// with a sequence's first run also writes its new state, after reading the old one, so the two may
+// be the same memory.
+//
+// The sum is rounded after each product and each addition, in the order of the reference: exact.
+// SiLU is FP32: x may differ by 1 ulp of FP16, B and C by 1 LSB, near a rounding boundary.
+
+#include "common.cuh"
+
+namespace ssdi8 {
+namespace {
+
+// ---------------------------------------------------------------------------------------------
+// device code
+// ---------------------------------------------------------------------------------------------
+
+constexpr int kChannels = 4;  // per thread: an 8-byte load
+constexpr int kBatchOfRows = 4;
+constexpr int kThreads = 128;
+
+struct Row {
+  __half2 low, high;
+};
+
+__device__ __forceinline__ Row load_row(const __half* p) {
+  const uint2 raw = *reinterpret_cast<const uint2*>(p);
+  return {reinterpret_cast<const __half2&>(raw.x), reinterpret_cast<const __half2&>(raw.y)};
+}
+
+__device__ __forceinline__ void store_row(__half* p, Row row) {
+  *reinterpret_cast<uint2*>(p) = make_uint2(reinterpret_cast<const uint32_t&>(row.low),
+                                            reinterpret_cast<const uint32_t&>(row.high));
+}
+
+template <int kWidth>  // W
+__global__ void __launch_bounds__(kThreads)
+    causal_conv1d_kernel(Ssdi8CausalConv1dParams p, int run_length) {
+  const int channel = (blockIdx.x * kThreads + threadIdx.x) * kChannels;
+  if (channel >= p.conv_dim) return;
+  const int first = blockIdx.y * run_length;
+  const int last = min(first + run_length, p.length);
+  const int64_t batch = blockIdx.z;
+  const __half* input =
+      static_cast<const __half*>(p.zxbcdt) + batch * p.length * p.row_stride + p.d_inner + channel;
+  const int64_t state_offset = batch * (kWidth - 1) * p.conv_dim + channel;
+  const __half* state = static_cast<const __half*>(p.conv_state) + state_offset;
+
+  // Row `t` of the sequence, where rows before the first come from the state.
+  const auto row_at = [&](int t) {
+    return t < 0 ? load_row(state + static_cast<int64_t>(t + kWidth - 1) * p.conv_dim)
+                 : load_row(input + static_cast<int64_t>(t) * p.row_stride);
+  };
+
+  Row window[kWidth - 1 + kBatchOfRows];
+#pragma unroll
+  for (int w = 0; w < kWidth - 1; ++w) window[w] = row_at(first - (kWidth - 1) + w);
+  if (first == 0) {
+    Row kept[kWidth - 1];
+#pragma unroll
+    for (int w = 0; w < kWidth - 1; ++w) kept[w] = row_at(p.length - (kWidth - 1) + w);
+    __half* state_out = static_cast<__half*>(p.conv_state_out) + state_offset;
+#pragma unroll
+    for (int w = 0; w < kWidth - 1; ++w) {
+      store_row(state_out + static_cast<int64_t>(w) * p.conv_dim, kept[w]);
+    }
+  }
+
+  // The taps of 4 channels are kWidth whole 16-byte words.
+  float taps[kChannels * kWidth], bias[kChannels];
+#pragma unroll
+  for (int i = 0; i <= kWidth; ++i) {
+    const float* from = i < kWidth ? p.weight + channel * kWidth + 4 * i : p.bias + channel;
+    const float4 v = __ldg(reinterpret_cast<const float4*>(from));
+    float* to = i < kWidth ? taps + 4 * i : bias;
+    to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+  }
+
+  const int gn = (p.conv_dim - p.d_inner) / 2;
+  const bool is_x = channel < p.d_inner;
+  const bool is_c = channel >= p.d_inner + gn;
+  const int column = channel - p.d_inner - (is_c ? gn : 0);  // in B or C
+  float inverse_scale = 0.0f;
+  if (!is_x) inverse_scale = __frcp_rn((is_c ? p.c_scale : p.b_scale)[column / (gn / p.ngroups)]);
+  const bool half_away = p.rounding == SSDI8_HALF_AWAY;
+  const int64_t token0 = batch * p.length;
+
+  for (int t = first; t < last; t += kBatchOfRows) {
+#pragma unroll
+    for (int i = 0; i < kBatchOfRows; ++i) {
+      if (t + i < last) window[kWidth - 1 + i] = row_at(t + i);
+    }
+#pragma unroll
+    for (int i = 0; i < kBatchOfRows; ++i) {
+      if (t + i >= last) break;
+      float s[kChannels];
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) s[c] = bias[c];
+#pragma unroll
+      for (int w = 0; w < kWidth; ++w) {
+        const float2 low = __half22float2(window[i + w].low);
+        const float2 high = __half22float2(window[i + w].high);
+        s[0] = __fadd_rn(s[0], __fmul_rn(low.x, taps[0 * kWidth + w]));
+        s[1] = __fadd_rn(s[1], __fmul_rn(low.y, taps[1 * kWidth + w]));
+        s[2] = __fadd_rn(s[2], __fmul_rn(high.x, taps[2 * kWidth + w]));
+        s[3] = __fadd_rn(s[3], __fmul_rn(high.y, taps[3 * kWidth + w]));
+      }
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) s[c] = silu(s[c]);
+      const int64_t token = token0 + t + i;
+      if (is_x) {
+        store_row(static_cast<__half*>(p.x) + token * p.d_inner + channel,
+                  {__floats2half2_rn(s[0], s[1]), __floats2half2_rn(s[2], s[3])});
+      } else {
+        int q[kChannels];
+#pragma unroll
+        for (int c = 0; c < kChannels; ++c) q[c] = quantize(s[c], inverse_scale, half_away);
+        int8_t* out = (is_c ? p.c_q : p.b_q) + token * gn + column;
+        *reinterpret_cast<uint32_t*>(out) = pack4(q[0], q[1], q[2], q[3]);
+      }
+    }
+#pragma unroll
+    for (int w = 0; w < kWidth - 1; ++w) window[w] = window[w + kBatchOfRows];
+  }
+}
+
+}  // namespace
+}  // namespace ssdi8
+
+// ---------------------------------------------------------------------------------------------
+// launcher
+// ---------------------------------------------------------------------------------------------
+
+int ssdi8_causal_conv1d(const Ssdi8CausalConv1dParams* p, void* stream) {
+  using namespace ssdi8;
+  const int bc = p->conv_dim - p->d_inner;  // 2GN
+  if (p->d_conv < 2 || p->d_conv > 4) {
+    return refuse("causal_conv1d: width %d is not 2, 3 or 4", p->d_conv);
+  }
+  if (p->ngroups <= 0 || bc <= 0 || bc % (2 * kChannels * p->ngroups) != 0 || p->d_inner <= 0 ||
+      p->d_inner % kChannels != 0) {
+    return refuse(
+        "causal_conv1d: d_inner %d and the state size in conv_dim %d with %d groups must "
+        "be multiples of %d",
+        p->d_inner, p->conv_dim, p->ngroups, kChannels);
+  }
+  if (p->row_stride % kChannels != 0 || p->row_stride < p->d_inner + p->conv_dim) {
+    return refuse("causal_conv1d: row stride %d is not a multiple of %d that holds %d columns",
+                  p->row_stride, kChannels, p->d_inner + p->conv_dim);
+  }
+  if (p->batch < 0 || p->batch > 65535 || p->length < 1) {
+    return refuse("causal_conv1d: batch %d or length %d out of range", p->batch, p->length);
+  }
+  if (p->batch == 0) return SSDI8_OK;
+  int sm_count = 0;
+  if (const int code = check(multiprocessors(&sm_count), "causal_conv1d")) return code;
+  const int blocks_x = static_cast<int>(ceil_div(p->conv_dim / kChannels, kThreads));
+  // Long runs read less twice; short ones fill the chip. 8 blocks are 32 warps.
+  int run = 64;
+  while (run > kBatchOfRows && blocks_x * ceil_div(p->length, run) * p->batch < 8 * sm_count) {
+    run /= 2;
+  }
+  while (ceil_div(p->length, run) > 65535) run *= 2;
+  const dim3 grid(blocks_x, static_cast<unsigned>(ceil_div(p->length, run)), p->batch);
+  auto* kernel = p->d_conv == 4   ? causal_conv1d_kernel<4>
+                 : p->d_conv == 3 ? causal_conv1d_kernel<3>
+                                  : causal_conv1d_kernel<2>;
+  kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(*p, run);
+  return check(cudaGetLastError(), "causal_conv1d");
+}
+
+size_t ssdi8_sizeof_causal_conv1d(void) { return sizeof(Ssdi8CausalConv1dParams); }

@@ -1,0 +1,167 @@
+// y = exp(a_m) . C R  +  sum_{k <= m} CB . exp(a_m - a_k) . dt_k . x_k  +  D . x.
+//
+// x, y (B, L, H . P) FP16; b_q, c_q (B, L, G . N) INT8; dt, a (B, H, L) FP32; passed (B, C, H, P,
+// N) INT8. Two launches: CB = Q(C_q . B_q^T) of the causal tiles, once per group and in operand
+// order, then one block per chunk and 64 channels of a head (ssd.cuh). D goes into the diagonal of
+// the weighted CB before that is rounded to FP16.
+
+#include "ssd.cuh"
+
+// ---------------------------------------------------------------------------------------------
+// device code
+// ---------------------------------------------------------------------------------------------
+
+namespace ssdi8 {
+namespace {
+
+using ssd::Item;
+using ssd::Shape;
+using ssd::Tables;
+
+template <int kN>
+__global__ __launch_bounds__(ssd::kThreads) void cb_kernel(Shape shape, ssd::PrepareGroup params) {
+  const int jobs = ssd::cb_jobs(shape.chunk) + ssd::c_jobs(shape.chunk);
+  const int index = blockIdx.x * ssd::kWarps + threadIdx.x / 32;
+  if (index >= shape.group_chunks() * jobs) return;
+  ssd::prepare_group<kN>(shape, params, index / jobs, index % jobs);
+}
+
+// The state entering the chunk, (64, N) INT8 rows, as B operand of Scan1.
+template <typename P>
+__device__ __forceinline__ void load_passed(const int8_t* passed, uint4* r_units) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  for (int job = warp; job < P::kN / 16; job += P::kWarps) {
+    const int n64 = job / 4, pair = job % 4;
+    const int8_t* row = passed + (8 * (g / 2 + 4 * (g % 2)) + 2 * pair) * P::kN + 64 * n64 + 16 * t;
+    const uint4 r0 = ssd::load16_global(row), r1 = ssd::load16_global(row + P::kN);
+    uint4* unit = r_units + (n64 * 8 + pair) * 32 + lane;
+    unit[0] = make_uint4(r0.x, r0.y, r1.x, r1.y);
+    unit[4 * 32] = make_uint4(r0.z, r0.w, r1.z, r1.w);
+  }
+}
+
+struct Scan {
+  const __half* x;
+  const float* dt;
+  const float* a;
+  const int8_t* passed;
+  ssd::Scales scales;
+  const uint4* c_units;
+  const uint4* cb8;
+  const uint4* cb16;
+  __half* y;
+};
+
+template <typename P>  // ssd::Plan
+__global__ __launch_bounds__(P::kThreads, P::kBlocksPerSm) void chunk_scan_kernel(Shape shape,
+                                                                                  Scan p) {
+  extern __shared__ uint4 shared[];
+  Tables& tables = *reinterpret_cast<Tables*>(shared);
+  uint4* r_units = shared + sizeof(Tables) / sizeof(uint4);
+  uint4* x16 = r_units + P::kRWords;
+  uint4* xt = x16 + P::kX16Words;
+
+  {
+    const Item it = ssd::make_item(shape, ssd::lane_of_work(), blockIdx.y);
+    uint4 raw[P::kRowTiles][4];
+    ssd::load_x<P>(shape, it, p.x, raw);
+    const size_t state =
+        ((size_t(it.b) * shape.chunks + it.c) * shape.nheads + it.h) * shape.headdim +
+        it.pt * ssd::kTileP;
+    load_passed<P>(p.passed + state * P::kN, r_units);
+    ssd::fill_tables<P, false, true>(shape, it, p.dt, p.a, shape.length, p.scales, false, tables);
+    __syncthreads();
+    ssd::quantize_x<P, false, true>(shape, raw, tables, nullptr, xt, x16);
+  }
+  const Item it = ssd::make_item(shape, ssd::lane_of_work(), blockIdx.y);
+  ssd::RowScan<P> rows;
+  rows.load_first(shape, it.group_chunk, p.c_units, p.cb8, p.cb16);
+  __syncthreads();
+  rows.run(shape, it, p.c_units, p.cb8, p.cb16, tables, xt, x16, r_units, p.y);
+}
+
+struct Workspace {
+  uint4* c_units;
+  uint4* cb8;
+  uint4* cb16;
+  size_t bytes;
+};
+
+Workspace carve(const Shape& shape, void* base) {
+  ssd::Arena arena(base);
+  Workspace w;
+  w.c_units = arena.take<uint4>(shape.group_chunks() * shape.c_units() * 32);
+  w.cb8 = arena.take<uint4>(shape.group_chunks() * shape.cb8_units() * 32);
+  w.cb16 = arena.take<uint4>(shape.group_chunks() * shape.cb16_units() * 32);
+  w.bytes = arena.used();
+  return w;
+}
+
+template <typename P>
+cudaError_t launch_chunk_scan(const Shape& shape, const Ssdi8ChunkScanParams& p,
+                              cudaStream_t stream) {
+  const Workspace w = carve(shape, p.workspace);
+  const ssd::PrepareGroup prepare = {p.b_q,   p.c_q,     p.b_scale, p.c_scale, p.cb_scale,
+                                     nullptr, w.c_units, w.cb8,     w.cb16};
+  const size_t warps =
+      shape.group_chunks() * (ssd::cb_jobs(shape.chunk) + ssd::c_jobs(shape.chunk));
+  cb_kernel<P::kN><<<ceil_div(warps, ssd::kWarps), ssd::kThreads, 0, stream>>>(shape, prepare);
+  if (cudaError_t error = cudaGetLastError()) return error;
+
+  const Scan scan = {
+      static_cast<const __half*>(p.x),
+      p.dt,
+      p.a,
+      p.passed,
+      {nullptr, p.x_tile_scale, p.state_scale, p.b_scale, p.c_scale, p.cb_scale, p.d_skip},
+      w.c_units,
+      w.cb8,
+      w.cb16,
+      static_cast<__half*>(p.y)};
+  const size_t words = P::kRWords + P::kX16Words + (shape.tiled ? P::kXtWords : 0);
+  const size_t bytes = sizeof(Tables) + words * sizeof(uint4);
+  auto* kernel = chunk_scan_kernel<P>;
+  if (cudaError_t error = ssd::grant_shared(kernel, bytes)) return error;
+  kernel<<<dim3(shape.lanes(), shape.chunks), P::kThreads, bytes, stream>>>(shape, scan);
+  return cudaGetLastError();
+}
+
+template <int kN>
+cudaError_t launch_chunk(const Shape& shape, const Ssdi8ChunkScanParams& p, cudaStream_t stream) {
+  if (shape.chunk == 256) return launch_chunk_scan<ssd::Plan<kN, 2, 8>>(shape, p, stream);
+  if (shape.chunk == 128) return launch_chunk_scan<ssd::Plan<kN, 1, 8>>(shape, p, stream);
+  return launch_chunk_scan<ssd::Plan<kN, 1, 4>>(shape, p, stream);
+}
+
+int make_shape(const Ssdi8ChunkScanParams& p, Shape* shape) {
+  return ssd::make_shape("chunk_scan", p.batch, p.length, p.nheads, p.headdim, p.ngroups, p.d_state,
+                         p.chunk_size, p.scan_tile, p.rounding, shape);
+}
+
+}  // namespace
+}  // namespace ssdi8
+
+// ---------------------------------------------------------------------------------------------
+// launcher
+// ---------------------------------------------------------------------------------------------
+
+int ssdi8_chunk_scan(const Ssdi8ChunkScanParams* p, void* stream) {
+  using namespace ssdi8;
+  ssd::Shape shape;
+  if (int code = make_shape(*p, &shape)) return code;
+  if (shape.tiled && p->x_tile_scale == nullptr) {
+    return refuse("chunk_scan: scan_tile %d needs x_tile_scale", p->scan_tile);
+  }
+  auto* launch = shape.d_state == 64    ? launch_chunk<64>
+                 : shape.d_state == 128 ? launch_chunk<128>
+                                        : launch_chunk<256>;
+  return check(launch(shape, *p, static_cast<cudaStream_t>(stream)), "chunk_scan");
+}
+
+size_t ssdi8_chunk_scan_workspace(const Ssdi8ChunkScanParams* p) {
+  ssdi8::ssd::Shape shape;
+  if (ssdi8::make_shape(*p, &shape)) return 0;
+  return ssdi8::carve(shape, nullptr).bytes;
+}
+
+size_t ssdi8_sizeof_chunk_scan(void) { return sizeof(Ssdi8ChunkScanParams); }

@@ -1,0 +1,143 @@
+// S[p, n] = sum_k Q(w_k . x[k, p]) . B_q[k, n], w_k = exp(a_last - a_k) . dt_k.
+//
+// x (B, L, H . P) FP16, b_q (B, L, G . N) INT8, dt and a (B, H, L) FP32, states (B, C, H, P, N)
+// FP32 in real units (gate FP32) or INT8 in steps of state_scale (gate Q0.7). Two launches: B is
+// transposed into operand order once per group, then one block per chunk and 64 channels of a head.
+
+#include "ssd.cuh"
+
+// ---------------------------------------------------------------------------------------------
+// device code
+// ---------------------------------------------------------------------------------------------
+
+namespace ssdi8 {
+namespace {
+
+using ssd::Item;
+using ssd::Shape;
+using ssd::Tables;
+
+template <int kN>
+__global__ __launch_bounds__(ssd::kThreads) void transpose_b_kernel(Shape shape,
+                                                                    ssd::PrepareGroup params) {
+  const int jobs = ssd::b_jobs(shape.chunk, kN);
+  const int index = blockIdx.x * ssd::kWarps + threadIdx.x / 32;
+  if (index >= shape.group_chunks() * jobs) return;
+  ssd::prepare_group<kN>(shape, params, index / jobs, index % jobs);
+}
+
+template <typename P>  // ssd::Plan
+__global__ __launch_bounds__(P::kThreads, P::kBlocksPerSm) void chunk_state_kernel(
+    Shape shape, const __half* x, const float* dt, const float* a, ssd::Scales scales,
+    const uint4* b_units, bool integer_states, void* states) {
+  extern __shared__ uint4 shared[];
+  Tables& tables = *reinterpret_cast<Tables*>(shared);
+  uint4* xs = shared + sizeof(Tables) / sizeof(uint4);
+
+  const Item it = ssd::make_item(shape, blockIdx.x, blockIdx.y);
+  uint4 raw[P::kRowTiles][4];
+  ssd::load_x<P>(shape, it, x, raw);
+  ssd::fill_tables<P, true, false>(shape, it, dt, a, shape.length, scales, integer_states, tables);
+  __syncthreads();
+  ssd::quantize_x<P, true, false>(shape, raw, tables, xs, nullptr, nullptr);
+  const uint4* own_b = b_units + it.group_chunk * shape.b_units() * 32;
+  ssd::StateOperands<P> operands;
+  operands.load_first(own_b);
+  __syncthreads();
+  ssd::StateInt<P> acc;
+  ssd::state_product<P>(xs, own_b, operands, acc);
+
+#pragma unroll
+  for (int row = 0; row < P::kRows; ++row) {
+#pragma unroll
+    for (int step = 0; step < P::kSteps; ++step) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int p = P::channel(row) + r;
+        const size_t index =
+            (((size_t(it.b) * shape.chunks + it.c) * shape.nheads + it.h) * shape.headdim +
+             it.pt * ssd::kTileP + p) *
+                P::kN +
+            P::column(step);
+        float v[8];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const int sum = acc[row][step][i / 2][2 * r + i % 2];
+          v[i] = __fmul_rn(__int_as_float(sum) - ssd::kMagic, tables.state_multiplier[p]);
+        }
+        if (integer_states) {
+          int q[8];
+#pragma unroll
+          for (int i = 0; i < 8; ++i) q[i] = round_to_int8(v[i], shape.away);
+          *reinterpret_cast<uint2*>(static_cast<int8_t*>(states) + index) =
+              make_uint2(pack4(q[0], q[1], q[2], q[3]), pack4(q[4], q[5], q[6], q[7]));
+        } else {
+          ssd::store_state8(states, index, true, v);
+        }
+      }
+    }
+  }
+}
+
+template <typename P>
+cudaError_t launch_chunk_state(const Shape& shape, const Ssdi8ChunkStateParams& p,
+                               cudaStream_t stream) {
+  uint4* b_units = static_cast<uint4*>(p.workspace);
+  ssd::PrepareGroup prepare = {};
+  prepare.b_q = p.b_q;
+  prepare.b_units = b_units;
+  const size_t warps = shape.group_chunks() * ssd::b_jobs(shape.chunk, P::kN);
+  transpose_b_kernel<P::kN>
+      <<<ceil_div(warps, ssd::kWarps), ssd::kThreads, 0, stream>>>(shape, prepare);
+  if (cudaError_t error = cudaGetLastError()) return error;
+
+  ssd::Scales scales = {};
+  scales.x_scale = p.x_scale;
+  scales.state_scale = p.state_scale;
+  scales.b_scale = p.b_scale;
+  const size_t bytes = sizeof(Tables) + P::kXsWords * sizeof(uint4);
+  auto* kernel = chunk_state_kernel<P>;
+  if (cudaError_t error = ssd::grant_shared(kernel, bytes)) return error;
+  kernel<<<dim3(shape.lanes(), shape.chunks), P::kThreads, bytes, stream>>>(
+      shape, static_cast<const __half*>(p.x), p.dt, p.a, scales, b_units, p.gate == SSDI8_GATE_Q0_7,
+      p.states);
+  return cudaGetLastError();
+}
+
+template <int kN>
+cudaError_t launch_chunk(const Shape& shape, const Ssdi8ChunkStateParams& p, cudaStream_t stream) {
+  if (shape.chunk == 256) return launch_chunk_state<ssd::Plan<kN, 2, 8>>(shape, p, stream);
+  if (shape.chunk == 128) return launch_chunk_state<ssd::Plan<kN, 1, 8>>(shape, p, stream);
+  return launch_chunk_state<ssd::Plan<kN, 1, 4>>(shape, p, stream);
+}
+
+int make_shape(const Ssdi8ChunkStateParams& p, Shape* shape) {
+  return ssd::make_shape("chunk_state", p.batch, p.length, p.nheads, p.headdim, p.ngroups,
+                         p.d_state, p.chunk_size, p.chunk_size, p.rounding, shape);
+}
+
+}  // namespace
+}  // namespace ssdi8
+
+// ---------------------------------------------------------------------------------------------
+// launcher
+// ---------------------------------------------------------------------------------------------
+
+int ssdi8_chunk_state(const Ssdi8ChunkStateParams* p, void* stream) {
+  using namespace ssdi8;
+  ssd::Shape shape;
+  if (int code = make_shape(*p, &shape)) return code;
+  if (int code = ssd::check_gate("chunk_state", p->gate)) return code;
+  auto* launch = shape.d_state == 64    ? launch_chunk<64>
+                 : shape.d_state == 128 ? launch_chunk<128>
+                                        : launch_chunk<256>;
+  return check(launch(shape, *p, static_cast<cudaStream_t>(stream)), "chunk_state");
+}
+
+size_t ssdi8_chunk_state_workspace(const Ssdi8ChunkStateParams* p) {
+  ssdi8::ssd::Shape shape;
+  if (ssdi8::make_shape(*p, &shape)) return 0;
+  return shape.group_chunks() * shape.b_units() * ssdi8::ssd::kUnitBytes;
+}
+
+size_t ssdi8_sizeof_chunk_state(void) { return sizeof(Ssdi8ChunkStateParams); }

@@ -1,0 +1,289 @@
+// The C ABI of libssdi8_kernels: one parameter struct and one launcher per op.
+//
+// Plain C: no Torch, no TensorRT. The torch references in ssdi8_edge/ops/*.py are the
+// specification.
+//
+// Every launcher
+//   * checks its arguments first: what it cannot compute it refuses, with SSDI8_UNSUPPORTED and a
+//     sentence in ssdi8_last_error();
+//   * only enqueues on `stream` (a cudaStream_t): no allocation, no synchronisation, so it can be
+//     captured in a CUDA graph;
+//   * takes device pointers of the current device, aligned to 16 bytes;
+//   * returns 0, or one of the codes below.
+//
+// Scratch memory comes from the caller: ssdi8_<op>_workspace(params) bytes, where that function
+// exists. ssdi8_sizeof_<op>() lets a foreign-language mirror of a struct check itself.
+//
+// Letters: B batch, L tokens, T = B * L, D model width, E inner width, G groups, N state size,
+// H heads, W convolution width, E2 = E + 2GN, R = 2E + 2GN + H. A tensor is dense and row-major
+// unless a stride is named. FP16 pointers are const void*, so that plain C can include this file.
+
+#ifndef SSDI8_KERNELS_H_
+#define SSDI8_KERNELS_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#pragma GCC visibility push(default)  // the library hides everything else
+#endif
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define SSDI8_ABI_VERSION 1
+
+enum { SSDI8_OK = 0, SSDI8_UNSUPPORTED = 1, SSDI8_CUDA_ERROR = 2 };
+
+// int8.py: half_even saturates to [-128, 127], half_away to [-127, 127].
+enum { SSDI8_HALF_EVEN = 0, SSDI8_HALF_AWAY = 1 };
+
+int32_t ssdi8_abi_version(void);
+
+// Why the last call on this thread failed; never null, valid until the next failure on the thread.
+const char* ssdi8_last_error(void);
+
+// ---------------------------------------------------------------------------------------------
+// Norms, linear layers, convolution
+// ---------------------------------------------------------------------------------------------
+
+// residual_out = residual + hidden; quantized = Q(residual_out / rms(residual_out) / scale).
+typedef struct Ssdi8RmsNormParams {
+  const void* hidden;     // (T, D) FP16
+  const float* residual;  // (T, D)
+  float* residual_out;    // (T, D), may be `residual`
+  int8_t* quantized;      // (T, D)
+  int32_t tokens;         // T
+  int32_t d_model;        // D, a multiple of 8, at most 8192
+  float scale;
+  float eps;
+  int32_t rounding;
+} Ssdi8RmsNormParams;
+int ssdi8_rms_norm(const Ssdi8RmsNormParams* params, void* stream);
+size_t ssdi8_sizeof_rms_norm(void);
+
+// y = FP16(FP32(x . weight^T) * scale + bias).
+typedef struct Ssdi8LinearParams {
+  const int8_t* x;       // (T, In)
+  const int8_t* weight;  // (Out, In)
+  const float* scale;    // (Out)
+  const float* bias;     // (Out)
+  void* y;               // (T, Out) FP16
+  int32_t tokens;        // T
+  int32_t in_features;   // In, a multiple of 32, at most 65536
+  int32_t out_features;  // Out
+  int32_t variant;       // 0: the launcher chooses; 1 vector, 2 small, 3 medium, 4 large tile
+} Ssdi8LinearParams;
+int ssdi8_linear(const Ssdi8LinearParams* params, void* stream);
+size_t ssdi8_sizeof_linear(void);
+
+// The same with the INT8 weight round_half_even((q4 - 8) * group_scale), made on the fly.
+typedef struct Ssdi8LinearW4Params {
+  const int8_t* x;          // (T, In)
+  const int8_t* packed;     // (Out, In / 2): byte + 128 = 16 * q4[2i + 1] + q4[2i]
+  const void* group_scale;  // (Out, In / group_size) FP16
+  const float* scale;       // (Out)
+  const float* bias;        // (Out)
+  void* y;                  // (T, Out) FP16
+  int32_t tokens;           // T
+  int32_t in_features;      // In, a multiple of 32 and of group_size, at most 65536
+  int32_t out_features;     // Out
+  int32_t group_size;       // 32, 64 or 128
+  int32_t variant;          // as in Ssdi8LinearParams
+} Ssdi8LinearW4Params;
+int ssdi8_linear_w4(const Ssdi8LinearW4Params* params, void* stream);
+size_t ssdi8_sizeof_linear_w4(void);
+
+// silu(bias + sum_w weight[:, w] * xBC[t - W + 1 + w]) over the x, B, C columns of zxbcdt.
+typedef struct Ssdi8CausalConv1dParams {
+  const void* zxbcdt;      // (B, L, R) FP16; columns d_inner .. d_inner + conv_dim are read
+  const void* conv_state;  // (B, W - 1, E2) FP16, oldest row first
+  const float* weight;     // (E2, W)
+  const float* bias;       // (E2)
+  const float* b_scale;    // (G)
+  const float* c_scale;    // (G)
+  void* x;                 // (B, L, E) FP16
+  int8_t* b_q;             // (B, L, G * N)
+  int8_t* c_q;             // (B, L, G * N)
+  void* conv_state_out;    // (B, W - 1, E2) FP16, may be `conv_state`
+  int32_t batch;           // B
+  int32_t length;          // L
+  int32_t row_stride;      // R, elements from one token of zxbcdt to the next; a multiple of 4
+  int32_t d_inner;         // E, a multiple of 4
+  int32_t conv_dim;        // E2 = E + 2GN
+  int32_t d_conv;          // W, 2 to 4
+  int32_t ngroups;         // G; N must be a multiple of 4
+  int32_t rounding;
+} Ssdi8CausalConv1dParams;
+int ssdi8_causal_conv1d(const Ssdi8CausalConv1dParams* params, void* stream);
+size_t ssdi8_sizeof_causal_conv1d(void);
+
+// quantized = Q(H_E . r / scale), r = v / rms(v in its group) * weight, v = y * silu(z).
+typedef struct Ssdi8RmsNormGatedParams {
+  const void* y;        // (T, E) FP16
+  const void* zxbcdt;   // (T, R) FP16; z is its first E columns
+  const float* weight;  // (E)
+  int8_t* quantized;    // (T, E)
+  int32_t tokens;       // T
+  int32_t d_inner;      // E = 2^k, 12 * 2^k or 20 * 2^k with k >= 3, at most 8192
+  int32_t row_stride;   // R, elements from one token of zxbcdt to the next; a multiple of 8
+  int32_t ngroups;      // G; E / G must be a multiple of 8
+  float scale;
+  float eps;
+  int32_t rounding;
+} Ssdi8RmsNormGatedParams;
+int ssdi8_rms_norm_gated(const Ssdi8RmsNormGatedParams* params, void* stream);
+size_t ssdi8_sizeof_rms_norm_gated(void);
+
+// ---------------------------------------------------------------------------------------------
+// SSD
+// ---------------------------------------------------------------------------------------------
+
+// Heads h share group h * G / H. The chunk is 64, 128 or 256; C = ceil(L / chunk) chunks. headdim P
+// is 64 or 128, d_state N 64, 128 or 256. Heads and groups as such are not bounded.
+
+// How the state travels from chunk to chunk: ops/state_passing.py.
+enum { SSDI8_GATE_FP32 = 0, SSDI8_GATE_Q0_7 = 1 };
+
+// dt = clamp(softplus(dt_raw + dt_bias)); a = cumulative sum of A * dt inside each chunk.
+typedef struct Ssdi8ChunkCumsumParams {
+  const void* zxbcdt;    // (B, L, R) FP16; columns dt_column .. dt_column + H are read
+  const float* dt_bias;  // (H)
+  const float* a_rate;   // (H), the model's A < 0
+  float* dt;             // (B, H, L)
+  float* a;              // (B, H, L)
+  int32_t batch;         // B
+  int32_t length;        // L
+  int32_t row_stride;    // R, elements from one token of zxbcdt to the next
+  int32_t dt_column;
+  int32_t nheads;  // H
+  int32_t chunk_size;
+  float dt_min;
+  float dt_max;
+} Ssdi8ChunkCumsumParams;
+int ssdi8_chunk_cumsum(const Ssdi8ChunkCumsumParams* params, void* stream);
+size_t ssdi8_sizeof_chunk_cumsum(void);
+
+// S[p, n] = sum_k Q(exp(a_last - a_k) * dt_k * x[k, p]) * B_q[k, n].
+typedef struct Ssdi8ChunkStateParams {
+  const void* x;             // (B, L, H * P) FP16
+  const int8_t* b_q;         // (B, L, G * N)
+  const float* dt;           // (B, H, L)
+  const float* a;            // (B, H, L)
+  const float* x_scale;      // (H, P)
+  const float* b_scale;      // (G)
+  const float* state_scale;  // (H, P)
+  void* states;              // (B, C, H, P, N) FP32, with gate Q0.7 INT8
+  void* workspace;
+  int32_t batch;    // B
+  int32_t length;   // L
+  int32_t nheads;   // H
+  int32_t headdim;  // P
+  int32_t ngroups;  // G
+  int32_t d_state;  // N
+  int32_t chunk_size;
+  int32_t gate;
+  int32_t rounding;
+} Ssdi8ChunkStateParams;
+int ssdi8_chunk_state(const Ssdi8ChunkStateParams* params, void* stream);
+size_t ssdi8_chunk_state_workspace(const Ssdi8ChunkStateParams* params);
+size_t ssdi8_sizeof_chunk_state(void);
+
+// R_0 = ssm_state; R_{c+1} = exp(a_last of c) * R_c + S_c; passed = Q(R_c / state_scale).
+typedef struct Ssdi8StatePassingParams {
+  const void* states;        // (B, C, H, P, N) FP32, with gate Q0.7 INT8
+  const float* a;            // (B, H, L)
+  const void* ssm_state;     // (B, H, P, N)
+  const float* state_scale;  // (H, P)
+  int8_t* passed;            // (B, C, H, P, N)
+  void* ssm_state_out;       // (B, H, P, N), may be `ssm_state`
+  int32_t batch;             // B
+  int32_t length;            // L
+  int32_t nheads;            // H
+  int32_t headdim;           // P
+  int32_t d_state;           // N
+  int32_t chunk_size;
+  int32_t gate;
+  int32_t rounding;
+  int32_t state_fp32;  // type of ssm_state: 0 FP16, 1 FP32
+} Ssdi8StatePassingParams;
+int ssdi8_state_passing(const Ssdi8StatePassingParams* params, void* stream);
+size_t ssdi8_sizeof_state_passing(void);
+
+// y = exp(a_m) * C . R + sum_{k <= m} CB * exp(a_m - a_k) * dt_k * x_k + D * x.
+typedef struct Ssdi8ChunkScanParams {
+  const void* x;              // (B, L, H * P) FP16
+  const int8_t* b_q;          // (B, L, G * N)
+  const int8_t* c_q;          // (B, L, G * N)
+  const float* dt;            // (B, H, L)
+  const float* a;             // (B, H, L)
+  const int8_t* passed;       // (B, C, H, P, N)
+  const float* d_skip;        // (H), the model's D
+  const float* b_scale;       // (G)
+  const float* c_scale;       // (G)
+  const float* state_scale;   // (H, P)
+  const float* cb_scale;      // (G)
+  const float* x_tile_scale;  // (H, P), null if scan_tile = chunk_size
+  void* y;                    // (B, L, H * P) FP16
+  void* workspace;
+  int32_t batch;    // B
+  int32_t length;   // L
+  int32_t nheads;   // H
+  int32_t headdim;  // P
+  int32_t ngroups;  // G
+  int32_t d_state;  // N
+  int32_t chunk_size;
+  int32_t scan_tile;  // 64 or chunk_size
+  int32_t rounding;
+} Ssdi8ChunkScanParams;
+int ssdi8_chunk_scan(const Ssdi8ChunkScanParams* params, void* stream);
+size_t ssdi8_chunk_scan_workspace(const Ssdi8ChunkScanParams* params);
+size_t ssdi8_sizeof_chunk_scan(void);
+
+// The four above in one op; for L = 1 the recurrence on the unquantized state.
+typedef struct Ssdi8SsdScanParams {
+  const void* x;              // (B, L, H * P) FP16
+  const int8_t* b_q;          // (B, L, G * N)
+  const int8_t* c_q;          // (B, L, G * N)
+  const void* zxbcdt;         // (B, L, R) FP16; columns dt_column .. dt_column + H are read
+  const void* ssm_state;      // (B, H, P, N)
+  const float* dt_bias;       // (H)
+  const float* a_rate;        // (H), the model's A < 0
+  const float* d_skip;        // (H), the model's D
+  const float* b_scale;       // (G)
+  const float* c_scale;       // (G)
+  const float* x_scale;       // (H, P)
+  const float* state_scale;   // (H, P)
+  const float* cb_scale;      // (G)
+  const float* x_tile_scale;  // (H, P), null if scan_tile = chunk_size
+  void* y;                    // (B, L, H * P) FP16
+  void* ssm_state_out;        // (B, H, P, N), may be `ssm_state`
+  void* workspace;
+  int32_t batch;    // B
+  int32_t length;   // L
+  int32_t nheads;   // H
+  int32_t headdim;  // P
+  int32_t ngroups;  // G
+  int32_t d_state;  // N
+  int32_t chunk_size;
+  int32_t scan_tile;   // 64 or chunk_size
+  int32_t row_stride;  // R
+  int32_t dt_column;
+  int32_t gate;
+  int32_t rounding;
+  int32_t state_fp32;  // type of ssm_state: 0 FP16, 1 FP32
+  float dt_min;
+  float dt_max;
+} Ssdi8SsdScanParams;
+int ssdi8_ssd_scan(const Ssdi8SsdScanParams* params, void* stream);
+size_t ssdi8_ssd_scan_workspace(const Ssdi8SsdScanParams* params);
+size_t ssdi8_sizeof_ssd_scan(void);
+
+#ifdef __cplusplus
+}  // extern "C"
+#endif
+#if defined(__GNUC__)
+#pragma GCC visibility pop
+#endif
+
+#endif  // SSDI8_KERNELS_H_

@@ -1,0 +1,611 @@
+// INT8 linear layers: y = FP16(FP32(x . weight^T) * scale[row] + bias[row]), exact up to the FP16.
+//
+// x (T, In) INT8; y (T, Out) FP16; scale, bias (Out) FP32. The weight is
+//   W8: (Out, In) INT8;
+//   W4: (Out, In / 2), byte + 128 = 16 * q4[2i + 1] + q4[2i], expanded on the fly to the INT8 value
+//       round_half_even((q4 - 8) * group_scale[row, k / group_size]), saturated.
+//
+// The order of k inside a product is free, as long as both operands use the same one. Here the lane
+// with t = lane % 4 takes 16 consecutive k of every 64, for both operands. So a fragment for two
+// m16n8k32 is one 16-byte load per row, from shared or from device memory alike: eight lanes read
+// 128 contiguous bytes (no bank conflict, no swizzle, no ldmatrix), and 8 packed bytes of W4 are
+// exactly the 16 weights that the lane needs. Rows of the weight are the 16-row operand: its four
+// registers mix rows, so it is assembled once per step, while the 8-column operand (tokens), which
+// every product changes, is used in the registers that the load filled.
+//
+// Variants
+//   vector (T <= 8): memory bound. A block takes 16 rows of the weight, its warps share k, weights
+//     go straight from device memory to registers as the 16-row operand, tokens are the 8 columns.
+//     Partial sums are INT32, so their order does not matter.
+//   tiles of tokens x rows (64 x 128, 128 x 128, 128 x 256): compute bound. Four stages of 64 k by
+//     cp.async; a warp owns all tokens of the tile and 32 rows, so that a W4 weight is expanded
+//     once per tile. The pipeline runs on across tiles: while one is written, the next one loads.
+//     Blocks stay (grid = what fits) and walk the tiles so that 1024 rows of the weight serve all
+//     tokens before the next 1024 are read: on a board the weight does not fit the L2 cache.
+//
+// Rejected for the tiles, with the time of the 128 x 128 tile over the present one (H100, In 2560,
+// Out 10576, 2048 tokens):
+//   tokens as the 16-row operand (four moves per product)    1.2
+//   all copies of a step in one burst                        1.07
+//   two steps per loop, unrolled (spare moves return)        1.15
+// mma.sync reaches 1290 TOP/s there, two thirds of what Hopper's own instructions do.
+
+#include <algorithm>
+#include <type_traits>
+
+#include "common.cuh"
+
+namespace ssdi8 {
+namespace {
+
+// ---------------------------------------------------------------------------------------------
+// device code: W4
+// ---------------------------------------------------------------------------------------------
+
+__host__ __device__ constexpr uint32_t half2_bits(uint32_t half) { return half << 16 | half; }
+
+__device__ __forceinline__ __half2 as_half2(uint32_t bits) {
+  return reinterpret_cast<const __half2&>(bits);
+}
+
+__device__ __forceinline__ uint32_t as_bits(__half2 v) {
+  return reinterpret_cast<const uint32_t&>(v);
+}
+
+// Two nibbles that sit in bits 0-3 and 16-19 of `word` to their INT8 weights in bytes 0 and 2.
+// `bias` makes the half 1024 + q4 of a nibble (and mends the sign bit that the offset 128 flips in
+// high nibbles). (q4 - 8) * sigma + 1536 is rounded once, to a whole number, since halves from 1024
+// to 2048 are whole: the round-half-even of the format; its low byte is the INT8 value.
+template <bool kSaturate>
+__device__ __forceinline__ uint32_t expand_pair(uint32_t word, uint32_t bias, __half2 sigma) {
+  const __half2 q4 = as_half2((word & 0x000f000fu) ^ bias);
+  const __half2 centred = __hsub2(q4, as_half2(half2_bits(0x6408)));  // 1032
+  __half2 v = __hfma2(centred, sigma, as_half2(half2_bits(0x6600)));  // 1536
+  if constexpr (kSaturate) {
+    v = __hmin2(v, as_half2(half2_bits(0x6600 + 127)));
+    v = __hmax2(v, as_half2(half2_bits(0x6600 - 128)));
+  }
+  return as_bits(v);
+}
+
+// Whether a weight of the group can leave the INT8 range: -8 * sigma below -128.
+__device__ __forceinline__ bool saturates(__half2 sigma) {
+  return __hgt(__habs(__low2half(sigma)), __ushort_as_half(0x4bf0));  // 15.875
+}
+
+// Eight consecutive weights to INT8: k 0-3 in `low`, k 4-7 in `high`.
+template <bool kSaturate>
+__device__ __forceinline__ void expand_w4(uint32_t packed, __half2 sigma, uint32_t& low,
+                                          uint32_t& high) {
+  constexpr uint32_t kLow = half2_bits(0x6400), kHigh = half2_bits(0x6408);
+  const uint32_t k04 = expand_pair<kSaturate>(packed, kLow, sigma);
+  const uint32_t k15 = expand_pair<kSaturate>(packed >> 4, kHigh, sigma);
+  const uint32_t k26 = expand_pair<kSaturate>(packed >> 8, kLow, sigma);
+  const uint32_t k37 = expand_pair<kSaturate>(packed >> 12, kHigh, sigma);
+  const uint32_t k0145 = __byte_perm(k04, k15, 0x6240);
+  const uint32_t k2367 = __byte_perm(k26, k37, 0x6240);
+  low = __byte_perm(k0145, k2367, 0x5410);
+  high = __byte_perm(k0145, k2367, 0x7632);
+}
+
+// ---------------------------------------------------------------------------------------------
+// device code: common to the variants
+// ---------------------------------------------------------------------------------------------
+
+struct LinearArguments {
+  const int8_t* x;
+  const int8_t* weight;       // W8, or W4 packed
+  const __half* group_scale;  // W4 only
+  const float* scale;
+  const float* bias;
+  __half* y;
+  int tokens;
+  int n_in;
+  int n_out;
+  int group_shift;  // log2 of the group size
+};
+
+__device__ __forceinline__ __half epilogue(int acc, float scale, float bias) {
+  return __float2half_rn(__fadd_rn(__fmul_rn(__int2float_rn(acc), scale), bias));
+}
+
+__device__ __forceinline__ __half2 load_sigma(const LinearArguments& p, int row, int k) {
+  const int groups = p.n_in >> p.group_shift;
+  return __half2half2(p.group_scale[row * groups + min(k >> p.group_shift, groups - 1)]);
+}
+
+// ---------------------------------------------------------------------------------------------
+// device code: vector variant
+// ---------------------------------------------------------------------------------------------
+
+constexpr int kVectorTokens = 8;
+constexpr int kVectorRows = 16;
+constexpr int kVectorMaxWarps = 8;
+
+template <bool kW4>
+__global__ void __launch_bounds__(kVectorMaxWarps* kWarp, kW4 ? 2 : 3)
+    vector_kernel(LinearArguments p) {
+  constexpr int kUnroll = kW4 ? 4 : 5;   // segments in flight per warp
+  constexpr int kLaneK = kW4 ? 32 : 16;  // k of a segment per lane: 16 bytes of the weight
+  constexpr int kSegment = 4 * kLaneK;
+  constexpr int kTokenLoads = kLaneK / 16;
+  __shared__ int partial[kVectorMaxWarps][kVectorTokens][kVectorRows];
+
+  const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  const int g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
+  const int row0 = blockIdx.x * kVectorRows;
+  const int rows[2] = {min(row0 + g, p.n_out - 1), min(row0 + g + 8, p.n_out - 1)};
+  const int64_t row_bytes = kW4 ? p.n_in / 2 : p.n_in;
+  const int8_t* weight[2] = {p.weight + rows[0] * row_bytes, p.weight + rows[1] * row_bytes};
+  const int8_t* x = p.x + static_cast<int64_t>(min(g, p.tokens - 1)) * p.n_in;
+  const bool has_token = g < p.tokens;
+
+  int acc[4] = {};
+  for (int k0 = warp * kSegment; k0 < p.n_in; k0 += kUnroll * warps * kSegment) {
+    uint4 w[kUnroll][2], tokens[kUnroll][kTokenLoads];
+    __half2 sigma[kUnroll][2];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int k = k0 + u * warps * kSegment + t * kLaneK;
+      const bool valid = k < p.n_in;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        w[u][r] = valid ? load_streaming(weight[r] + (kW4 ? k / 2 : k)) : make_uint4(0, 0, 0, 0);
+        if constexpr (kW4) sigma[u][r] = load_sigma(p, rows[r], k);
+      }
+#pragma unroll
+      for (int i = 0; i < kTokenLoads; ++i) {
+        tokens[u][i] = valid && has_token ? __ldg(reinterpret_cast<const uint4*>(x + k) + i)
+                                          : make_uint4(0, 0, 0, 0);
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const uint4 a = w[u][0], b = w[u][1];
+      if constexpr (kW4) {
+        const uint32_t packed[2][4] = {{a.x, a.y, a.z, a.w}, {b.x, b.y, b.z, b.w}};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          uint32_t low[2], high[2];
+#pragma unroll
+          for (int r = 0; r < 2; ++r) expand_w4<true>(packed[r][i], sigma[u][r], low[r], high[r]);
+          const uint4 v = tokens[u][i / 2];
+          mma_m16n8k32(acc, low[0], low[1], high[0], high[1], i % 2 ? v.z : v.x, i % 2 ? v.w : v.y);
+        }
+      } else {
+        const uint4 v = tokens[u][0];
+        mma_m16n8k32(acc, a.x, b.x, a.y, b.y, v.x, v.y);
+        mma_m16n8k32(acc, a.z, b.z, a.w, b.w, v.z, v.w);
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) partial[warp][2 * t + i % 2][g + i / 2 * 8] = acc[i];
+  __syncthreads();
+  for (int i = threadIdx.x; i < p.tokens * kVectorRows; i += blockDim.x) {
+    const int token = i / kVectorRows, row = row0 + i % kVectorRows;
+    if (row >= p.n_out) continue;
+    int sum = 0;
+    for (int w = 0; w < warps; ++w) sum += partial[w][token][i % kVectorRows];
+    p.y[static_cast<int64_t>(token) * p.n_out + row] = epilogue(sum, p.scale[row], p.bias[row]);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+// device code: tiles
+// ---------------------------------------------------------------------------------------------
+
+constexpr int kStepK = 64;
+constexpr int kStages = 4;     // a power of 2
+constexpr int kWarpRows = 32;  // rows of the weight per warp: two m16 fragments
+constexpr int kRowGroups = kWarpRows / 8;
+constexpr int kRasterRows = 1024;
+
+// A tile of kTileTokens x kTileRows; a block has a thread per row. kBlocks share a multiprocessor.
+template <int kTileTokens, int kTileRows, int kBlocks>
+struct Tile {
+  static constexpr int kTokens = kTileTokens;
+  static constexpr int kRows = kTileRows;
+  static constexpr int kThreads = kRows / kWarpRows * kWarp;
+  static constexpr int kBlocksPerSm = kBlocks;
+  static constexpr int kTokenBytes = kTokens * kStepK;  // of a stage
+  template <bool kW4>
+  static constexpr int kWeightBytes = kRows * (kW4 ? kStepK / 2 : kStepK);
+  template <bool kW4>
+  static constexpr int kSharedBytes = kStages * (kTokenBytes + kWeightBytes<kW4>);
+};
+using SmallTile = Tile<64, 128, 3>;
+using MediumTile = Tile<128, 128, 2>;
+using LargeTile = Tile<128, 256, 1>;
+static_assert(LargeTile::kSharedBytes<false> <= kMaxSharedBytes);
+
+template <class T>
+__host__ __device__ int tile_count(const LinearArguments& p) {
+  return static_cast<int>(ceil_div(p.tokens, T::kTokens) * ceil_div(p.n_out, T::kRows));
+}
+
+// First token and first row of tile `index`; past the last tile, of some tile.
+template <class T>
+__device__ __forceinline__ void locate(const LinearArguments& p, int index, int& token0,
+                                       int& row0) {
+  constexpr int kColumns = kRasterRows / T::kRows;
+  const int tiles_m = (p.tokens + T::kTokens - 1) / T::kTokens;
+  const int tiles_n = (p.n_out + T::kRows - 1) / T::kRows;
+  const int raster = index / (kColumns * tiles_m);
+  const int within = index - raster * kColumns * tiles_m;
+  const int columns = max(min(kColumns, tiles_n - raster * kColumns), 1);
+  token0 = within / columns * T::kTokens;
+  row0 = (raster * kColumns + within % columns) * T::kRows;
+}
+
+// Word j of lane s goes to lane j as word s, within each quad of lanes.
+__device__ __forceinline__ void transpose_quad(uint32_t (&w)[4]) {
+  const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
+#pragma unroll
+  for (int j = 0; j < 4; j += 2) {
+    const uint32_t got = __shfl_xor_sync(kAllLanes, odd ? w[j] : w[j + 1], 1);
+    (odd ? w[j] : w[j + 1]) = got;
+  }
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    const uint32_t got = __shfl_xor_sync(kAllLanes, upper ? w[j] : w[j + 2], 2);
+    (upper ? w[j] : w[j + 2]) = got;
+  }
+}
+
+// Transposes an 8 x 8 matrix of halves of which lane i holds elements 2 (i % 4), + 1 of row i / 4.
+__device__ __forceinline__ uint32_t transpose_8x8(uint32_t pair) {
+  uint32_t transposed;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(pair));
+  return transposed;
+}
+
+template <bool kW4, class T>
+__global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm) tile_kernel(LinearArguments p) {
+  constexpr int kPairs = T::kTokens / 16;  // of n8 fragments of tokens
+  constexpr int kTurn = kPairs / 2;        // where in a step the next one is fetched
+  constexpr int kAhead = 2;                // enough that a barrier does not expose a load
+  static_assert(kPairs % 4 == 0 && kPairs - kTurn >= kAhead);
+  constexpr int kWeightRow = kW4 ? kStepK / 2 : kStepK;
+  constexpr int kWeightUnits = kWeightRow / 16;  // 16-byte units per row of a stage
+  constexpr int kTokenLoads = T::kTokenBytes / 16 / T::kThreads;
+  constexpr int kWeightLoads = T::template kWeightBytes<kW4> / 16 / T::kThreads;
+  extern __shared__ __align__(128) int8_t shared[];
+  int8_t* shared_weight = shared + kStages * T::kTokenBytes;
+
+  const int warp = threadIdx.x / kWarp;
+  const int g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
+  const int steps = (p.n_in + kStepK - 1) / kStepK;
+  const int tiles = tile_count<T>(p);
+
+  // Producer. Tokens and rows past the end repeat the last one (never stored); k past the end, and
+  // all that follows the last tile, is zero. A step is loaded in parts, a few per pair of token
+  // fragments: in one burst they would hold up the loads of fragments behind them.
+  int load_tile = blockIdx.x, load_k = 0, load_stage = 0;
+  uint32_t token_offset[kTokenLoads], weight_offset[kWeightLoads];
+  const int token_unit = threadIdx.x % 4 * 16;
+  const int weight_unit = threadIdx.x % kWeightUnits * 16;
+  const auto locate_loads = [&] {
+    int token0, row0;
+    locate<T>(p, load_tile, token0, row0);
+#pragma unroll
+    for (int i = 0; i < kTokenLoads; ++i) {
+      const int token = token0 + (threadIdx.x + i * T::kThreads) / 4;
+      token_offset[i] = static_cast<uint32_t>(min(token, p.tokens - 1)) * p.n_in + token_unit;
+    }
+#pragma unroll
+    for (int i = 0; i < kWeightLoads; ++i) {
+      const int row = row0 + (threadIdx.x + i * T::kThreads) / kWeightUnits;
+      weight_offset[i] =
+          static_cast<uint32_t>(min(row, p.n_out - 1)) * (kW4 ? p.n_in / 2 : p.n_in) + weight_unit;
+    }
+  };
+  const auto load_part = [&](int part) {
+    const uint32_t to = threadIdx.x * 16;
+    if (part < kTokenLoads) {
+      cp_async_16(
+          shared_address(shared) + load_stage * T::kTokenBytes + part * T::kThreads * 16 + to,
+          p.x + load_k * kStepK + token_offset[part % kTokenLoads],
+          load_tile < tiles && load_k * kStepK + token_unit < p.n_in);
+    } else if (part < kTokenLoads + kWeightLoads) {
+      const int i = part - kTokenLoads;
+      cp_async_16(
+          shared_address(shared_weight) + load_stage * T::template kWeightBytes<kW4> +
+              i * T::kThreads * 16 + to,
+          p.weight + load_k * kWeightRow + weight_offset[i % kWeightLoads],
+          load_tile < tiles && load_k * kWeightRow + weight_unit < (kW4 ? p.n_in / 2 : p.n_in));
+    }
+  };
+  constexpr int kParts = (kTokenLoads + kWeightLoads + kPairs - 1) / kPairs;  // per pair
+  const auto load_parts = [&](int pair) {
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) load_part(pair * kParts + i);
+  };
+  const auto finish_load = [&] {
+    cp_async_commit();
+    load_stage = (load_stage + 1) & (kStages - 1);
+    if (++load_k == steps) {
+      load_k = 0;
+      load_tile += gridDim.x;
+      locate_loads();
+    }
+  };
+
+  // Consumer: `weights` holds the m16 operands of the current step, by fragment and half of k;
+  // `incoming` the next one's, by row (g, g + 8, g + 16, g + 24) as they come from memory.
+  uint32_t weights[kRowGroups / 2][2][4], incoming[kRowGroups][4];
+  __half2 sigma[kRowGroups];
+  uint4 tokens[4][2];  // a ring, filled kAhead pairs before use
+  const auto load_tokens = [&](uint4(&to)[2], int stage, int pair) {
+    const int8_t* from = shared + stage * T::kTokenBytes + (pair * 16 + g) * kStepK + 16 * t;
+    to[0] = *reinterpret_cast<const uint4*>(from);
+    to[1] = *reinterpret_cast<const uint4*>(from + 8 * kStepK);
+  };
+  const auto load_weights = [&](int stage) {
+#pragma unroll
+    for (int j = 0; j < kRowGroups; ++j) {
+      const int8_t* from = shared_weight + stage * T::template kWeightBytes<kW4> +
+                           (warp * kWarpRows + j * 8 + g) * kWeightRow;
+      if constexpr (kW4) {
+        const uint2 v = *reinterpret_cast<const uint2*>(from + 8 * t);
+        incoming[j][0] = v.x, incoming[j][2] = v.y;
+      } else {
+        const uint4 v = *reinterpret_cast<const uint4*>(from + 16 * t);
+        incoming[j][0] = v.x, incoming[j][1] = v.y, incoming[j][2] = v.z, incoming[j][3] = v.w;
+      }
+    }
+  };
+  const auto load_sigmas = [&](int row0, int step) {
+#pragma unroll
+    for (int j = 0; j < kRowGroups; ++j) {
+      const int row = min(row0 + warp * kWarpRows + j * 8 + g, p.n_out - 1);
+      sigma[j] = load_sigma(p, row, step * kStepK + 16 * t);
+    }
+  };
+  // Expands in place; weights of scales that cannot saturate skip the clamps, a third of the work.
+  const auto expand = [&] {
+    bool clamp = false;
+#pragma unroll
+    for (int j = 0; j < kRowGroups; ++j) clamp |= saturates(sigma[j]);
+    const auto expand_all = [&](auto saturate) {
+#pragma unroll
+      for (int i = 0; i < 2 * kRowGroups; ++i) {
+        uint32_t* w = incoming[i / 2] + i % 2 * 2;
+        expand_w4<saturate>(w[0], sigma[i / 2], w[0], w[1]);
+      }
+    };
+    if (__any_sync(kAllLanes, clamp)) {
+      expand_all(std::true_type());
+    } else {
+      expand_all(std::false_type());
+    }
+  };
+  const auto advance = [&] {
+#pragma unroll
+    for (int j = 0; j < kRowGroups; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) weights[j / 2][i / 2][i % 2 * 2 + j % 2] = incoming[j][i];
+    }
+  };
+
+  locate_loads();
+  for (int step = 0; step < kStages - 2; ++step) {
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) load_parts(i);
+    finish_load();
+  }
+#pragma unroll
+  for (int i = kTurn; i < kPairs; ++i) load_parts(i);
+  int tile = blockIdx.x, step = 0, stage = 0, token0, row0;
+  locate<T>(p, tile, token0, row0);
+  if constexpr (kW4) load_sigmas(row0, 0);
+  cp_async_wait<kStages - 3>();
+  __syncthreads();
+  load_weights(0);
+  if constexpr (kW4) expand();
+  advance();
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i) load_tokens(tokens[i], 0, i);
+
+  int acc[kPairs][2][kRowGroups / 2][4] = {};
+  while (tile < tiles) {
+    const bool last = step + 1 == steps;
+    const int next_stage = (stage + 1) & (kStages - 1);
+    int next_token0 = token0, next_row0 = row0;
+    if (last) locate<T>(p, tile + gridDim.x, next_token0, next_row0);
+    if constexpr (kW4) load_sigmas(next_row0, last ? 0 : step + 1);
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      if (i == kTurn) {
+        // The next step has landed, and every warp has left the stage that is filled now.
+        finish_load();
+        cp_async_wait<kStages - 3>();
+        __syncthreads();
+        load_weights(next_stage);
+      }
+      load_parts(i);
+      load_tokens(tokens[(i + kAhead) % 4], i + kAhead < kPairs ? stage : next_stage,
+                  (i + kAhead) % kPairs);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+          const uint4 v = tokens[i % 4][n];
+#pragma unroll
+          for (int f = 0; f < kRowGroups / 2; ++f) {
+            const uint32_t (&w)[4] = weights[f][half];
+            mma_m16n8k32(acc[i][n][f], w[0], w[1], w[2], w[3], half ? v.z : v.x, half ? v.w : v.y);
+          }
+        }
+      }
+    }
+    if constexpr (kW4) expand();
+    advance();
+    if (last) {
+      float scale[kRowGroups], bias[kRowGroups];
+#pragma unroll
+      for (int j = 0; j < kRowGroups; ++j) {
+        const int row = min(row0 + warp * kWarpRows + j * 8 + g, p.n_out - 1);
+        scale[j] = p.scale[row];
+        bias[j] = p.bias[row];
+      }
+      const int column = row0 + warp * kWarpRows + 8 * t;
+      const bool vectors = p.n_out % 8 == 0;
+#pragma unroll
+      for (int i = 0; i < 2 * kPairs; ++i) {
+        // 8 tokens x 32 rows. Before the transposes a lane has tokens 2t and 2t + 1 of rows g + 8j;
+        // after the first, rows 8j + 2t and 8j + 2t + 1 of token g; after the second, 8t to 8t + 7.
+        uint32_t words[kRowGroups];
+#pragma unroll
+        for (int j = 0; j < kRowGroups; ++j) {
+          int* pair = &acc[i / 2][i % 2][j / 2][j % 2 * 2];
+          words[j] = transpose_8x8(as_bits(__halves2half2(epilogue(pair[0], scale[j], bias[j]),
+                                                          epilogue(pair[1], scale[j], bias[j]))));
+          pair[0] = pair[1] = 0;
+        }
+        transpose_quad(words);
+        const int token = token0 + i * 8 + g;
+        if (token >= p.tokens) continue;
+        __half* y = p.y + static_cast<int64_t>(token) * p.n_out + column;
+        if (vectors) {
+          if (column < p.n_out) {
+            *reinterpret_cast<uint4*>(y) = make_uint4(words[0], words[1], words[2], words[3]);
+          }
+        } else {
+#pragma unroll
+          for (int j = 0; j < 8; ++j) {
+            const __half2 pair = as_half2(words[j / 2]);
+            if (column + j < p.n_out) y[j] = j % 2 ? __high2half(pair) : __low2half(pair);
+          }
+        }
+      }
+    }
+    if (last) tile += gridDim.x;
+    step = last ? 0 : step + 1;
+    stage = next_stage;
+    token0 = next_token0;
+    row0 = next_row0;
+  }
+  cp_async_wait<0>();
+}
+
+// ---------------------------------------------------------------------------------------------
+// launcher
+// ---------------------------------------------------------------------------------------------
+
+enum Variant { kChoose = 0, kVector = 1, kSmall = 2, kMedium = 3, kLarge = 4 };
+
+// Time of a tile shape when a multiprocessor gets `n` tiles at most: `full` for each set of blocks
+// that fills it, and for the rest `one` or `two`, which is no linear part of `full`: a block alone
+// cannot hide its own latency. The constants are microseconds for 80 steps, measured (bench_ops
+// --variants); only their ratios matter.
+template <class T>
+double cost(const LinearArguments& p, int sm_count, double one, double two, double full) {
+  const int64_t n = ceil_div(tile_count<T>(p), sm_count);
+  const int64_t rest = n % T::kBlocksPerSm;
+  return static_cast<double>(n / T::kBlocksPerSm) * full + (rest == 0 ? 0 : rest == 1 ? one : two);
+}
+
+template <bool kW4>
+Variant pick_variant(const LinearArguments& p, int sm_count) {
+  if (p.tokens <= kVectorTokens) return kVector;
+  const double small =
+      kW4 ? cost<SmallTile>(p, sm_count, 44, 62, 89) : cost<SmallTile>(p, sm_count, 36, 37, 52);
+  const double medium =
+      kW4 ? cost<MediumTile>(p, sm_count, 57, 0, 88) : cost<MediumTile>(p, sm_count, 43, 0, 63);
+  const double large =
+      kW4 ? cost<LargeTile>(p, sm_count, 0, 0, 86) : cost<LargeTile>(p, sm_count, 0, 0, 60);
+  if (small < medium && small < large) return kSmall;
+  return medium < large ? kMedium : kLarge;
+}
+
+template <bool kW4>
+cudaError_t launch_vector(const LinearArguments& p, cudaStream_t stream) {
+  const auto blocks = static_cast<unsigned>(ceil_div(p.n_out, kVectorRows));
+  // The number of warps that shares the segments of k most evenly.
+  const int64_t segments = ceil_div(p.n_in, kW4 ? 128 : 64);
+  int warps = kVectorMaxWarps;
+  for (int w = kVectorMaxWarps; w >= kVectorMaxWarps / 2; --w) {
+    if (ceil_div(segments, w) * w < ceil_div(segments, warps) * warps) warps = w;
+  }
+  vector_kernel<kW4><<<blocks, warps * kWarp, 0, stream>>>(p);
+  return cudaGetLastError();
+}
+
+template <bool kW4, class T>
+cudaError_t launch_tiles(const LinearArguments& p, int sm_count, cudaStream_t stream) {
+  constexpr int kBytes = T::template kSharedBytes<kW4>;
+  const cudaError_t error = cudaFuncSetAttribute(
+      tile_kernel<kW4, T>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  if (error != cudaSuccess) return error;
+  const int blocks = std::min(tile_count<T>(p), sm_count * T::kBlocksPerSm);
+  tile_kernel<kW4, T><<<blocks, T::kThreads, kBytes, stream>>>(p);
+  return cudaGetLastError();
+}
+
+template <bool kW4>
+int run_linear(const LinearArguments& p, int variant, const char* op, void* stream) {
+  constexpr int64_t kMaxElements = int64_t{1} << 31;
+  if (p.n_in <= 0 || p.n_in % 32 != 0 || p.n_in > 65536) {
+    return refuse("%s: in_features %d is not a multiple of 32 up to 65536", op, p.n_in);
+  }
+  if (p.tokens < 0 || p.n_out <= 0 || static_cast<int64_t>(p.tokens) * p.n_in >= kMaxElements ||
+      static_cast<int64_t>(p.n_out) * p.n_in >= kMaxElements) {
+    return refuse("%s: %d tokens x %d outputs x %d inputs out of range", op, p.tokens, p.n_out,
+                  p.n_in);
+  }
+  if (variant < kChoose || variant > kLarge || (variant == kVector && p.tokens > kVectorTokens)) {
+    return refuse("%s: variant %d cannot run %d tokens", op, variant, p.tokens);
+  }
+  if (p.tokens == 0) return SSDI8_OK;
+  int sm_count = 0;
+  if (const int code = check(multiprocessors(&sm_count), op)) return code;
+  const auto s = static_cast<cudaStream_t>(stream);
+  switch (variant == kChoose ? pick_variant<kW4>(p, sm_count) : variant) {
+    case kVector:
+      return check(launch_vector<kW4>(p, s), op);
+    case kSmall:
+      return check(launch_tiles<kW4, SmallTile>(p, sm_count, s), op);
+    case kMedium:
+      return check(launch_tiles<kW4, MediumTile>(p, sm_count, s), op);
+    default:
+      return check(launch_tiles<kW4, LargeTile>(p, sm_count, s), op);
+  }
+}
+
+}  // namespace
+}  // namespace ssdi8
+
+int ssdi8_linear(const Ssdi8LinearParams* p, void* stream) {
+  using namespace ssdi8;
+  const LinearArguments arguments = {
+      p->x,      p->weight,      nullptr,         p->scale, p->bias, static_cast<__half*>(p->y),
+      p->tokens, p->in_features, p->out_features, 0};
+  return run_linear<false>(arguments, p->variant, "linear", stream);
+}
+
+int ssdi8_linear_w4(const Ssdi8LinearW4Params* p, void* stream) {
+  using namespace ssdi8;
+  const int group = p->group_size;
+  if ((group != 32 && group != 64 && group != 128) || p->in_features % group != 0) {
+    return refuse(
+        "linear_w4: group size %d is not 32, 64 or 128, or does not divide in_features %d", group,
+        p->in_features);
+  }
+  const LinearArguments arguments = {p->x,
+                                     p->packed,
+                                     static_cast<const __half*>(p->group_scale),
+                                     p->scale,
+                                     p->bias,
+                                     static_cast<__half*>(p->y),
+                                     p->tokens,
+                                     p->in_features,
+                                     p->out_features,
+                                     group == 32   ? 5
+                                     : group == 64 ? 6
+                                                   : 7};
+  return run_linear<true>(arguments, p->variant, "linear_w4", stream);
+}
+
+size_t ssdi8_sizeof_linear(void) { return sizeof(Ssdi8LinearParams); }
+size_t ssdi8_sizeof_linear_w4(void) { return sizeof(Ssdi8LinearW4Params); }

@@ -1,0 +1,285 @@
+// Gate, grouped RMSNorm, Hadamard rotation, quantization:
+//   v = y * silu(z);  r = v / rms(v in its group) * weight;  q = Q(H_E . r / scale).
+//
+// y (T, E) FP16; z is the first E columns of zxbcdt (T, R) FP16; weight (E) FP32; q (T, E) INT8.
+// H_E = base (x) Sylvester(2^k) / sqrt(E) with base order 1, 12 or 20 (hadamard.py), applied to a
+// row vector: element b * 2^k + s of the result sums base[b', b] * (+-1) * r over all b', s'.
+//
+// One block per token, 8 values per thread. The factors of the transform act on different bits of
+// the index and commute, so they are taken where the data is:
+//   bits 0-2                 in registers, on the 8 contiguous values that a thread loaded;
+//   (k - 3) % 3 more bits    by lane exchange;
+//   the others               three at a time, through shared memory;
+//   the base matrix          last, each thread making 4 rows of 2 columns, with the signs as
+//                            constants of the unrolled code (20 or 12 additions per value).
+// That is E * (k + base) additions instead of E^2, and one pass over memory.
+//
+// Everything is FP32; q may differ from the FP64 reference by 1 LSB near a rounding boundary.
+
+#include <math.h>
+
+#include <algorithm>
+
+#include "common.cuh"
+
+namespace ssdi8 {
+namespace {
+
+// ---------------------------------------------------------------------------------------------
+// device code
+// ---------------------------------------------------------------------------------------------
+
+constexpr int kVector = 8;  // values per thread, and per 16-byte load of FP16
+constexpr int kMaxInner = 8192;
+constexpr int kMaxGroups = 64;
+constexpr int kRows = 4;  // of the base product per thread, times 2 columns: 8 values again
+
+// Shared memory has 8 unused words after every 64, so that the strided passes meet no bank twice.
+__host__ __device__ constexpr int padded(int e) { return e + ((e >> 6) << 3); }
+
+// Paley's first construction, as in hadamard.py: order q + 1 for the prime q = 3 (mod 4).
+template <int kOrder>
+__host__ __device__ constexpr bool base_is_negative(int row, int column) {
+  if (row == 0) return false;
+  if (column == 0) return true;
+  const int q = kOrder - 1;
+  const int residue = (column - row + q) % q;
+  if (residue == 0) return false;
+  for (int i = 1; i < q; ++i) {
+    if (i * i % q == residue) return false;
+  }
+  return true;
+}
+
+template <int kOrder>
+struct BaseMatrix {
+  bool negative[kOrder][kOrder] = {};
+  constexpr BaseMatrix() {
+    for (int i = 0; i < kOrder; ++i) {
+      for (int j = 0; j < kOrder; ++j) negative[i][j] = base_is_negative<kOrder>(i, j);
+    }
+  }
+};
+
+// Walsh-Hadamard transform of the 8 values of an array.
+__device__ __forceinline__ void transform8(float (&v)[kVector]) {
+#pragma unroll
+  for (int step = 1; step < kVector; step *= 2) {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      if (i & step) continue;
+      const float a = v[i], b = v[i + step];
+      v[i] = a + b;
+      v[i + step] = a - b;
+    }
+  }
+}
+
+// One butterfly level over the lane bit `mask`.
+__device__ __forceinline__ void transform_lanes(float (&v)[kVector], int mask) {
+  const bool upper = threadIdx.x & mask;
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    const float other = __shfl_xor_sync(kAllLanes, v[i], mask);
+    v[i] = upper ? other - v[i] : v[i] + other;
+  }
+}
+
+// Rows kGroup * kRows ... of base^T . x for the 2 columns starting at `column`, quantized.
+template <int kOrder, int kGroup>
+__device__ __forceinline__ void base_product(const float* shared, int8_t* quantized, int power,
+                                             int column, float root, float inverse_scale,
+                                             bool half_away) {
+  constexpr BaseMatrix<kOrder> kBase;
+  float2 sums[kRows] = {};
+#pragma unroll
+  for (int b = 0; b < kOrder; ++b) {
+    const float2 x = *reinterpret_cast<const float2*>(shared + padded(b * power + column));
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      float2& s = sums[row];
+      if (kBase.negative[b][kGroup * kRows + row]) {
+        s.x -= x.x, s.y -= x.y;
+      } else {
+        s.x += x.x, s.y += x.y;
+      }
+    }
+  }
+#pragma unroll
+  for (int row = 0; row < kRows; ++row) {
+    const int low = quantize(__fmul_rn(sums[row].x, root), inverse_scale, half_away);
+    const int high = quantize(__fmul_rn(sums[row].y, root), inverse_scale, half_away);
+    int8_t* to = quantized + (kGroup * kRows + row) * power + column;
+    *reinterpret_cast<uint16_t*>(to) = static_cast<uint16_t>(__byte_perm(low, high, 0x0040));
+  }
+}
+
+// The same with the group known at run time only; groups are whole warps from powers of 64 on.
+template <int kOrder, int kGroup = 0, class... Arguments>
+__device__ __forceinline__ void base_product_of_group(int group, Arguments... arguments) {
+  if (group == kGroup) {
+    base_product<kOrder, kGroup>(arguments...);
+  } else if constexpr ((kGroup + 1) * kRows < kOrder) {
+    base_product_of_group<kOrder, kGroup + 1>(group, arguments...);
+  }
+}
+
+// The widest block of a base order: 20 * 2^8, 12 * 2^9 or 2^13 values. Two such blocks share an SM.
+__host__ __device__ constexpr int max_threads(int order) {
+  return (order == 20 ? 5120 : order == 12 ? 6144 : kMaxInner) / kVector;
+}
+
+template <int kOrder>  // of the base matrix: 1, 12 or 20
+__global__ void __launch_bounds__(max_threads(kOrder), kOrder == 1 ? 1 : 2)
+    rms_norm_gated_kernel(Ssdi8RmsNormGatedParams p, int power_bits, float root,
+                          float inverse_group_size, float inverse_scale) {
+  extern __shared__ float shared[];  // padded(E); before that, a partial sum per thread
+  __shared__ float group_rstd[kMaxGroups];
+  const int e0 = threadIdx.x * kVector;
+  const bool active = e0 < p.d_inner;  // the last warp may be partial
+  const int64_t token = blockIdx.x;
+
+  float v[kVector] = {};
+  float sum = 0.0f;
+  if (active) {
+    const uint4 y_raw =
+        *reinterpret_cast<const uint4*>(static_cast<const __half*>(p.y) + token * p.d_inner + e0);
+    const uint4 z_raw = *reinterpret_cast<const uint4*>(static_cast<const __half*>(p.zxbcdt) +
+                                                        token * p.row_stride + e0);
+    const __half2* y = reinterpret_cast<const __half2*>(&y_raw);
+    const __half2* z = reinterpret_cast<const __half2*>(&z_raw);
+#pragma unroll
+    for (int i = 0; i < kVector / 2; ++i) {
+      const float2 y2 = __half22float2(y[i]), z2 = __half22float2(z[i]);
+      v[2 * i] = __fmul_rn(y2.x, silu(z2.x));
+      v[2 * i + 1] = __fmul_rn(y2.y, silu(z2.y));
+      sum += v[2 * i] * v[2 * i] + v[2 * i + 1] * v[2 * i + 1];
+    }
+  }
+
+  // A group is a run of whole threads, not of whole warps: one warp adds the threads of a group.
+  shared[threadIdx.x] = sum;
+  __syncthreads();
+  const int lane = threadIdx.x % kWarp;
+  const int threads_per_group = p.d_inner / p.ngroups / kVector;
+  for (int g = threadIdx.x / kWarp; g < p.ngroups; g += blockDim.x / kWarp) {
+    float total = 0.0f;
+    for (int i = lane; i < threads_per_group; i += kWarp)
+      total += shared[g * threads_per_group + i];
+    total = warp_sum(total);
+    if (lane == 0) group_rstd[g] = reciprocal_root(fmaf(total, inverse_group_size, p.eps));
+  }
+  __syncthreads();
+
+  if (active) {
+    const float rstd = group_rstd[threadIdx.x / threads_per_group];
+    const float4* weight = reinterpret_cast<const float4*>(p.weight + e0);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float4 w = weight[half];
+      float* u = v + 4 * half;
+      u[0] = __fmul_rn(u[0], rstd) * w.x, u[1] = __fmul_rn(u[1], rstd) * w.y;
+      u[2] = __fmul_rn(u[2], rstd) * w.z, u[3] = __fmul_rn(u[3], rstd) * w.w;
+    }
+  }
+  transform8(v);
+  const int lane_bits = (power_bits - 3) % 3;
+  for (int bit = 0; bit < lane_bits; ++bit) transform_lanes(v, 1 << bit);
+  if (active) {
+    float4* own = reinterpret_cast<float4*>(shared + padded(e0));
+    own[0] = make_float4(v[0], v[1], v[2], v[3]);
+    own[1] = make_float4(v[4], v[5], v[6], v[7]);
+  }
+  for (int bit = 3 + lane_bits; bit < power_bits; bit += 3) {
+    __syncthreads();
+    if (!active) continue;
+    const int low = threadIdx.x & ((1 << bit) - 1);
+    const int e = (static_cast<int>(threadIdx.x) - low) * kVector + low;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) v[i] = shared[padded(e + (i << bit))];
+    transform8(v);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) shared[padded(e + (i << bit))] = v[i];
+  }
+  __syncthreads();
+
+  const bool half_away = p.rounding == SSDI8_HALF_AWAY;
+  int8_t* quantized = p.quantized + token * p.d_inner;
+  if constexpr (kOrder == 1) {
+    if (!active) return;
+    const float4* own = reinterpret_cast<const float4*>(shared + padded(e0));
+    uint32_t words[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float4 r = own[half];
+      words[half] = pack4(quantize(__fmul_rn(r.x, root), inverse_scale, half_away),
+                          quantize(__fmul_rn(r.y, root), inverse_scale, half_away),
+                          quantize(__fmul_rn(r.z, root), inverse_scale, half_away),
+                          quantize(__fmul_rn(r.w, root), inverse_scale, half_away));
+    }
+    *reinterpret_cast<uint2*>(quantized + e0) = make_uint2(words[0], words[1]);
+  } else {
+    if (!active) return;
+    const int power = 1 << power_bits;
+    base_product_of_group<kOrder>(static_cast<int>(threadIdx.x) >> (power_bits - 1), shared,
+                                  quantized, power, 2 * (threadIdx.x & (power / 2 - 1)), root,
+                                  inverse_scale, half_away);
+  }
+}
+
+// The base order of hadamard.py for size n, and k of the remaining 2^k; 0 where there is none.
+int base_order(int n, int* power_bits) {
+  for (const int base : {20, 12, 1}) {
+    const int power = n / base;
+    if (n % base == 0 && (power & (power - 1)) == 0) {
+      *power_bits = 0;
+      while ((1 << *power_bits) < power) ++*power_bits;
+      return base;
+    }
+  }
+  return 0;
+}
+
+}  // namespace
+}  // namespace ssdi8
+
+// ---------------------------------------------------------------------------------------------
+// launcher
+// ---------------------------------------------------------------------------------------------
+
+int ssdi8_rms_norm_gated(const Ssdi8RmsNormGatedParams* p, void* stream) {
+  using namespace ssdi8;
+  const int e = p->d_inner;
+  int power_bits = 0;
+  const int base = e > 0 ? base_order(e, &power_bits) : 0;
+  if (base == 0 || power_bits < 3 || e > kMaxInner) {
+    return refuse(
+        "rms_norm_gated: d_inner %d is not 2^k, 12 * 2^k or 20 * 2^k with k >= 3, up to %d", e,
+        kMaxInner);
+  }
+  if (p->ngroups <= 0 || p->ngroups > kMaxGroups || e % (p->ngroups * kVector) != 0) {
+    return refuse(
+        "rms_norm_gated: %d groups (at most %d) do not split d_inner %d into multiples of %d",
+        p->ngroups, kMaxGroups, e, kVector);
+  }
+  if (p->row_stride % kVector != 0 || p->row_stride < e) {
+    return refuse("rms_norm_gated: row stride %d is not a multiple of %d that holds %d columns",
+                  p->row_stride, kVector, e);
+  }
+  if (p->tokens < 0 || !(p->scale > 0.0f)) {
+    return refuse("rms_norm_gated: tokens %d or scale %g out of range", p->tokens, p->scale);
+  }
+  if (p->tokens == 0) return SSDI8_OK;
+  const int threads = static_cast<int>(ceil_div(e / kVector, kWarp)) * kWarp;
+  const int shared_bytes = std::max(padded(e), threads) * static_cast<int>(sizeof(float));
+  const float root = static_cast<float>(1.0 / sqrt(static_cast<double>(e)));
+  auto* kernel = base == 20   ? rms_norm_gated_kernel<20>
+                 : base == 12 ? rms_norm_gated_kernel<12>
+                              : rms_norm_gated_kernel<1>;
+  kernel<<<p->tokens, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(
+      *p, power_bits, root, static_cast<float>(p->ngroups) / static_cast<float>(e),
+      1.0f / p->scale);
+  return check(cudaGetLastError(), "rms_norm_gated");
+}
+
+size_t ssdi8_sizeof_rms_norm_gated(void) { return sizeof(Ssdi8RmsNormGatedParams); }

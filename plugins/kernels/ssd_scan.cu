@@ -1,0 +1,531 @@
+// All of SSD: dt and its cumulative decay, chunk states, the recurrence between chunks, and y; for
+// one token the recurrence on the unquantized state.
+//
+// x, y (B, L, H . P) FP16; b_q, c_q (B, L, G . N) INT8; zxbcdt (B, L, R) FP16 for dt; ssm_state and
+// ssm_state_out (B, H, P, N) FP16 or FP32, possibly the same memory.
+//
+// L > 1, two launches. `prepare` computes what heads share or what costs little: dt and a, CB of
+// the causal tiles, B and C in operand order. `scan` then does everything else for one chunk and 64
+// channels of a head per block: x is read once, states and unquantized CB never exist in memory.
+// The carry of the recurrence goes from chunk to chunk through a slot per (b, h, 64 channels): a
+// warp publishes its part as soon as its chunk state is there, before y, so the chunks of a head
+// overlap. Blocks are numbered so that a predecessor always has a smaller number and therefore has
+// been started: waiting for it cannot deadlock. Chunk 256 has two plans: eight warps an item, two
+// items on a processor; with fewer items than processors sixteen warps an item.
+//
+// L = 1: `step`, one pass over the state, 16 bytes per access.
+//
+// Tried (H = 80, P = 64, N = 128, L = 2048 on an H100; their time over that of this design):
+//   1.6   the four ops one after the other
+//   1.06  both blocks of 16 rows of a warp at once, one flag per item, C and CB loaded at their
+//         use: 64 accumulators leave no registers to load ahead
+
+#include "ssd.cuh"
+
+// ---------------------------------------------------------------------------------------------
+// device code
+// ---------------------------------------------------------------------------------------------
+
+namespace ssdi8 {
+namespace {
+
+using ssd::Item;
+using ssd::Shape;
+using ssd::Tables;
+
+template <int kN>
+__global__ __launch_bounds__(ssd::kThreads) void prepare_kernel(Shape shape, ssd::Cumsum cumsum,
+                                                                ssd::PrepareGroup group,
+                                                                int cumsum_blocks, int* progress) {
+  __shared__ alignas(16) __half raw[ssd::kCumsumHeads][ssd::kMaxChunk + 8];
+  const int block = blockIdx.x;
+  if (block < cumsum_blocks) {
+    const int stride = cumsum_blocks * ssd::kThreads;
+    const int flags = shape.lanes() * ssd::kFlags;
+    for (int i = block * ssd::kThreads + threadIdx.x; i < flags; i += stride) {
+      progress[i] = 0;
+    }
+    ssd::cumsum_block(shape, cumsum, block, raw);
+    return;
+  }
+  const int jobs =
+      ssd::cb_jobs(shape.chunk) + ssd::c_jobs(shape.chunk) + ssd::b_jobs(shape.chunk, kN);
+  const int index = (block - cumsum_blocks) * ssd::kWarps + threadIdx.x / 32;
+  if (index >= shape.group_chunks() * jobs) return;
+  ssd::prepare_group<kN>(shape, group, index / jobs, index % jobs);
+}
+
+struct Scan {
+  const __half* x;
+  const float* dt;
+  const float* a;
+  ssd::Scales scales;
+  const void* ssm_state;
+  void* ssm_state_out;
+  const uint4* b_units;
+  const uint4* c_units;
+  const uint4* cb8;
+  const uint4* cb16;
+  uint4* carries;  // per lane of work: 64 * N words, each warp's part in the order of its lanes
+  int* progress;   // per lane of work and warp: chunks whose carry is published
+  __half* y;
+  bool integer_gate;
+  bool state_fp32;
+};
+
+__device__ __forceinline__ void wait_for(const int* progress, int chunks) {
+  int done;
+  do {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(done) : "l"(progress) : "memory");
+  } while (done < chunks);
+}
+
+__device__ __forceinline__ void publish(int* progress, int chunks) {
+  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(progress), "r"(chunks) : "memory");
+}
+
+// A warp's part of the carry: runs of eight state values per lane. Read from ssm_state before the
+// first chunk and written to ssm_state_out after the last, else kept in the slot.
+template <typename P, bool kInteger>  // gate Q0.7: INT32 carries, as their bits
+struct Carry {
+  const Scan& p;
+  const Shape& shape;
+  const Item& it;
+  const Tables& tables;
+  uint4* slot;
+
+  __device__ __forceinline__ size_t index(int channel, int step) const {
+    const size_t row =
+        (size_t(it.b) * shape.nheads + it.h) * shape.headdim + it.pt * ssd::kTileP + channel;
+    return row * P::kN + P::column(step);
+  }
+  __device__ __forceinline__ uint4* own(int run) const {
+    return slot + run * 2 * P::kStateThreads + threadIdx.x;
+  }
+
+  __device__ __forceinline__ void load(int run, int channel, int step, float (&v)[8]) const {
+    if (it.c == 0) {
+      ssd::load_state8(p.ssm_state, index(channel, step), p.state_fp32, v);
+      if constexpr (kInteger) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          v[i] =
+              __int_as_float(ssd::integer_carry(v[i], tables.state_inverse[channel], shape.away));
+        }
+      }
+    } else {
+      const uint4 low = __ldcg(own(run)), high = __ldcg(own(run) + P::kStateThreads);
+      const uint32_t bits[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+      for (int i = 0; i < 8; ++i) v[i] = __uint_as_float(bits[i]);
+    }
+  }
+
+  __device__ __forceinline__ void store(int run, int channel, int step, float (&v)[8]) const {
+    if (it.c + 1 < shape.chunks) {
+      const uint32_t* bits = reinterpret_cast<const uint32_t*>(v);
+      __stcg(own(run), make_uint4(bits[0], bits[1], bits[2], bits[3]));
+      __stcg(own(run) + P::kStateThreads, make_uint4(bits[4], bits[5], bits[6], bits[7]));
+    } else {
+      if (kInteger) {
+        const float scale = p.scales.state_scale[it.p0 + channel];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const int q = ssd::saturate(__float_as_int(v[i]), shape.away);
+          v[i] = __fmul_rn(static_cast<float>(q), scale);
+        }
+      }
+      ssd::store_state8(p.ssm_state_out, index(channel, step), p.state_fp32, v);
+    }
+  }
+
+  // The carry after the chunk; acc holds the chunk's state, as state_product leaves it.
+  __device__ __forceinline__ void advance(const float (&before)[8], const int (&acc)[4][4], int r,
+                                          int channel, float (&after)[8]) const {
+    const float multiplier = tables.state_multiplier[channel], gate = tables.gate;
+    const int gate_q = kInteger ? ssd::integer_gate(gate, shape.away) : 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float sum = __int_as_float(acc[i / 2][2 * r + i % 2]) - ssd::kMagic;
+      const float state = __fmul_rn(sum, multiplier);
+      if (kInteger) {
+        after[i] = __int_as_float(
+            ssd::pass_integer(__float_as_int(before[i]), gate_q, round_to_int8(state, shape.away)));
+      } else {
+        after[i] = ssd::pass_real(before[i], gate, state);
+      }
+    }
+  }
+
+  // The stored copy of the carry: two operand words.
+  template <bool kAway>
+  __device__ __forceinline__ uint2 quantized(const float (&v)[8], int channel) const {
+    int q[8];
+    const float inverse = tables.state_inverse[channel];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      q[i] = kInteger ? max(__float_as_int(v[i]), kAway ? -127 : -128)
+                      : ssd::round_value<kAway>(__fmul_rn(v[i], inverse));
+    }
+    if (kInteger) {
+      return make_uint2(ssd::saturate4(q[0], q[1], q[2], q[3]),
+                        ssd::saturate4(q[4], q[5], q[6], q[7]));
+    }
+    return make_uint2(ssd::saturate_rounded<kAway>(q[0], q[1], q[2], q[3]),
+                      ssd::saturate_rounded<kAway>(q[4], q[5], q[6], q[7]));
+  }
+
+  // Quantizes the state entering the chunk into r_units and moves the carry one chunk on, the
+  // latter first: the next chunk of the head waits for it. No warp needs the part of another.
+  __device__ __forceinline__ void pass(const ssd::StateInt<P>& acc, int* progress,
+                                       uint4* r_units) const {
+    const int lane = threadIdx.x % 32;
+    int* flag = progress + threadIdx.x / 32;
+    if (it.c > 0) {
+      if (lane == 0) wait_for(flag, it.c);
+      __syncwarp();
+    }
+    constexpr int kRuns = P::kRows * P::kSteps;        // of both channels of a row
+    constexpr int kTogether = kRuns <= 2 ? kRuns : 1;  // as registers allow
+#pragma unroll
+    for (int first = 0; first < kRuns; first += kTogether) {
+      float before[kTogether][2][8];
+#pragma unroll
+      for (int k = 0; k < 2 * kTogether; ++k) {
+        const int run = first + k / 2, row = run / P::kSteps, step = run % P::kSteps;
+        load(2 * run + k % 2, P::channel(row) + k % 2, step, before[k / 2][k % 2]);
+      }
+#pragma unroll
+      for (int k = 0; k < 2 * kTogether; ++k) {
+        const int run = first + k / 2, row = run / P::kSteps, step = run % P::kSteps;
+        const int channel = P::channel(row) + k % 2;
+        float after[8];
+        advance(before[k / 2][k % 2], acc[row][step], k % 2, channel, after);
+        store(2 * run + k % 2, channel, step, after);
+      }
+      if (first + kTogether == kRuns && it.c + 1 < shape.chunks) {
+        __syncwarp();
+        if (lane == 0) publish(flag, it.c + 1);
+      }
+#pragma unroll
+      for (int k = 0; k < kTogether; ++k) {
+        const int run = first + k, row = run / P::kSteps, step = run % P::kSteps;
+        const int channel = P::channel(row);
+        uint2 words[2];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          words[r] = shape.away ? quantized<true>(before[k][r], channel + r)
+                                : quantized<false>(before[k][r], channel + r);
+        }
+        r_units[((P::first_step() + step) * 4 + P::first_row() + row) * 32 + lane] =
+            make_uint4(words[0].x, words[0].y, words[1].x, words[1].y);
+      }
+    }
+  }
+};
+
+template <typename P>  // ssd::Plan
+__global__ __launch_bounds__(P::kThreads, P::kBlocksPerSm) void scan_kernel(Shape shape, Scan p) {
+  extern __shared__ uint4 shared[];
+  Tables& tables = *reinterpret_cast<Tables*>(shared);
+  uint4* r_units = shared + sizeof(Tables) / sizeof(uint4);
+  uint4* xs = r_units + P::kRWords;
+  uint4* x16 = xs + P::kXsWords;
+  uint4* xt = x16 + P::kX16Words;
+
+  if (ssd::lane_of_work() >= shape.lanes()) return;
+  constexpr bool kAllPass = P::kStateWarps == P::kWarps;
+  ssd::RowScan<P> rows;
+  {
+    const Item it = ssd::make_item(shape, ssd::lane_of_work(), blockIdx.y);
+    uint4 raw[P::kRowTiles][4];
+    ssd::load_x<P>(shape, it, p.x, raw);
+    ssd::fill_tables<P, true, true>(shape, it, p.dt, p.a, shape.chunks * P::kChunk, p.scales,
+                                    p.integer_gate, tables);
+    __syncthreads();
+    ssd::quantize_x<P, true, true>(shape, raw, tables, xs, xt, x16);
+  }
+  {
+    const int lane = ssd::lane_of_work();
+    const Item it = ssd::make_item(shape, lane, blockIdx.y);
+    const uint4* b_units = p.b_units + it.group_chunk * shape.b_units() * 32;
+    ssd::StateOperands<P> operands;
+    if (kAllPass || threadIdx.x / 32 < P::kStateWarps) operands.load_first(b_units);
+    __syncthreads();
+    if (kAllPass || threadIdx.x / 32 < P::kStateWarps) {
+      ssd::StateInt<P> acc;
+      ssd::state_product<P>(xs, b_units, operands, acc);
+      rows.load_first(shape, it.group_chunk, p.c_units, p.cb8, p.cb16);
+      int* progress = p.progress + lane * ssd::kFlags;
+      uint4* slot = p.carries + size_t(lane) * (P::kN * ssd::kTileP / 4);
+      if (p.integer_gate) {
+        Carry<P, true>{p, shape, it, tables, slot}.pass(acc, progress, r_units);
+      } else {
+        Carry<P, false>{p, shape, it, tables, slot}.pass(acc, progress, r_units);
+      }
+    } else {
+      rows.load_first(shape, it.group_chunk, p.c_units, p.cb8, p.cb16);
+    }
+  }
+  const Item it = ssd::make_item(shape, ssd::lane_of_work(), blockIdx.y);
+  __syncthreads();
+  rows.run(shape, it, p.c_units, p.cb8, p.cb16, tables, xt, x16, r_units, p.y);
+}
+
+// --- one token --------------------------------------------------------------------------------
+
+constexpr int kStepThreads = 128;
+
+struct Step {
+  const __half* x;
+  const int8_t* b_q;
+  const int8_t* c_q;
+  const __half* zxbcdt;
+  const void* ssm_state;
+  const float* dt_bias;
+  const float* a_rate;
+  const float* d_skip;
+  const float* b_scale;
+  const float* c_scale;
+  __half* y;
+  void* ssm_state_out;
+  int nheads;
+  int headdim;
+  int ngroups;
+  int row_stride;
+  int dt_column;
+  float dt_min;
+  float dt_max;
+};
+
+// A row of N values takes N / 8 lanes; a warp takes kRows sets of rows, all loads first.
+template <int kN, int kRows, bool kFp32>
+__global__ __launch_bounds__(kStepThreads) void step_kernel(Step p) {
+  constexpr int kLanesPerRow = kN / 8;
+  constexpr int kRowsPerWarp = 32 / kLanesPerRow;
+  constexpr int kBlockRows = kStepThreads / 32 * kRowsPerWarp * kRows;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int blocks_per_head = p.headdim / kBlockRows;
+  const int bh = blockIdx.x / blocks_per_head;
+  const int b = bh / p.nheads, h = bh % p.nheads, group = h / (p.nheads / p.ngroups);
+  const int first =
+      blockIdx.x % blocks_per_head * kBlockRows + warp * kRowsPerWarp * kRows + lane / kLanesPerRow;
+  const int column = lane % kLanesPerRow * 8;
+
+  float state[kRows][8];
+  float x[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    const size_t row = size_t(bh) * p.headdim + first + r * kRowsPerWarp;
+    ssd::load_state8(p.ssm_state, row * kN + column, kFp32, state[r]);
+    x[r] = __half2float(p.x[row]);
+  }
+  const size_t bn = (size_t(b) * p.ngroups + group) * kN + column;
+  const int2 b_bits = *reinterpret_cast<const int2*>(p.b_q + bn);
+  const int2 c_bits = *reinterpret_cast<const int2*>(p.c_q + bn);
+  const float raw = __half2float(p.zxbcdt[size_t(b) * p.row_stride + p.dt_column + h]);
+  const float v = __fadd_rn(raw, p.dt_bias[h]);
+  const float softplus = fmaxf(v, 0.0f) + log1pf(expf(-fabsf(v)));
+  const float dt = fminf(fmaxf(softplus, p.dt_min), p.dt_max);
+  const float decay = expf(__fmul_rn(dt, p.a_rate[h]));
+  const float b_scale = p.b_scale[group], c_scale = p.c_scale[group], d_skip = p.d_skip[h];
+  float b_row[8], c_row[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    b_row[i] = __fmul_rn(static_cast<float>(reinterpret_cast<const int8_t*>(&b_bits)[i]), b_scale);
+    c_row[i] = __fmul_rn(static_cast<float>(reinterpret_cast<const int8_t*>(&c_bits)[i]), c_scale);
+  }
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    const size_t row = size_t(bh) * p.headdim + first + r * kRowsPerWarp;
+    const float dt_x = __fmul_rn(dt, x[r]);
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      state[r][i] = __fadd_rn(__fmul_rn(state[r][i], decay), __fmul_rn(dt_x, b_row[i]));
+      sum = fmaf(state[r][i], c_row[i], sum);
+    }
+    ssd::store_state8(p.ssm_state_out, row * kN + column, kFp32, state[r]);
+#pragma unroll
+    for (int offset = kLanesPerRow / 2; offset > 0; offset /= 2) {
+      sum += __shfl_xor_sync(kAllLanes, sum, offset);
+    }
+    if (column == 0) p.y[row] = __float2half_rn(fmaf(d_skip, x[r], sum));
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+// launcher
+// ---------------------------------------------------------------------------------------------
+
+struct Workspace {
+  float* dt;
+  float* a;
+  uint4* b_units;
+  uint4* c_units;
+  uint4* cb8;
+  uint4* cb16;
+  uint4* carries;
+  int* progress;
+  size_t bytes;
+};
+
+Workspace carve(const Shape& shape, void* base) {
+  ssd::Arena arena(base);
+  const size_t positions = size_t(shape.batch) * shape.nheads * shape.chunks * shape.chunk;
+  Workspace w;
+  w.dt = arena.take<float>(positions);
+  w.a = arena.take<float>(positions);
+  w.b_units = arena.take<uint4>(shape.group_chunks() * shape.b_units() * 32);
+  w.c_units = arena.take<uint4>(shape.group_chunks() * shape.c_units() * 32);
+  w.cb8 = arena.take<uint4>(shape.group_chunks() * shape.cb8_units() * 32);
+  w.cb16 = arena.take<uint4>(shape.group_chunks() * shape.cb16_units() * 32);
+  w.carries = arena.take<uint4>(size_t(shape.lanes()) * shape.d_state * ssd::kTileP / 4);
+  w.progress = arena.take<int>(size_t(shape.lanes()) * ssd::kFlags);
+  w.bytes = arena.used();
+  return w;
+}
+
+// How many lanes of work walk the chunks side by side: all of them if the chip holds them, else as
+// few as fill it, so that their carries stay in the small L2 of a board.
+int pick_lanes_together(int lanes, int multiprocessors) {
+  const int slots = 2 * multiprocessors;
+  const int rounds = lanes / slots > 1 ? lanes / slots : 1;
+  return (lanes + rounds - 1) / rounds;
+}
+
+template <typename P>
+cudaError_t launch_scan(const Shape& shape, const Ssdi8SsdScanParams& p, int processors,
+                        cudaStream_t stream) {
+  const Workspace w = carve(shape, p.workspace);
+  const ssd::Cumsum cumsum = {static_cast<const __half*>(p.zxbcdt),
+                              p.dt_bias,
+                              p.a_rate,
+                              w.dt,
+                              w.a,
+                              p.row_stride,
+                              p.dt_column,
+                              shape.chunks * shape.chunk,
+                              p.dt_min,
+                              p.dt_max};
+  const ssd::PrepareGroup prepare = {p.b_q,     p.c_q,     p.b_scale, p.c_scale, p.cb_scale,
+                                     w.b_units, w.c_units, w.cb8,     w.cb16};
+  const int cumsum_blocks = ssd::cumsum_blocks(shape);
+  const size_t warps =
+      shape.group_chunks() *
+      (ssd::cb_jobs(shape.chunk) + ssd::c_jobs(shape.chunk) + ssd::b_jobs(shape.chunk, P::kN));
+  prepare_kernel<P::kN><<<cumsum_blocks + ceil_div(warps, ssd::kWarps), ssd::kThreads, 0, stream>>>(
+      shape, cumsum, prepare, cumsum_blocks, w.progress);
+  if (cudaError_t error = cudaGetLastError()) return error;
+
+  const Scan scan = {
+      static_cast<const __half*>(p.x),
+      w.dt,
+      w.a,
+      {p.x_scale, p.x_tile_scale, p.state_scale, p.b_scale, p.c_scale, p.cb_scale, p.d_skip},
+      p.ssm_state,
+      p.ssm_state_out,
+      w.b_units,
+      w.c_units,
+      w.cb8,
+      w.cb16,
+      w.carries,
+      w.progress,
+      static_cast<__half*>(p.y),
+      p.gate == SSDI8_GATE_Q0_7,
+      p.state_fp32 != 0};
+  const size_t words = P::kRWords + P::kXsWords + P::kX16Words + (shape.tiled ? P::kXtWords : 0);
+  const size_t bytes = sizeof(Tables) + words * sizeof(uint4);
+  auto* kernel = scan_kernel<P>;
+  if (cudaError_t error = ssd::grant_shared(kernel, bytes)) return error;
+  const int together = pick_lanes_together(shape.lanes(), processors);
+  const dim3 grid(together, shape.chunks, ceil_div(shape.lanes(), together));
+  kernel<<<grid, P::kThreads, bytes, stream>>>(shape, scan);
+  return cudaGetLastError();
+}
+
+// Sixteen warps on an item halve its latency, eight twice per processor the time of many.
+template <int kN>
+cudaError_t launch_chunk(const Shape& shape, const Ssdi8SsdScanParams& p, cudaStream_t stream) {
+  int processors = 0;
+  if (cudaError_t error = multiprocessors(&processors)) return error;
+  if (shape.chunk == 64) return launch_scan<ssd::Plan<kN, 1, 4>>(shape, p, processors, stream);
+  if (shape.chunk == 128) return launch_scan<ssd::Plan<kN, 1, 8>>(shape, p, processors, stream);
+  if constexpr (kN <= 128) {  // more state than that needs the registers of fewer warps
+    if (shape.lanes() * shape.chunks <= processors) {
+      return launch_scan<ssd::Plan<kN, 1, 16>>(shape, p, processors, stream);
+    }
+  }
+  return launch_scan<ssd::Plan<kN, 2, 8>>(shape, p, processors, stream);
+}
+
+template <int kN>
+cudaError_t launch_step(const Ssdi8SsdScanParams& p, cudaStream_t stream) {
+  const Step step = {static_cast<const __half*>(p.x),
+                     p.b_q,
+                     p.c_q,
+                     static_cast<const __half*>(p.zxbcdt),
+                     p.ssm_state,
+                     p.dt_bias,
+                     p.a_rate,
+                     p.d_skip,
+                     p.b_scale,
+                     p.c_scale,
+                     static_cast<__half*>(p.y),
+                     p.ssm_state_out,
+                     p.nheads,
+                     p.headdim,
+                     p.ngroups,
+                     p.row_stride,
+                     p.dt_column,
+                     p.dt_min,
+                     p.dt_max};
+  constexpr int kRows = 2;
+  constexpr int kBlockRows = kStepThreads / 32 * (32 / (kN / 8)) * kRows;
+  static_assert(64 % kBlockRows == 0, "a block stays inside one head");
+  const int blocks = p.batch * p.nheads * (p.headdim / kBlockRows);
+  auto* kernel = p.state_fp32 ? step_kernel<kN, kRows, true> : step_kernel<kN, kRows, false>;
+  kernel<<<blocks, kStepThreads, 0, stream>>>(step);
+  return cudaGetLastError();
+}
+
+int make_shape(const Ssdi8SsdScanParams& p, Shape* shape) {
+  return ssd::make_shape("ssd_scan", p.batch, p.length, p.nheads, p.headdim, p.ngroups, p.d_state,
+                         p.chunk_size, p.scan_tile, p.rounding, shape);
+}
+
+}  // namespace
+}  // namespace ssdi8
+
+int ssdi8_ssd_scan(const Ssdi8SsdScanParams* p, void* stream) {
+  using namespace ssdi8;
+  ssd::Shape shape;
+  if (int code = make_shape(*p, &shape)) return code;
+  if (int code = ssd::check_gate("ssd_scan", p->gate)) return code;
+  if (p->dt_column < 0 || p->dt_column + p->nheads > p->row_stride) {
+    return refuse("ssd_scan: columns %d to %d of %d", p->dt_column, p->dt_column + p->nheads,
+                  p->row_stride);
+  }
+  if (shape.tiled && p->x_tile_scale == nullptr) {
+    return refuse("ssd_scan: scan_tile %d needs x_tile_scale", p->scan_tile);
+  }
+  const auto enqueue = static_cast<cudaStream_t>(stream);
+  if (shape.length == 1) {
+    auto* launch = shape.d_state == 64    ? launch_step<64>
+                   : shape.d_state == 128 ? launch_step<128>
+                                          : launch_step<256>;
+    return check(launch(*p, enqueue), "ssd_scan");
+  }
+  auto* launch = shape.d_state == 64    ? launch_chunk<64>
+                 : shape.d_state == 128 ? launch_chunk<128>
+                                        : launch_chunk<256>;
+  return check(launch(shape, *p, enqueue), "ssd_scan");
+}
+
+size_t ssdi8_ssd_scan_workspace(const Ssdi8SsdScanParams* p) {
+  ssdi8::ssd::Shape shape;
+  if (p->length == 1 || ssdi8::make_shape(*p, &shape)) return 0;
+  return ssdi8::carve(shape, nullptr).bytes;
+}
+
+size_t ssdi8_sizeof_ssd_scan(void) { return sizeof(Ssdi8SsdScanParams); }

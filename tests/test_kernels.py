@@ -1,0 +1,754 @@
+"""CUDA kernels against the torch references, on a GPU.
+
+Each table is a base row and rows that change one thing. Outputs are allocated full of garbage with
+a guard behind them; columns that a kernel must not read hold NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ssdi8_edge.errors import Ssdi8Error
+from ssdi8_edge.int8 import scale_from_absmax
+from ssdi8_edge.ops import OPS, kernel_library
+from ssdi8_edge.ops.linear import unpack_w4
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.skipif(
+        kernel_library.find_library() is None, reason="libssdi8_kernels.so is not built"
+    ),
+]
+
+GUARD = 256
+GARBAGE = 0xA5
+# Where the reference evaluates exp, a root or a sum in FP64 and the kernel in FP32, a value that
+# falls on a rounding boundary may go to the other side: by 1 step, in this fraction of the values
+# (measured on an H100: rms_norm 8e-7, gated norm 7e-6, convolution 6e-5).
+BOUNDARY_FRACTION = 5e-4
+
+
+@contextmanager
+def guarded_allocations() -> Iterator[None]:
+    """`torch.empty` gives garbage with a guard behind it; on leaving, the guards are checked."""
+    guards: list[Tensor] = []
+    with pytest.MonkeyPatch.context() as patch:
+        zeros = torch.zeros
+
+        def empty(*size: Any, dtype: torch.dtype, device: Any) -> Tensor:
+            shape = size[0] if not isinstance(size[0], int) else size
+            n = torch.Size(shape if isinstance(shape, tuple) else (shape,)).numel() * dtype.itemsize
+            memory = zeros(n + GUARD, dtype=torch.uint8, device=device).fill_(GARBAGE)
+            guards.append(memory[n:])
+            return memory[:n].view(dtype).view(shape)
+
+        patch.setattr(torch, "empty", empty)
+        patch.setattr(torch, "empty_like", lambda t: empty(t.shape, dtype=t.dtype, device=t.device))
+        yield
+    assert all(bool((guard == GARBAGE).all()) for guard in guards), "written past an output's end"
+
+
+def steps(values: Tensor) -> Tensor:
+    """Integers that count representable values, so that neighbours differ by 1."""
+    if values.dtype is not torch.float16:
+        return values.to(torch.int64)
+    assert not values.isnan().any()
+    bits = values.view(torch.int16).to(torch.int64)
+    return torch.where(bits < 0, -(bits & 0x7FFF), bits)
+
+
+def assert_close(got: Tensor, want: Tensor, max_fraction: float = 0.0) -> None:
+    """At most 1 representable step apart, and that in at most `max_fraction` of the values."""
+    assert got.dtype is want.dtype and got.shape == want.shape
+    if got.dtype is torch.float32:
+        assert torch.equal(got, want)
+        return
+    difference = (steps(got) - steps(want)).abs()
+    worst = int(difference.max())
+    fraction = float((difference > 0).double().mean())
+    allowed = max_fraction + (1 / got.numel() if max_fraction else 0)
+    if worst > (1 if max_fraction else 0) or fraction > allowed:
+        where = tuple(int(i) for i in torch.nonzero(difference == worst)[0])
+        raise AssertionError(
+            f"off by {worst} at {where}: {got[where]} for {want[where]}; fraction {fraction:.2e}"
+        )
+
+
+def compare(
+    op: str, *inputs: Tensor, fractions: tuple[float, ...] = (0.0,), **attributes: Any
+) -> Any:
+    """Run the op's kernel and its reference; one fraction per output."""
+    with guarded_allocations():
+        kernel = kernel_library.kernel_for(op)
+        assert kernel is not None
+        got = kernel(*inputs, **attributes)
+        torch.cuda.synchronize()
+    attributes.pop("variant", None)
+    want = OPS[op].reference(*inputs, **attributes)
+    pairs = zip(got, want, strict=True) if isinstance(got, tuple) else ((got, want),)
+    for (g, w), fraction in zip(pairs, fractions, strict=True):
+        assert_close(g, w, fraction)
+    return got
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator("cuda").manual_seed(1)
+
+
+def normal(generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
+    return torch.randn(shape, generator=generator, device="cuda").to(dtype)
+
+
+def random_int8(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randint(-128, 128, shape, generator=generator, device="cuda", dtype=torch.int8)
+
+
+# ------------------------------------------------------------------------------------------------
+# Residual add and RMSNorm
+# ------------------------------------------------------------------------------------------------
+
+NORM_FRACTIONS = (0.0, BOUNDARY_FRACTION)
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "d_model", "magnitude", "scale", "rounding"),
+    [
+        (1, 5, 768, 1.0, 0.03, "half_even"),
+        (1, 1, 768, 1.0, 0.03, "half_even"),  # L
+        (1, 255, 768, 1.0, 0.03, "half_even"),
+        (1, 256, 768, 1.0, 0.03, "half_even"),
+        (1, 257, 768, 1.0, 0.03, "half_even"),
+        (1, 515, 768, 1.0, 0.03, "half_even"),
+        (2, 5, 768, 1.0, 0.03, "half_even"),  # batch
+        (1, 5, 8, 1.0, 0.03, "half_even"),  # width
+        (1, 5, 1024, 1.0, 0.03, "half_even"),
+        (1, 257, 2560, 1.0, 0.03, "half_even"),
+        (1, 5, 4104, 1.0, 0.03, "half_even"),
+        (1, 5, 8192, 1.0, 0.03, "half_even"),
+        (1, 5, 768, 0.0, 0.03, "half_even"),  # magnitude
+        (1, 5, 768, 1e4, 0.03, "half_even"),
+        (1, 5, 768, 1e-7, 0.03, "half_even"),
+        (1, 5, 768, 1.0, 0.001, "half_even"),  # saturates
+        (1, 5, 768, 1.0, 0.001, "half_away"),
+        (1, 515, 768, 1.0, 0.03, "half_away"),  # rounding
+    ],
+)
+def test_rms_norm(
+    generator: torch.Generator,
+    batch: int,
+    length: int,
+    d_model: int,
+    magnitude: float,
+    scale: float,
+    rounding: str,
+) -> None:
+    shape = (batch, length, d_model)
+    hidden = (normal(generator, *shape, dtype=torch.float32) * magnitude).half()
+    residual = normal(generator, *shape, dtype=torch.float32) * magnitude
+    compare(
+        "Ssdi8RmsNorm",
+        hidden,
+        residual,
+        scale=scale,
+        eps=1e-5,
+        rounding=rounding,
+        fractions=NORM_FRACTIONS,
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# Linear layers: exact
+# ------------------------------------------------------------------------------------------------
+
+LINEAR_ROWS = [
+    # batch, length, n_in, n_out
+    (1, 5, 768, 3352),
+    (1, 1, 768, 3352),  # tokens
+    (1, 8, 768, 3352),
+    (1, 9, 768, 3352),
+    (1, 64, 768, 3352),
+    (1, 255, 768, 3352),
+    (1, 256, 768, 3352),
+    (1, 257, 768, 3352),
+    (1, 515, 768, 3352),
+    (2, 5, 768, 3352),
+    (1, 5, 32, 3352),  # inputs; 32 and 96 end inside a step of 64
+    (1, 130, 32, 3352),
+    (1, 5, 96, 3352),
+    (1, 130, 96, 3352),
+    (1, 130, 1536, 3352),
+    (1, 5, 768, 1),  # outputs
+    (1, 130, 768, 1),
+    (1, 5, 768, 17),
+    (1, 130, 768, 17),
+    (1, 130, 768, 50),
+    (1, 1, 2560, 10576),  # 2.7b: in_proj, out_proj
+    (1, 515, 2560, 10576),
+    (1, 1, 5120, 2560),
+    (1, 257, 5120, 2560),
+]
+VARIANTS = [0, 1, 2, 3, 4]
+
+
+def scale_and_bias(generator: torch.Generator, n_out: int) -> tuple[Tensor, Tensor]:
+    scale = torch.rand(n_out, generator=generator, device="cuda") * 1e-4 + 1e-6
+    return scale, normal(generator, n_out, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("batch", "length", "n_in", "n_out"), LINEAR_ROWS)
+def test_linear(
+    generator: torch.Generator, batch: int, length: int, n_in: int, n_out: int, variant: int
+) -> None:
+    if variant == 1 and batch * length > 8:
+        return
+    x = random_int8(generator, batch, length, n_in)
+    weight = random_int8(generator, n_out, n_in)
+    compare("Ssdi8Linear", x, weight, *scale_and_bias(generator, n_out), variant=variant)
+
+
+@pytest.mark.parametrize("length", [1, 130])
+@pytest.mark.parametrize(
+    ("x_value", "weight_value"), [(-128, -128), (-128, 127), (127, 127), (0, 1)]
+)
+def test_linear_extremes(
+    generator: torch.Generator, length: int, x_value: int, weight_value: int
+) -> None:
+    x = torch.full((1, length, 5120), x_value, dtype=torch.int8, device="cuda")
+    weight = torch.full((48, 5120), weight_value, dtype=torch.int8, device="cuda")
+    scale, bias = scale_and_bias(generator, 48)
+    compare("Ssdi8Linear", x, weight, scale, bias)
+    compare("Ssdi8Linear", x, weight, scale * 1e4, bias)  # overflows FP16
+
+
+def w4_weight(
+    generator: torch.Generator, n_out: int, n_in: int, group_size: int, sigma: float
+) -> tuple[Tensor, Tensor]:
+    factor = torch.rand((n_out, n_in // group_size), generator=generator, device="cuda")
+    return random_int8(generator, n_out, n_in // 2), ((0.2 + 0.8 * factor) * sigma).half()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize(("batch", "length", "n_in", "n_out"), LINEAR_ROWS)
+def test_linear_w4(
+    generator: torch.Generator,
+    batch: int,
+    length: int,
+    n_in: int,
+    n_out: int,
+    group_size: int,
+    variant: int,
+) -> None:
+    if (variant == 1 and batch * length > 8) or n_in % group_size:
+        return
+    if group_size != 128 and n_in >= 1536:
+        return  # the small shapes cover the other groups
+    x = random_int8(generator, batch, length, n_in)
+    packed, group_scale = w4_weight(generator, n_out, n_in, group_size, 18.1)
+    compare(
+        "Ssdi8LinearW4",
+        x,
+        packed,
+        group_scale,
+        *scale_and_bias(generator, n_out),
+        group_size=group_size,
+        variant=variant,
+    )
+
+
+@pytest.mark.parametrize("sigma", [1e-6, 0.1, 15.0, 16.0, 18.2, 40.0, 6e4])
+@pytest.mark.parametrize("length", [1, 64])
+def test_linear_w4_expands_every_value(
+    generator: torch.Generator, length: int, sigma: float
+) -> None:
+    """With the identity as x, the output is the expanded weight itself."""
+    n_in = 64
+    packed, group_scale = w4_weight(generator, 4096, n_in, 32, sigma)
+    eye = torch.eye(n_in, dtype=torch.int8, device="cuda")[None]
+    one, zero = torch.ones(4096, device="cuda"), torch.zeros(4096, device="cuda")
+    kernel = kernel_library.kernel_for("Ssdi8LinearW4")
+    assert kernel is not None
+    rows = [
+        kernel(part, packed, group_scale, one, zero, group_size=32)[0]
+        for part in eye.split(length, 1)
+    ]
+    assert_close(torch.cat(rows).t().to(torch.int8), unpack_w4(packed, group_scale, 32))
+
+
+# ------------------------------------------------------------------------------------------------
+# Convolution
+# ------------------------------------------------------------------------------------------------
+
+CONV_FRACTIONS = (BOUNDARY_FRACTION, BOUNDARY_FRACTION, BOUNDARY_FRACTION, 0.0)
+
+
+def conv_case(
+    generator: torch.Generator,
+    batch: int,
+    length: int,
+    d_inner: int,
+    ngroups: int,
+    d_state: int,
+    d_conv: int = 4,
+    magnitude: float = 1.0,
+    scale: float = 0.02,
+) -> tuple[list[Tensor], dict[str, Any]]:
+    conv_dim = d_inner + 2 * ngroups * d_state
+    heads = 8
+    zxbcdt = torch.full(
+        (batch, length, d_inner + conv_dim + heads), torch.nan, dtype=torch.float16, device="cuda"
+    )
+    columns = normal(generator, batch, length, conv_dim) * magnitude
+    zxbcdt[..., d_inner : d_inner + conv_dim] = columns
+    inputs = [
+        zxbcdt,
+        normal(generator, batch, d_conv - 1, conv_dim) * magnitude,
+        normal(generator, conv_dim, d_conv, dtype=torch.float32) * 0.5,
+        normal(generator, conv_dim, dtype=torch.float32) * 0.5,
+        torch.rand(ngroups, generator=generator, device="cuda") * scale + scale / 2,
+        torch.rand(ngroups, generator=generator, device="cuda") * scale + scale / 2,
+    ]
+    attributes = {
+        "d_inner": d_inner,
+        "conv_dim": conv_dim,
+        "d_conv": d_conv,
+        "ngroups": ngroups,
+        "rounding": "half_even",
+    }
+    return inputs, attributes
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {},
+        *({"length": length} for length in (1, 2, 3, 4, 255, 256, 257, 515)),
+        {"batch": 2},
+        {"batch": 2, "length": 257},
+        {"ngroups": 2},
+        {"ngroups": 8},
+        {"d_conv": 2},
+        {"d_conv": 3},
+        {"d_conv": 3, "length": 1},
+        {"d_inner": 5120, "length": 257},
+        {"d_inner": 128, "d_state": 16},
+        {"magnitude": 0.0},
+        {"magnitude": 100.0},
+        {"scale": 1e-4},  # saturates
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("rounding", ["half_even", "half_away"])
+def test_causal_conv1d(generator: torch.Generator, row: dict[str, Any], rounding: str) -> None:
+    base = {"batch": 1, "length": 5, "d_inner": 1536, "ngroups": 1, "d_state": 128}
+    inputs, attributes = conv_case(generator, **{**base, **row})
+    attributes["rounding"] = rounding
+    compare("Ssdi8CausalConv1d", *inputs, **attributes, fractions=CONV_FRACTIONS)
+
+
+def test_causal_conv1d_continues_a_sequence(generator: torch.Generator) -> None:
+    """Prefill of 65 tokens and three steps give what 68 tokens at once give, bit for bit."""
+    (zxbcdt, state, *rest), attributes = conv_case(generator, 2, 68, 1536, 1, 128)
+    whole = kernel_library.causal_conv1d(zxbcdt, state, *rest, **attributes)
+    parts = []
+    for piece in zxbcdt.split([65, 1, 1, 1], 1):
+        *out, state = kernel_library.causal_conv1d(piece, state, *rest, **attributes)
+        parts.append(out)
+    for got, want in zip(zip(*parts, strict=True), whole[:3], strict=True):
+        assert torch.equal(torch.cat(got, 1), want)
+    assert torch.equal(state, whole[3])
+
+
+@pytest.mark.parametrize("length", [1, 2, 257])
+def test_causal_conv1d_state_in_place(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    inputs, attributes = conv_case(generator, 2, length, 1536, 1, 128)
+    want = kernel_library.causal_conv1d(*inputs, **attributes)
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda t: t if t is inputs[1] else empty_like(t))
+    got = kernel_library.causal_conv1d(*inputs, **attributes)
+    assert got[3] is inputs[1]
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------
+# Gated norm and rotation
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {},
+        *({"length": length} for length in (1, 255, 256, 257, 515)),
+        {"batch": 2},
+        {"ngroups": 2},
+        {"ngroups": 8},
+        # every number of bits left to lane exchange, for each base matrix
+        *({"d_inner": 2**k} for k in (3, 4, 5, 6, 7, 8, 10, 11, 12, 13)),
+        *({"d_inner": 12 * 2**k} for k in (3, 4, 5, 6, 8, 9)),
+        *({"d_inner": 20 * 2**k} for k in (3, 4, 5, 6, 7, 8)),
+        {"d_inner": 5120, "length": 257},
+        {"d_inner": 5120, "ngroups": 8},
+        {"magnitude": 0.0},
+        {"magnitude": 100.0},
+        {"scale": 1e-3},  # saturates
+        {"rounding": "half_away"},
+        {"rounding": "half_away", "scale": 1e-3},
+    ],
+    ids=str,
+)
+def test_rms_norm_gated(generator: torch.Generator, row: dict[str, Any]) -> None:
+    base = {"batch": 1, "length": 5, "d_inner": 1536, "ngroups": 1, "magnitude": 1.0}
+    case = {**base, "scale": 0.03, "rounding": "half_even", **row}
+    batch, length, d_inner = case["batch"], case["length"], case["d_inner"]
+    y = normal(generator, batch, length, d_inner) * case["magnitude"]
+    zxbcdt = torch.full(
+        (batch, length, 2 * d_inner + 64), torch.nan, dtype=torch.float16, device="cuda"
+    )
+    zxbcdt[..., :d_inner] = normal(generator, batch, length, d_inner) * max(case["magnitude"], 1)
+    weight = torch.rand(d_inner, generator=generator, device="cuda") + 0.5
+    compare(
+        "Ssdi8RmsNormGated",
+        y,
+        zxbcdt,
+        weight,
+        scale=case["scale"],
+        eps=1e-5,
+        d_inner=d_inner,
+        ngroups=case["ngroups"],
+        rounding=case["rounding"],
+        fractions=(BOUNDARY_FRACTION,),
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# SSD
+# ------------------------------------------------------------------------------------------------
+
+# exp in FP32 instead of FP64: an INT8 value may fall on the other side of a rounding boundary.
+SSD_FRACTION = 1e-3
+SSD_BASE = {
+    "batch": 1,
+    "length": 515,
+    "nheads": 4,
+    "headdim": 64,
+    "ngroups": 1,
+    "d_state": 128,
+    "chunk_size": 256,
+    "scan_tile": 64,
+    "gate": "fp32",
+    "rounding": "half_even",
+    "state": torch.float32,
+    "scale": 1.0,  # of every scale: below 1 saturates
+    "dt_shift": 0.0,
+}
+SSD_ROWS: list[dict[str, Any]] = [
+    {},
+    *({"length": n} for n in (2, 5, 63, 64, 65, 255, 256, 257, 2048)),
+    {"batch": 2},
+    {"batch": 3, "length": 300, "nheads": 80},
+    {"length": 2048, "nheads": 24},
+    *({"ngroups": n, "nheads": 8} for n in (2, 8)),
+    {"headdim": 128},
+    {"d_state": 64},
+    {"d_state": 256},
+    {"d_state": 256, "chunk_size": 128, "headdim": 128, "batch": 2},
+    *({"chunk_size": n} for n in (64, 128)),
+    {"chunk_size": 64, "d_state": 64, "length": 1000},
+    {"scan_tile": 256},
+    {"scan_tile": 128, "chunk_size": 128},
+    {"gate": "q0.7"},
+    {"gate": "q0.7", "rounding": "half_away", "scan_tile": 256, "length": 2048},
+    {"gate": "q0.7", "scale": 0.1, "state": torch.float16, "d_state": 256},
+    {"rounding": "half_away", "d_state": 64},
+    {"state": torch.float16},
+    {"scale": 0.1},
+    {"scale": 0.1, "rounding": "half_away"},
+    {"dt_shift": 6.0},  # decays by e^-100 within a tile
+    {"dt_shift": -12.0},
+]
+
+
+def ssd_case(generator: torch.Generator, row: dict[str, Any]) -> dict[str, Any]:
+    """Arguments by name, with scales from the absolute maxima of these very tensors."""
+    case = SSD_BASE | row
+    if case["chunk_size"] == 64:
+        case["scan_tile"] = 64
+    batch, length, heads, p = (case[k] for k in ("batch", "length", "nheads", "headdim"))
+    groups, n, chunk = case["ngroups"], case["d_state"], case["chunk_size"]
+    dt_column = heads * p + 3
+    zxbcdt = normal(generator, batch, length, dt_column + heads + 2)
+    zxbcdt[..., :dt_column] = float("nan")
+    zxbcdt[..., dt_column + heads :] = float("nan")
+    a: dict[str, Any] = {
+        "x": normal(generator, batch, length, heads * p),
+        "b_q": random_int8(generator, batch, length, groups * n),
+        "c_q": random_int8(generator, batch, length, groups * n),
+        "zxbcdt": zxbcdt,
+        "ssm_state": normal(generator, batch, heads, p, n, dtype=case["state"]),
+        "dt_bias": torch.linspace(-5.0, -2.0, heads, device="cuda") + case["dt_shift"],
+        "A": -torch.linspace(1.0, 16.0, heads, device="cuda").flip(0),
+        "D": normal(generator, heads, dtype=torch.float32),
+        "b_scale": torch.full((groups,), 0.02, device="cuda"),
+        "c_scale": torch.full((groups,), 0.03, device="cuda"),
+    }
+    attributes = {k: case[k] for k in OPS["Ssdi8SsdScan"].attributes if k in case} | {
+        "dt_column": dt_column,
+        "dt_min": 0.0,
+        "dt_max": float("inf"),
+    }
+    case["attributes"] = attributes
+
+    dt, decay = OPS["Ssdi8ChunkCumsum"](
+        zxbcdt, a["dt_bias"], a["A"], **select("Ssdi8ChunkCumsum", attributes)
+    )
+    x = a["x"].float().unflatten(2, (heads, p))
+    ends = torch.arange(length, device="cuda")
+    for name, tile in (("x_scale", chunk), ("x_tile_scale", 64)):
+        last = ((ends // tile + 1) * tile).clamp_max(length) - 1
+        w = torch.exp(decay[..., last] - decay) * dt  # (B, H, L)
+        absmax = (w.transpose(1, 2)[..., None] * x).abs().amax((0, 1))
+        a[name] = scale_from_absmax(absmax) * case["scale"]
+    ones = torch.ones(heads, p, device="cuda")
+    states = OPS["Ssdi8ChunkState"](
+        *(a["x"], a["b_q"], dt, decay, a["x_scale"], a["b_scale"], ones),
+        **select("Ssdi8ChunkState", attributes | {"gate": "fp32"}),
+    )
+    absmax = torch.maximum(states.abs().amax((0, 1, 4)), a["ssm_state"].float().abs().amax((0, 3)))
+    a["state_scale"] = scale_from_absmax(1.5 * absmax) * case["scale"]
+    a["cb_scale"] = torch.full((groups,), 0.02 * 0.03 * 74**2 * n**0.5 / 28, device="cuda")
+    a["cb_scale"] *= case["scale"]
+    if case["scan_tile"] == chunk:
+        a["x_tile_scale"] = None
+    case["inputs"] = a
+    return case
+
+
+def select(op: str, attributes: dict[str, Any]) -> dict[str, Any]:
+    return {k: attributes[k] for k in OPS[op].attributes}
+
+
+def ssd_arguments(op: str, values: dict[str, Any]) -> list[Any]:
+    return [values[name] for name in OPS[op].inputs]
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    assert got.shape == want.shape and got.dtype is want.dtype
+    assert bool(got.isfinite().all()) and bool(want.isfinite().all())
+    difference = torch.linalg.vector_norm(got.double() - want.double())
+    return float(difference / torch.linalg.vector_norm(want.double()).clamp_min(1e-30))
+
+
+def run_ssd_kernel(op: str, values: dict[str, Any], attributes: dict[str, Any]) -> Any:
+    kernel = kernel_library.kernel_for(op)
+    assert kernel is not None
+    with guarded_allocations():
+        got = kernel(*ssd_arguments(op, values), **select(op, attributes))
+        torch.cuda.synchronize()
+    return got
+
+
+@pytest.mark.parametrize("row", SSD_ROWS, ids=str)
+def test_ssd_modules(generator: torch.Generator, row: dict[str, Any]) -> None:
+    """Each kernel on the outputs of the references before it."""
+    case = ssd_case(generator, row)
+    values, attributes = case["inputs"], case["attributes"]
+
+    def reference(op: str) -> Any:
+        return OPS[op].reference(*ssd_arguments(op, values), **select(op, attributes))
+
+    got = run_ssd_kernel("Ssdi8ChunkCumsum", values, attributes)
+    values["dt"], values["a"] = reference("Ssdi8ChunkCumsum")
+    assert torch.allclose(got[0], values["dt"], rtol=1e-6, atol=0)
+    assert torch.allclose(got[1], values["a"], rtol=1e-6, atol=0)
+
+    states = run_ssd_kernel("Ssdi8ChunkState", values, attributes)
+    values["states"] = reference("Ssdi8ChunkState")
+    if case["gate"] == "fp32":
+        assert relative_error(states, values["states"]) < 2e-4
+    else:
+        assert_close(states, values["states"], SSD_FRACTION)
+
+    passed, final = run_ssd_kernel("Ssdi8StatePassing", values, attributes)
+    values["passed"], want_final = reference("Ssdi8StatePassing")
+    assert_close(passed, values["passed"], SSD_FRACTION)
+    assert relative_error(final, want_final) < 2e-4
+
+    y = run_ssd_kernel("Ssdi8ChunkScan", values, attributes)
+    assert relative_error(y, reference("Ssdi8ChunkScan")) < 1e-3
+
+
+@pytest.mark.parametrize("row", [*SSD_ROWS, {"length": 1}], ids=str)
+def test_ssd_scan(generator: torch.Generator, row: dict[str, Any]) -> None:
+    case = ssd_case(generator, row)
+    values, attributes = case["inputs"], case["attributes"]
+    y, final = run_ssd_kernel("Ssdi8SsdScan", values, attributes)
+    want_y, want_final = OPS["Ssdi8SsdScan"].reference(
+        *ssd_arguments("Ssdi8SsdScan", values), **attributes
+    )
+    assert relative_error(y, want_y) < 2e-3
+    assert relative_error(final, want_final) < 1e-3
+
+
+@pytest.mark.parametrize("state", [torch.float16, torch.float32])
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize(("headdim", "d_state"), [(64, 128), (128, 64), (64, 256)])
+def test_ssd_step(
+    generator: torch.Generator, batch: int, headdim: int, d_state: int, state: torch.dtype
+) -> None:
+    """One token: the state to the last rounding, y to FP16."""
+    row = {"length": 1, "batch": batch, "headdim": headdim, "d_state": d_state, "state": state}
+    case = ssd_case(generator, row | {"nheads": 8, "ngroups": 2})
+    values, attributes = case["inputs"], case["attributes"]
+    y, final = run_ssd_kernel("Ssdi8SsdScan", values, attributes)
+    want_y, want_final = OPS["Ssdi8SsdScan"].reference(
+        *ssd_arguments("Ssdi8SsdScan", values), **attributes
+    )
+    assert relative_error(y, want_y) < 3e-4
+    assert relative_error(final, want_final) < (3e-4 if state is torch.float16 else 1e-6)
+
+
+@pytest.mark.parametrize("length", [1, 256, 700])
+def test_ssd_prefill_then_step(generator: torch.Generator, length: int) -> None:
+    """prefill(L) and two steps = prefill(L + 2), within the noise of INT8."""
+    case = ssd_case(generator, {"length": length + 2})
+    values, attributes = case["inputs"], case["attributes"]
+    whole_y, whole_state = run_ssd_kernel("Ssdi8SsdScan", values, attributes)
+    parts = []
+    for start, stop in ((0, length), (length, length + 1), (length + 1, length + 2)):
+        part = values | {k: values[k][:, start:stop] for k in ("x", "b_q", "c_q", "zxbcdt")}
+        y, values["ssm_state"] = run_ssd_kernel("Ssdi8SsdScan", part, attributes)
+        parts.append(y)
+    assert relative_error(torch.cat(parts, 1), whole_y) < 3e-2
+    # The fastest head keeps few tokens, small ones on the scale of the largest of the sequence.
+    assert relative_error(values["ssm_state"], whole_state) < 2e-1
+
+
+def test_ssd_scan_in_place_and_repeatable(generator: torch.Generator) -> None:
+    """The state may be updated where it lies; runs agree bit by bit."""
+    case = ssd_case(generator, {"length": 2000, "nheads": 80})
+    values, attributes = case["inputs"], case["attributes"]
+    first = run_ssd_kernel("Ssdi8SsdScan", values, attributes)
+    for _ in range(10):
+        again = run_ssd_kernel("Ssdi8SsdScan", values, attributes)
+        assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
+    with pytest.MonkeyPatch.context() as patch:
+        state, empty_like = values["ssm_state"].clone(), torch.empty_like
+        patch.setattr(torch, "empty_like", lambda t: t if t is state else empty_like(t))
+        in_place = kernel_library.ssd_scan(
+            *ssd_arguments("Ssdi8SsdScan", values | {"ssm_state": state}), **attributes
+        )
+    assert in_place[1] is state
+    assert all(torch.equal(a, b) for a, b in zip(in_place, first, strict=True))
+
+
+def test_ssd_refusals(generator: torch.Generator) -> None:
+    for change, match in (
+        ({"headdim": 96}, "headdim 96"),
+        ({"d_state": 32}, "d_state 32"),
+        ({"chunk_size": 512}, "chunk_size 512"),
+        ({"scan_tile": 32}, "scan_tile 32"),
+    ):
+        case = ssd_case(generator, {"length": 8} | change)
+        with pytest.raises(Ssdi8Error, match=match):
+            run_ssd_kernel("Ssdi8SsdScan", case["inputs"], case["attributes"])
+    case = ssd_case(generator, {"length": 8})
+    with pytest.raises(Ssdi8Error, match="x_tile_scale"):
+        run_ssd_kernel("Ssdi8SsdScan", case["inputs"] | {"x_tile_scale": None}, case["attributes"])
+
+
+# ------------------------------------------------------------------------------------------------
+# Streams, graphs, refusals
+# ------------------------------------------------------------------------------------------------
+
+
+def calls(generator: torch.Generator, length: int) -> dict[str, tuple[Tensor, Callable[[], Any]]]:
+    """Per op: the input whose values change, and a call of the kernel."""
+    hidden = normal(generator, 1, length, 768)
+    residual = normal(generator, 1, length, 768, dtype=torch.float32)
+    x, weight = random_int8(generator, 1, length, 768), random_int8(generator, 3352, 768)
+    packed, group_scale = w4_weight(generator, 3352, 768, 128, 15.0)
+    scale, bias = scale_and_bias(generator, 3352)
+    conv_inputs, conv_attributes = conv_case(generator, 1, length, 1536, 1, 128)
+    y, z = normal(generator, 1, length, 1536), normal(generator, 1, length, 3352)
+    ones = torch.ones(1536, device="cuda")
+    ssd = ssd_case(generator, {"length": length})
+    ssd_inputs = ssd_arguments("Ssdi8SsdScan", ssd["inputs"])
+    norm = {"scale": 0.03, "eps": 1e-5, "rounding": "half_even"}
+    k = kernel_library
+    return {
+        "rms_norm": (hidden, lambda: k.rms_norm(hidden, residual, **norm)),
+        "linear": (x, lambda: (k.linear(x, weight, scale, bias),)),
+        "linear_w4": (
+            x,
+            lambda: (k.linear_w4(x, packed, group_scale, scale, bias, group_size=128),),
+        ),
+        "causal_conv1d": (
+            conv_inputs[0],
+            lambda: k.causal_conv1d(*conv_inputs, **conv_attributes),
+        ),
+        "rms_norm_gated": (
+            y,
+            lambda: (k.rms_norm_gated(y, z, ones, d_inner=1536, ngroups=1, **norm),),
+        ),
+        "ssd_scan": (ssd_inputs[0], lambda: k.ssd_scan(*ssd_inputs, **ssd["attributes"])),
+    }
+
+
+@pytest.mark.parametrize(
+    "op", ["rms_norm", "linear", "linear_w4", "causal_conv1d", "rms_norm_gated", "ssd_scan"]
+)
+@pytest.mark.parametrize("length", [1, 130])
+def test_stream_and_graph(generator: torch.Generator, op: str, length: int) -> None:
+    changed, call = calls(generator, length)[op]
+    first = [t.clone() for t in call()]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        on_stream = call()
+    stream.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(on_stream, first, strict=True))
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    changed.copy_(changed.flip(1) if length > 1 else -changed)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(captured, call(), strict=True))
+
+
+def test_refusals(generator: torch.Generator) -> None:
+    def refused(match: str, call: Callable[[], Any]) -> None:
+        with pytest.raises(Ssdi8Error, match=match):
+            call()
+
+    k = kernel_library
+    x, weight = random_int8(generator, 1, 2, 48), random_int8(generator, 8, 48)
+    scale, bias = scale_and_bias(generator, 8)
+    refused("multiple of 32", lambda: k.linear(x, weight, scale, bias))
+    refused("is expected", lambda: k.linear(x, weight.half(), scale, bias))
+    group_scale = torch.ones((8, 3), dtype=torch.float16, device="cuda")
+    refused(
+        "group size 16",
+        lambda: k.linear_w4(x, weight[:, :24], group_scale, scale, bias, group_size=16),
+    )
+    norm = {"scale": 0.03, "eps": 1e-5, "rounding": "half_even"}
+    odd = normal(generator, 1, 2, 12)
+    refused("d_model 12", lambda: k.rms_norm(odd, odd.float(), **norm))
+    y, ones = normal(generator, 1, 2, 56), torch.ones(56, device="cuda")
+    refused("d_inner 56", lambda: k.rms_norm_gated(y, y, ones, d_inner=56, ngroups=1, **norm))
+    inputs, attributes = conv_case(generator, 1, 2, 64, 1, 16, d_conv=5)
+    refused("width 5", lambda: k.causal_conv1d(*inputs, **attributes))

@@ -1,0 +1,70 @@
+"""What the compiler says about each CUDA file for sm_87: no GPU needed."""
+
+from __future__ import annotations
+
+import functools
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+KERNELS = Path(__file__).parents[1] / "plugins" / "kernels"
+# The most that every chip from sm_86 on grants one block.
+MAX_SHARED_BYTES = 99 * 1024
+FILES = sorted(path.name for path in KERNELS.glob("*.cu"))
+
+pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc (CUDA toolkit)")
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
+    """File name -> (what ptxas reports, the cubin), compiled once."""
+    folder = tmp_path_factory.mktemp("cubin")
+
+    @functools.cache
+    def compile_file(name: str) -> tuple[str, Path]:
+        cubin = folder / f"{name}.cubin"
+        command = ["nvcc", "-std=c++17", "-arch=sm_87", "-cubin", "-Xptxas", "-v", "-Werror"]
+        command += ["all-warnings", "-o", str(cubin), str(KERNELS / name)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        return result.stdout + result.stderr, cubin
+
+    return compile_file
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_local_memory_and_little_shared_memory(compiled, name: str) -> None:  # type: ignore[no-untyped-def]
+    report = compiled(name)[0]
+    frames = re.findall(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report
+    )
+    assert len(frames) == len(re.findall("Compiling entry function", report))
+    assert all(frame == ("0", "0", "0") for frame in frames), report
+    assert not re.search(r"bytes lmem", report)
+    assert all(int(n) <= MAX_SHARED_BYTES for n in re.findall(r"(\d+) bytes smem", report))
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel"),
+    [
+        ("linear.cu", ""),
+        ("chunk_state.cu", "18chunk_state_kernel"),
+        ("chunk_scan.cu", "17chunk_scan_kernel"),
+        ("ssd_scan.cu", "11scan_kernel"),
+    ],
+)
+def test_tensor_cores_are_used(  # type: ignore[no-untyped-def]
+    compiled, name: str, kernel: str
+) -> None:
+    if shutil.which("cuobjdump") is None:
+        pytest.skip("no cuobjdump (CUDA toolkit)")
+    command = ["cuobjdump", "-sass", str(compiled(name)[1])]
+    sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    bodies = [b for b in sass.split("Function : ")[1:] if kernel in b.splitlines()[0]]
+    assert bodies
+    for body in bodies:
+        assert "IMMA.16832.S8.S8" in body, body.splitlines()[0]
+        assert not re.search(r"\b(LDL|STL)\b", body), body.splitlines()[0]

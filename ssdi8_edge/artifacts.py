@@ -7,6 +7,7 @@ so that a repeated build redoes only what changed:
     quantized/                model.safetensors, config.json
     onnx/                     model.portable.onnx, model.onnx, export.json
     bundle/                   what travels to a board; manifest.json
+    steps.json                when and where each stage ran
 """
 
 from __future__ import annotations
@@ -37,6 +38,11 @@ TOKENIZER = "tokenizer.json"
 GOLDEN = "golden.npz"
 MANIFEST = "manifest.json"
 BUNDLE_SCHEMA = 1
+
+HASHED_BYTES = 64 * 2**20
+
+# What a disk can say no with.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 
 _BLOCK = 1 << 22
 _RENAME_EXCHANGE = 2
@@ -80,26 +86,16 @@ def whole_or_absent(final: Path) -> Iterator[Path]:
             tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".partial", dir=final.parent)
         )
     except OSError as error:
-        raise _write_error(final, error) from error
+        raise disk_error(final, error) from error
     try:
         yield scratch / final.name
         _publish(scratch / final.name, final)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise _write_error(final, error) from error
+        if error.errno in DISK_ERRORS:
+            raise disk_error(final, error) from error
         raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _write_error(final: Path, error: OSError) -> Ssdi8Error:
-    remedy = {
-        errno.ENOSPC: "free some space or choose another --out; the finished stages are kept.",
-        errno.EDQUOT: "free some space or choose another --out; the finished stages are kept.",
-    }.get(error.errno or 0, "choose an --out folder that can be written.")
-    failure = Ssdi8Error(f"cannot write {final}: {os.strerror(error.errno or 0)};", remedy)
-    failure.exit_code = 2
-    return failure
 
 
 def _remove_leftovers(final: Path) -> None:
@@ -146,9 +142,38 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=False) + "\n", encoding="utf-8")
 
 
-def link_or_copy(source: Path, target: Path) -> None:
-    """The same file under a second name; a copy where the file system has no hard links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+def listing(folder: Path, without: str) -> dict[str, dict[str, Any]]:
+    """Relative path -> {sha256, bytes} of every file but `without`, the record itself."""
+    return {
+        path.relative_to(folder).as_posix(): {
+            "sha256": sha256_file(path),
+            "bytes": path.stat().st_size,
+        }
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != without
+    }
+
+
+def is_intact(folder: Path, files: dict[str, dict[str, Any]]) -> bool:
+    """Whether every listed file is there in its size, and the smaller ones in their content.
+
+    Hashing the weights of a large model at each build would cost more than most stages.
+    """
+    for name, listed in files.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != listed["bytes"]:
+            return False
+        if listed["bytes"] <= HASHED_BYTES and sha256_file(path) != listed["sha256"]:
+            return False
+    return True
+
+
+def disk_error(place: Path, error: OSError) -> Ssdi8Error:
+    """A full or read-only disk in one sentence; exit code 2."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        remedy = "free some space or choose another --out; the finished stages are kept."
+    else:
+        remedy = "choose an --out folder that can be written."
+    failure = Ssdi8Error(f"cannot write {place}: {os.strerror(error.errno or 0)}", remedy)
+    failure.exit_code = 2
+    return failure

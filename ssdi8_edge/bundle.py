@@ -24,8 +24,7 @@ from ssdi8_edge.artifacts import (
     TENSORRT_MODEL,
     TOKENIZER,
     WEIGHTS,
-    link_or_copy,
-    sha256_file,
+    listing,
     shipped,
     write_json,
 )
@@ -91,7 +90,9 @@ def pack(
     folder.mkdir()
     config = read_config(run_folder / QUANTIZED)
     start = time.perf_counter()
-    link_or_copy(run_folder / QUANTIZED / WEIGHTS, folder / WEIGHTS)
+    # Copies, not links: a bundle can be edited or moved without touching the run folder, and ONNX
+    # tools refuse weights that have a second name.
+    shutil.copyfile(run_folder / QUANTIZED / WEIGHTS, folder / WEIGHTS)
     for name in (PORTABLE_MODEL, TENSORRT_MODEL):
         shutil.copyfile(run_folder / ONNX / name, folder / name)
     if (run_folder / QUANTIZED / TOKENIZER).is_file():
@@ -118,13 +119,10 @@ def pack(
         },
         "checkpoint": config["checkpoint"],
         "saturation": config["saturation"],
-        "files": {},
+        "files": listing(folder, MANIFEST),
         "steps": [*steps, _step("bundle", start)],
         "not_run": _not_run(target),
     }
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        listed = {"sha256": sha256_file(path), "bytes": path.stat().st_size}
-        manifest["files"][path.relative_to(folder).as_posix()] = listed
     write_json(folder / MANIFEST, manifest)
     start = time.perf_counter()
     _verify(folder)

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ssdi8_edge.checkpoint import Checkpoint
+from ssdi8_edge.errors import CheckpointError
 from ssdi8_edge.hadamard import transform
 from ssdi8_edge.methods import QuantConfig
 from ssdi8_edge.model import Mamba2Block, Mamba2Config
@@ -118,20 +120,29 @@ def calibrate(
     ids: Tensor,
     track: Track = silent,
     device: str = "cpu",
+    scratch: Path | None = None,
 ) -> dict[str, Tensor]:
     """Statistics of every layer on the token windows `ids` (S, T).
+
+    `scratch` is a folder on the disk that holds the residual stream meanwhile.
 
     Returns:
         `layers.{i}.<name>` -> FP32 absolute maximum: u, r, r_folded: (); B, C, CB, CB_full: (G);
         x_scaled, x_tile, chunk_state, passed_state: (H, P). `norm_f`: (), the rotated input of
         lm_head.
+
+    Raises:
+        CheckpointError: the model computes something that is not a number.
     """
     config = layer_config(checkpoint, recipe)
-    stream = Spool(len(ids), (ids.shape[1], config.d_model), np.dtype(np.float32))
-    for part, rows in embed(checkpoint, ids):
-        stream[part] = rows
+    shape = (ids.shape[1], config.d_model)
     statistics: dict[str, Tensor] = {}
-    with torch.inference_mode():
+    with (
+        torch.inference_mode(),
+        Spool(len(ids), shape, np.dtype(np.float32), scratch) as stream,
+    ):
+        for part, rows in embed(checkpoint, ids):
+            stream[part] = rows
         for i in track(range(config.n_layer), "calibrate"):
             layer = fp32_layer(checkpoint, i, device)
             observers = Observers(config, recipe.scan_tile, layer[GATE_NORM])
@@ -141,11 +152,20 @@ def calibrate(
                 residual, _ = block(stream[part].to(device), None, observers)
                 stream[part] = residual
             statistics |= {f"layers.{i}.{k}": v.cpu() for k, v in observers.absmax.items()}
+            _require_numbers(checkpoint, i, observers.absmax)
         norm_f = torch.zeros(())
         for part in batches(ids):
             rows = stream[part]
             rms = (rows.square().mean(-1, keepdim=True) + config.norm_eps).sqrt()
             norm_f = torch.maximum(norm_f, (rows / rms).abs().amax())
     statistics["norm_f"] = norm_f
-    stream.close()
     return statistics
+
+
+def _require_numbers(checkpoint: Checkpoint, index: int, absmax: dict[str, Tensor]) -> None:
+    for name, value in absmax.items():
+        if not value.isfinite().all():
+            raise CheckpointError(
+                f"layers.{index} of {checkpoint.folder} computes {name} that is not a number",
+                "the checkpoint is damaged, fetch it again.",
+            )

@@ -192,7 +192,7 @@ class _SafetensorsFile:
             self._file = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
-                f"{path} is not a complete safetensors file ({error}).", "Fetch it again."
+                f"{path} is not a complete safetensors file ({error}).", "fetch it again."
             ) from error
         self.names = list(self._file.keys())
 
@@ -216,11 +216,11 @@ class _PickleFile:
         except pickle.UnpicklingError as error:
             raise CheckpointError(
                 f"{path} is damaged or holds more than tensors; it was not loaded.",
-                "Fetch it again, or convert it to safetensors on a machine that trusts it.",
+                "fetch it again, or convert it to safetensors on a machine that trusts it.",
             ) from error
         except Exception as error:  # on damaged bytes torch raises whatever it runs into
             raise CheckpointError(
-                f"{path} is not a complete torch file.", "Fetch it again."
+                f"{path} is not a complete torch file.", "fetch it again."
             ) from error
         if not isinstance(held, dict):
             raise CheckpointError(f"{path} holds a {type(held).__name__}, not named tensors.")
@@ -270,7 +270,7 @@ def _weight_files(folder: Path) -> list[Path]:
                 raise CheckpointError(f"{index} names {shard.name} outside the checkpoint.")
             if not shard.is_file():
                 raise CheckpointError(
-                    f"{index} names {shard.name}, which is missing.", "Fetch it again."
+                    f"{index} names {shard.name}, which is missing.", "fetch it again."
                 )
         return shards
     raise CheckpointError(
@@ -407,7 +407,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     if folder.exists() or isinstance(source, Path) or len(parts) != 2 or not all(parts):
         raise CheckpointError(
             f"{source} is not a folder.",
-            "Give a checkpoint folder, the word demo, or a hub model as organisation/name.",
+            "give a checkpoint folder, the word demo, or a hub model as organisation/name.",
         )
     try:
         from huggingface_hub import snapshot_download
@@ -417,6 +417,6 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
             f"{source} is neither a folder nor a hub model that can be fetched ({reason}).",
-            "Check the spelling and the network, or give a folder.",
+            "check the spelling and the network, or give a folder.",
         ) from error
     return Checkpoint(fetched)

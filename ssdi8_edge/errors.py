@@ -22,7 +22,10 @@ class Ssdi8Error(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        return f"{self.message} {self.hint}".strip()
+        """One sentence: the thing, then the remedy."""
+        if not self.hint:
+            return self.message
+        return f"{self.message.rstrip('.;')}; {self.hint}"
 
 
 class UsageError(Ssdi8Error):

@@ -19,7 +19,7 @@ from ssdi8_edge.errors import UsageError
 from ssdi8_edge.model import Mamba2Config, Mamba2LM
 from ssdi8_edge.progress import Track, silent
 from ssdi8_edge.quantize.saved import is_quantized_checkpoint, load_quantized
-from ssdi8_edge.stream import read_tokens
+from ssdi8_edge.stream import read_tokens, require_vocabulary
 
 # Method §7: non-overlapping blocks of 2048 tokens.
 WINDOW = 2048
@@ -32,10 +32,12 @@ Forward = Callable[[Tensor], Tensor]
 class Subject:
     """A model that can be evaluated."""
 
+    source: str
     name: str
     engine: str
     forward: Forward
     tokenizer: Path
+    vocabulary: int
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,12 @@ def open_subject(source: str, tokenizer: Path | None = None, device: str = "cpu"
     if is_quantized_checkpoint(folder):
         model = load_quantized(folder, device)
         return Subject(
+            source,
             model.recipe.name,
             "torch reference",
             lambda ids: model.forward(ids.to(device), None, ids.shape[1])[0].cpu(),
             tokenizer or folder / TOKENIZER,
+            model.config.vocab_size,
         )
     checkpoint = open_checkpoint(source)
     found = tokenizer or checkpoint.tokenizer_path
@@ -74,7 +78,14 @@ def open_subject(source: str, tokenizer: Path | None = None, device: str = "cpu"
     lm = Mamba2LM(Mamba2Config(**checkpoint.config)).eval()
     lm.load_state_dict({name: checkpoint.tensor(name).float() for name in checkpoint.names})
     lm = lm.to(device)
-    return Subject("fp32", "torch", lambda ids: lm(ids.to(device).long())[0].cpu(), found)
+    return Subject(
+        source,
+        "fp32",
+        "torch",
+        lambda ids: lm(ids.to(device).long())[0].cpu(),
+        found,
+        checkpoint.config["vocab_size"],
+    )
 
 
 def _bundle_subject(folder: Path) -> Subject:
@@ -86,7 +97,14 @@ def _bundle_subject(folder: Path) -> Subject:
         logits, _ = prefill(backend, bundle, ids.numpy().astype(np.int32), ids.shape[1])
         return torch.from_numpy(logits)
 
-    return Subject(bundle.recipe, backend.description, forward, bundle.path(TOKENIZER))
+    return Subject(
+        str(folder),
+        bundle.recipe,
+        backend.description,
+        forward,
+        bundle.path(TOKENIZER),
+        bundle.model.vocab_size,
+    )
 
 
 def perplexity(
@@ -98,6 +116,7 @@ def perplexity(
         limit: the first so many windows; None takes all. A text shorter than a window is one.
     """
     windows = read_tokens(text, subject.tokenizer, WINDOW, limit or 1 << 40)
+    require_vocabulary(windows, subject.tokenizer, subject.source, subject.vocabulary)
     total = 0.0
     with torch.inference_mode():
         for window in track(list(windows), f"evaluate {subject.name}"):

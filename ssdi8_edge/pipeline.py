@@ -19,13 +19,14 @@ from typing import Any
 import onnx
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from ssdi8_edge import __version__
 from ssdi8_edge.artifacts import (
     BUNDLE,
     CALIBRATION,
+    DISK_ERRORS,
     MANIFEST,
     ONNX,
     PORTABLE_MODEL,
@@ -33,8 +34,10 @@ from ssdi8_edge.artifacts import (
     TENSORRT_MODEL,
     TOKENIZER,
     WEIGHTS,
+    disk_error,
+    is_intact,
     key_of,
-    link_or_copy,
+    listing,
     read_json,
     sha256_file,
     shipped,
@@ -53,10 +56,11 @@ from ssdi8_edge.progress import Track, silent
 from ssdi8_edge.quantize import quantize
 from ssdi8_edge.quantize.saved import CONFIG
 from ssdi8_edge.safetensors_writer import SafetensorsWriter
-from ssdi8_edge.stream import read_tokens
+from ssdi8_edge.stream import open_tokenizer, read_tokens, require_vocabulary
 
 STAGES = ("calibrate", "quantize", "export", "bundle")
 EXPORT = "export.json"
+STEPS = "steps.json"
 DEMO_CALIBRATION = DEMO_FOLDER / "calibration.txt"
 # The tokenizer of the published state-spaces checkpoints, which do not carry one.
 PUBLISHED_TOKENIZER = "EleutherAI/gpt-neox-20b"
@@ -116,7 +120,7 @@ class Build:
             )
         if not self.text.is_file():
             raise UsageError(f"calibration text {self.text} does not exist;", "name a text file.")
-        self._steps: list[dict[str, Any]] = []
+        self._steps = self._noted_steps()
 
     def keys(self) -> dict[str, str]:
         """Stage -> key; each holds the key before it."""
@@ -157,25 +161,26 @@ class Build:
         wanted = STAGES[: STAGES.index(self.request.until) + 1]
         plan, fresh = {}, True
         for stage in wanted:
-            fresh = fresh and self._found_key(stage) == keys[stage]
+            fresh = fresh and self._record(stage).get("key") == keys[stage]
             plan[stage] = "reuse" if fresh else "run"
         return plan
 
-    def _found_key(self, stage: str) -> str | None:
+    def _record(self, stage: str) -> dict[str, Any]:
+        """What a stage wrote about its artifact: key, step, files; empty if it is not whole."""
         out = self.request.out
         try:
             if stage == "calibrate":
                 with safe_open(out / CALIBRATION, framework="pt") as file:
-                    return (file.metadata() or {}).get("key")
-            places = {
-                "quantize": out / QUANTIZED / CONFIG,
-                "export": out / ONNX / EXPORT,
-                "bundle": out / BUNDLE / MANIFEST,
-            }
-            found: str | None = read_json(places[stage]).get("key")
-            return found
-        except (OSError, ValueError, SafetensorError, AttributeError):
-            return None
+                    return {"key": file.metadata()["key"]}
+            folder, name = {
+                "quantize": (out / QUANTIZED, CONFIG),
+                "export": (out / ONNX, EXPORT),
+                "bundle": (out / BUNDLE, MANIFEST),
+            }[stage]
+            record: dict[str, Any] = read_json(folder / name)
+            return record if is_intact(folder, record["files"]) else {}
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+            return {}
 
     def run(self) -> BuildResult:
         """Bring every stage up to the one asked for up to date."""
@@ -193,48 +198,71 @@ class Build:
                     result.reused.append(stage)
                     self._say(f"{stage}: up to date")
                     continue
-                start = time.perf_counter()
-                stages[stage](keys[stage])
-                seconds = round(time.perf_counter() - start, 2)
-                self._steps.append({"step": stage, "where": "host", "seconds": seconds})
+                begin = time.perf_counter()
+                try:
+                    stages[stage](keys[stage])
+                    self._note_step(stage, keys[stage], begin)
+                except OSError as error:
+                    if error.errno in DISK_ERRORS:
+                        raise disk_error(self.request.out, error) from error
+                    raise
                 result.ran.append(stage)
-                self._say(f"{stage}: done in {seconds:.1f} s")
+                self._say(f"{stage}: done in {self._steps[stage]['seconds']:.1f} s")
         manifest = self.request.out / BUNDLE / MANIFEST
         if self.request.until == "bundle":
             result.manifest = read_json(manifest)
         return result
+
+    def _noted_steps(self) -> dict[str, dict[str, Any]]:
+        try:
+            noted: dict[str, dict[str, Any]] = read_json(self.request.out / STEPS)
+            return noted
+        except (OSError, ValueError):
+            return {}
+
+    def _note_step(self, stage: str, key: str, begin: float) -> None:
+        """Remember when and where a stage ran, apart from its artifact: that is the same bytes
+        however long it took."""
+        seconds = round(time.perf_counter() - begin, 2)
+        self._steps[stage] = {"key": key, "where": "host", "seconds": seconds}
+        with whole_or_absent(self.request.out / STEPS) as path:
+            write_json(path, self._steps)
 
     def _windows(self) -> Tensor:
         recipe = self.request.recipe
         tokens = read_tokens(
             self.text, self.tokenizer, recipe.calibration_tokens, recipe.calibration_samples
         )
-        top = int(tokens.max())
-        if top >= self.config.vocab_size:
-            raise UsageError(
-                f"{self.tokenizer} gives token {top}, but the model has {self.config.vocab_size};",
-                "name the model's own --tokenizer.",
-            )
+        require_vocabulary(tokens, self.tokenizer, self.request.model, self.config.vocab_size)
         return tokens
 
     def _calibrate(self, key: str) -> None:
         statistics: dict[str, Tensor] = {}
         if self.request.recipe.quantized:
             ids = self._windows()
-            statistics = calibrate(self.checkpoint, self.request.recipe, ids, self._track)
+            recipe, scratch = self.request.recipe, self.request.out
+            statistics = calibrate(self.checkpoint, recipe, ids, self._track, scratch=scratch)
         with whole_or_absent(self.request.out / CALIBRATION) as path:
-            save_file(statistics or {"none": torch.zeros(1)}, path, {"key": key})
+            # Not save_file: it reports a full disk as an error of its own kind.
+            path.write_bytes(save(statistics or {"none": torch.zeros(1)}, {"key": key}))
 
     def _quantize(self, key: str) -> None:
         recipe = self.request.recipe
         with safe_open(self.request.out / CALIBRATION, framework="pt") as file:
             statistics = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        ids = self._windows()
         with whole_or_absent(self.request.out / QUANTIZED) as folder:
             folder.mkdir()
-            writer = SafetensorsWriter(folder / WEIGHTS)
-            ids = self._windows()
-            saturation = quantize(self.checkpoint, recipe, statistics, ids, writer, self._track)
-            writer.close()
+            with SafetensorsWriter(folder / WEIGHTS) as writer:
+                saturation = quantize(
+                    self.checkpoint,
+                    recipe,
+                    statistics,
+                    ids,
+                    writer,
+                    self._track,
+                    scratch=self.request.out,
+                )
             shutil.copyfile(self.tokenizer, folder / TOKENIZER)
             write_json(
                 folder / CONFIG,
@@ -249,6 +277,7 @@ class Build:
                         "bytes": self.checkpoint.parameter_bytes,
                     },
                     "saturation": saturation,
+                    "files": listing(folder, CONFIG),
                 },
             )
 
@@ -256,20 +285,29 @@ class Build:
         weights = self.request.out / QUANTIZED / WEIGHTS
         recipe = self.request.recipe
         with whole_or_absent(self.request.out / ONNX) as folder:
+            # The graphs refer to the weights by name; the bundle puts them side by side.
             folder.mkdir()
             portable = export_model(weights, self.config, recipe, "cpu")
             onnx.save(portable, folder / PORTABLE_MODEL)
             tensorrt = lower(export_model(weights, self.config, recipe, "tensorrt"))
             onnx.save(tensorrt, folder / TENSORRT_MODEL)
-            # The graphs refer to the weights by name, beside them.
-            link_or_copy(weights, folder / WEIGHTS)
-            write_json(folder / EXPORT, {"key": key})
+            write_json(folder / EXPORT, {"key": key, "files": listing(folder, EXPORT)})
 
     def _bundle(self, key: str) -> None:
         ids = self._windows().flatten()
         request = self.request
         with whole_or_absent(request.out / BUNDLE) as folder:
-            pack(request.out, folder, request.target, ids, key, request.command, self._steps)
+            pack(
+                request.out, folder, request.target, ids, key, request.command, self._done_before()
+            )
+
+    def _done_before(self) -> list[dict[str, Any]]:
+        """The steps whose artifacts go into the bundle, also where an earlier build did them."""
+        return [
+            {"step": stage, "where": noted["where"], "seconds": noted["seconds"]}
+            for stage, key in self.keys().items()
+            if (noted := self._steps.get(stage, {})).get("key") == key and stage != "bundle"
+        ]
 
 
 def _model_name(source: str) -> str:
@@ -285,27 +323,15 @@ def _find_tokenizer(request: BuildRequest, checkpoint: Checkpoint) -> Path:
     given = request.tokenizer
     if given is not None:
         path = given / TOKENIZER if given.is_dir() else given
-        if not path.is_file():
-            raise UsageError(f"tokenizer {path} does not exist;", "name a tokenizer.json.")
-        return _readable_tokenizer(path)
+        open_tokenizer(path)
+        return path
     if checkpoint.tokenizer_path is not None:
-        return _readable_tokenizer(checkpoint.tokenizer_path)
+        open_tokenizer(checkpoint.tokenizer_path)
+        return checkpoint.tokenizer_path
     raise UsageError(
         f"{checkpoint.folder} has no tokenizer.json;",
         f"name one with --tokenizer (the published models use that of {PUBLISHED_TOKENIZER}).",
     )
-
-
-def _readable_tokenizer(path: Path) -> Path:
-    from tokenizers import Tokenizer
-
-    try:
-        Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise UsageError(
-            f"{path} is not a tokenizer file ({error});", "name the model's tokenizer.json."
-        ) from error
-    return path
 
 
 @contextmanager

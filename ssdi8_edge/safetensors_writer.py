@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import struct
@@ -21,7 +22,8 @@ _DTYPES = {
 
 
 class SafetensorsWriter:
-    """Appends tensors to a temporary file; `close` puts the header in front of them.
+    """Appends tensors to a temporary file; `close`, or the end of a with block, puts the
+    header in front.
 
     The format wants its header first, and the header wants every offset: hence the second file.
     """
@@ -44,7 +46,18 @@ class SafetensorsWriter:
         }
         self._offset += size
 
+    def __enter__(self) -> SafetensorsWriter:
+        return self
+
+    def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
+        if failed is None:
+            self.close()
+        # Closing flushes; after a full disk that would fail once more.
+        with contextlib.suppress(OSError):
+            self._data.close()
+
     def close(self) -> None:
+        """Write the file."""
         header = json.dumps(self._header, separators=(",", ":")).encode()
         header += b" " * (-len(header) % 8)
         with self._path.open("wb") as file:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,12 +20,15 @@ TOKENS_PER_BATCH = 2048
 class Spool:
     """Tensors of one shape per sample, in a temporary file: the stream between two layers.
 
-    Calibration sets outgrow memory before layers do. Deleted when closed or garbage-collected.
+    Calibration sets outgrow memory before layers do. The file has no name and goes when closed.
+    `scratch` says on which disk it lies: the usual temporary folder may be memory.
     """
 
-    def __init__(self, samples: int, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    def __init__(
+        self, samples: int, shape: tuple[int, ...], dtype: np.dtype, scratch: Path | None = None
+    ) -> None:
         # Lives as long as the spool: a with block would end too early.
-        self._file = tempfile.TemporaryFile(prefix="ssdi8-")  # noqa: SIM115
+        self._file = tempfile.TemporaryFile(prefix=".ssdi8-", dir=scratch)  # noqa: SIM115
         self._shape, self._dtype = shape, dtype
         self._bytes = int(np.prod(shape)) * dtype.itemsize
         self.samples = samples
@@ -37,8 +42,17 @@ class Spool:
         self._file.seek(part.start * self._bytes)
         self._file.write(value.cpu().contiguous().numpy().astype(self._dtype, copy=False).data)
 
+    def __enter__(self) -> Spool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
-        self._file.close()
+        """Give the disk space back."""
+        # Closing flushes; after a full disk that would fail once more.
+        with contextlib.suppress(OSError):
+            self._file.close()
 
 
 def read_tokens(text: Path, tokenizer: Path, tokens: int, samples: int) -> Tensor:
@@ -48,11 +62,9 @@ def read_tokens(text: Path, tokenizer: Path, tokens: int, samples: int) -> Tenso
     window gives one shorter sample; fewer windows than asked are all used.
 
     Raises:
-        UsageError: the file is missing, is not UTF-8, or holds fewer than 16 tokens.
+        UsageError: a file is missing, the text is not UTF-8 or holds fewer than 16 tokens.
     """
-    from tokenizers import Tokenizer
-
-    encoder = Tokenizer.from_file(str(tokenizer))
+    encoder = open_tokenizer(tokenizer)
     encoder.no_truncation()
     ids: list[int] = []
     try:
@@ -78,6 +90,38 @@ def read_tokens(text: Path, tokenizer: Path, tokens: int, samples: int) -> Tenso
     tokens = min(tokens, len(ids))
     samples = min(samples, len(ids) // tokens)
     return torch.tensor(ids[: samples * tokens]).reshape(samples, tokens)
+
+
+def open_tokenizer(path: Path) -> Any:
+    """The tokenizer in a tokenizer.json.
+
+    Raises:
+        UsageError: the file is missing or is something else.
+    """
+    from tokenizers import Tokenizer
+
+    if not path.is_file():
+        raise UsageError(f"tokenizer {path} does not exist", "name the model's tokenizer.json.")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise UsageError(
+            f"{path} is not a tokenizer file ({error})", "name the model's tokenizer.json."
+        ) from error
+
+
+def require_vocabulary(ids: Tensor, tokenizer: Path, model: str, size: int) -> None:
+    """Refuse token ids that the embedding of `model` does not have.
+
+    Raises:
+        UsageError: the tokenizer belongs to another model.
+    """
+    top = int(ids.max())
+    if top >= size:
+        raise UsageError(
+            f"{tokenizer} gives token {top}, but {model} has {size}",
+            "name the model's own --tokenizer.",
+        )
 
 
 def batches(ids: Tensor) -> list[slice]:

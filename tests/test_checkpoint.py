@@ -388,7 +388,7 @@ def test_damaged_weights(damage: str, name: str, tiny_checkpoint: MakeCheckpoint
     path.write_bytes(content[damage])
     with pytest.raises(CheckpointError, match=r"is not a complete|is damaged") as caught:
         open_checkpoint(folder)
-    assert caught.value.hint.startswith("Fetch it again")
+    assert caught.value.hint.startswith("fetch it again")
 
 
 class Payload:

@@ -7,6 +7,8 @@ depth. The whole recipe, top to bottom: `quantize`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -57,12 +59,14 @@ def quantize(
     sink: Sink,
     track: Track = silent,
     device: str = "cpu",
+    scratch: Path | None = None,
 ) -> dict[str, float]:
     """Quantize `checkpoint` by `recipe` and hand every tensor to `sink`.
 
     Args:
         statistics: from `calibrate`; empty for a recipe that quantizes nothing.
         ids: (S, T) calibration windows, for GPTQ and the mean correction.
+        scratch: a folder on the disk that holds the streams between layers.
 
     Returns:
         Saturation fractions on the calibration windows, `layers.{i}.<site>` -> [0, 1].
@@ -72,8 +76,11 @@ def quantize(
         _keep_fp16(checkpoint, config, sink, track)
         return {}
     _quantize_ends(checkpoint, recipe, statistics, sink)
-    streams = _Streams(checkpoint, config, ids, device)
-    with torch.inference_mode(), int8.count_saturation() as saturation:
+    with (
+        torch.inference_mode(),
+        int8.count_saturation() as saturation,
+        _Streams(checkpoint, config, ids, device, scratch) as streams,
+    ):
         for i in track(range(config.n_layer), "quantize"):
             prefix = f"layers.{i}."
             saturation.scope = prefix
@@ -85,9 +92,7 @@ def quantize(
             source = fp32_layer(checkpoint, i, device)
             for name, tensor in _quantize_layer(source, own, config, recipe, streams).items():
                 sink.add(prefix + name, tensor)
-        fractions = saturation.fractions()
-    streams.close()
-    return fractions
+        return saturation.fractions()
 
 
 def _keep_fp16(checkpoint: Checkpoint, config: Mamba2Config, sink: Sink, track: Track) -> None:
@@ -217,22 +222,35 @@ class _Streams:
     """Residual streams of the FP and of the quantized model, entering the layer at hand."""
 
     def __init__(
-        self, checkpoint: Checkpoint, config: Mamba2Config, ids: Tensor, device: str
+        self,
+        checkpoint: Checkpoint,
+        config: Mamba2Config,
+        ids: Tensor,
+        device: str,
+        scratch: Path | None,
     ) -> None:
         self.device = device
         self.parts = batches(ids)
         self.tokens = ids.shape[1]
-        shape = (self.tokens, config.d_model)
-        self.fp = Spool(len(ids), shape, np.dtype(np.float32))
-        self.quantized = Spool(len(ids), shape, np.dtype(np.float32))
-        self.out_proj_input = Spool(len(ids), (self.tokens, config.d_inner), np.dtype(np.int8))
-        for part, rows in embed(checkpoint, ids):
+        self._stack = ExitStack()
+
+        def spool(width: int, dtype: type) -> Spool:
+            shape = (self.tokens, width)
+            return self._stack.enter_context(Spool(len(ids), shape, np.dtype(dtype), scratch))
+
+        self.fp = spool(config.d_model, np.float32)
+        self.quantized = spool(config.d_model, np.float32)
+        self.out_proj_input = spool(config.d_inner, np.int8)
+        self._embedded = embed(checkpoint, ids)
+
+    def __enter__(self) -> _Streams:
+        for part, rows in self._embedded:
             self.fp[part] = rows
             self.quantized[part] = rows.half().float()
+        return self
 
-    def close(self) -> None:
-        for spool in (self.fp, self.quantized, self.out_proj_input):
-            spool.close()
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
 
 
 def _quantize_layer(

@@ -44,6 +44,8 @@ HASHED_BYTES = 64 * 2**20
 # What a disk can say no with.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 
+ASIDE = ".old"
+
 _BLOCK = 1 << 22
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
@@ -99,8 +101,11 @@ def whole_or_absent(final: Path) -> Iterator[Path]:
 
 
 def _remove_leftovers(final: Path) -> None:
-    """Scratch folders of builds that were killed."""
+    """Scratch folders of killed builds; one may have died between the renames of `_exchange`."""
     for stale in final.parent.glob(f".{final.name}.*.partial"):
+        aside = stale / f"{final.name}{ASIDE}"
+        if aside.exists() and not final.exists():
+            os.rename(aside, final)
         shutil.rmtree(stale, ignore_errors=True)
 
 
@@ -129,7 +134,7 @@ def _exchange(a: Path, b: Path) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     swapped = libc.renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE)
     if swapped != 0:  # a file system without exchange: the old folder steps aside first
-        aside = a.with_suffix(".old")
+        aside = a.with_name(a.name + ASIDE)
         os.rename(b, aside)
         os.rename(a, b)
 

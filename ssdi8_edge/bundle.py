@@ -5,6 +5,8 @@ from __future__ import annotations
 import platform
 import shutil
 import time
+from collections import deque
+from contextlib import AbstractContextManager, nullcontext
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from ssdi8_edge.artifacts import (
 from ssdi8_edge.board_runtime import run_engine
 from ssdi8_edge.errors import Ssdi8Error
 from ssdi8_edge.profiles import Target
+from ssdi8_edge.progress import Track, silent
 from ssdi8_edge.quantize.modules import QuantizedMamba2
 from ssdi8_edge.quantize.saved import load_quantized, read_config
 
@@ -40,7 +43,9 @@ PACKAGES = ("torch", "numpy", "onnx", "onnxruntime", "onnx-graphsurgeon", "safet
 _JUNK = {"__pycache__", "build"}
 
 
-def golden_vectors(model: QuantizedMamba2, ids: Tensor) -> dict[str, np.ndarray]:
+def golden_vectors(
+    model: QuantizedMamba2, ids: Tensor, track: Track = silent
+) -> dict[str, np.ndarray]:
     """What every runtime must reproduce, from the torch reference.
 
     A prefill over two chunks and three tokens more, the states behind it layer by layer, and a few
@@ -53,7 +58,14 @@ def golden_vectors(model: QuantizedMamba2, ids: Tensor) -> dict[str, np.ndarray]
     repeats = -(-(length + DECODE_STEPS) // len(ids))
     ids = ids.repeat(repeats)[: length + DECODE_STEPS].to(torch.int32)[None]
     prompt, following = ids[:, :length], ids[:, length:]
-    logits, states = model.forward(prompt, None, GOLDEN_LOGITS)
+    layers = iter(track(range(model.config.n_layer + 1), "golden vectors"))
+
+    def layer_begins(_: str) -> AbstractContextManager[None]:
+        next(layers, None)
+        return nullcontext()
+
+    logits, states = model.forward(prompt, None, GOLDEN_LOGITS, layer_begins)
+    deque(layers, maxlen=0)  # ends the bar
     golden = {"input_ids": prompt, "logits": logits, "decode_ids": following}
     for i, state in enumerate(states):
         golden |= {f"conv_state.{i}": state.conv, f"ssm_state.{i}": state.ssm}
@@ -73,6 +85,7 @@ def pack(
     key: str,
     command: str,
     steps: list[dict[str, Any]],
+    track: Track = silent,
 ) -> dict[str, Any]:
     """Write the bundle of a finished run folder into `folder` and verify it here.
 
@@ -99,7 +112,7 @@ def pack(
         shutil.copyfile(run_folder / QUANTIZED / TOKENIZER, folder / TOKENIZER)
     for source, inside in ((shipped("jetson"), folder), (shipped("plugins"), folder / "plugins")):
         _copy_sources(source, inside)
-    golden = golden_vectors(load_quantized(run_folder / QUANTIZED), golden_ids)
+    golden = golden_vectors(load_quantized(run_folder / QUANTIZED), golden_ids, track)
     np.savez(folder / GOLDEN, **golden)  # type: ignore[arg-type]
 
     manifest: dict[str, Any] = {

@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ssdi8_edge.errors import CheckpointError
+from ssdi8_edge.progress import Track, silent
 
 DEMO_FOLDER = Path(__file__).parent / "demo"
 HASH_BLOCK_BYTES = 4 << 20
@@ -70,6 +71,10 @@ HUGGING_FACE_FIXED = {
     "use_conv_bias": True,
     "hidden_act": "silu",
 }
+
+
+# What helps where config.json and weights do not fit together.
+AGAIN = "fetch the checkpoint again, or correct its config.json."
 
 
 def _size(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
@@ -303,7 +308,9 @@ class Checkpoint:
         self.folder = folder
         self._config_path = folder / "config.json"
         if not self._config_path.is_file():
-            raise CheckpointError(f"{folder} has no config.json.")
+            raise CheckpointError(
+                f"{folder} has no config.json.", "name a folder that holds config.json and weights."
+            )
         raw = _read_json(self._config_path)
         if "d_model" in raw:
             self.config = _state_spaces_sizes(raw)
@@ -336,21 +343,21 @@ class Checkpoint:
             del shapes[HEAD]
         for name, shape in shapes.items():
             if name not in self._places:
-                raise CheckpointError(f"{self.folder} lacks the tensor {name}.")
+                raise CheckpointError(f"{self.folder} lacks the tensor {name}.", AGAIN)
             weights, stored = self._places[name]
             found, dtype = weights.describe(stored)
             if found != shape:
                 raise CheckpointError(
-                    f"Tensor {name} has shape {found}; config.json implies {shape}."
+                    f"tensor {name} has shape {found} where config.json implies {shape}.", AGAIN
                 )
             if dtype not in FLOAT_TYPES:
                 raise CheckpointError(
-                    f"Tensor {name} has type {dtype}; a floating-point checkpoint is needed."
+                    f"tensor {name} has type {dtype}.", "give a floating-point checkpoint."
                 )
             self.parameter_bytes += math.prod(shape) * FLOAT_TYPES[dtype]
         extra = sorted(self._places.keys() - shapes.keys())
         if extra:
-            raise CheckpointError(f"{self.folder} holds an unexpected tensor {extra[0]}.")
+            raise CheckpointError(f"{self.folder} holds an unexpected tensor {extra[0]}.", AGAIN)
 
     def tensor(self, name: str) -> Tensor:
         """The tensor of this state-spaces name, in its stored type, on the CPU."""
@@ -373,14 +380,15 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder} has no layer {index}.")
         return found
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, track: Track = silent) -> str:
         """SHA-256, hexadecimal, over the bytes of config.json and of the weight files."""
         digest = hashlib.sha256()
         for path in (self._config_path, *self._weight_paths):
-            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}\n".encode())
             with path.open("rb") as file:
-                while block := file.read(HASH_BLOCK_BYTES):
-                    digest.update(block)
+                for _ in track(range(-(-size // HASH_BLOCK_BYTES)), f"hash {path.name}"):
+                    digest.update(file.read(HASH_BLOCK_BYTES))
         return digest.hexdigest()
 
 

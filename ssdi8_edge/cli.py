@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Quantize Mamba-2 with SSDi8 and run it on NVIDIA Jetson Orin.",
 )
@@ -46,6 +45,9 @@ TokenizerOption = Annotated[
 
 def progress(items: Sequence[Any], label: str) -> Iterable[Any]:
     """Show a bar with the time left once a loop turns out to take longer than two seconds."""
+    if not human.is_terminal:
+        yield from items
+        return
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -295,11 +297,20 @@ def _data(value: Any, as_json: bool, show: Any) -> None:
 def main() -> None:
     """Entry point: errors of ours become one sentence and their exit code."""
     signal.signal(signal.SIGINT, _interrupted)
+    if len(sys.argv) == 1:
+        sys.argv.append("--help")
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
     except Ssdi8Error as error:
         human.print(f"ssdi8-edge: {error}", markup=False, soft_wrap=True)
         sys.exit(error.exit_code)
+    except Exception as error:
+        # typer's own usage errors, wherever the installed version keeps their class
+        if not hasattr(error, "format_message"):
+            raise
+        reason = error.format_message().rstrip(".")
+        human.print(f"ssdi8-edge: {reason}; see --help.", markup=False, soft_wrap=True)
+        sys.exit(2)
 
 
 def _interrupted(number: int, frame: object) -> NoReturn:

@@ -18,12 +18,11 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Rounding = Literal["half_even", "half_away"]
+from ssdi8_edge.formats import Rounding
 
 QMAX = 127
 # An FP32 sum of integers is exact below 2^24; 128 · 128 · 1024 reaches it.

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
 from ssdi8_edge.errors import UsageError
-from ssdi8_edge.int8 import Rounding
-from ssdi8_edge.ops.chunk_state import Gate
+from ssdi8_edge.formats import Gate, Rounding
 
 
 @dataclass(frozen=True)

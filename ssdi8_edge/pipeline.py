@@ -8,6 +8,7 @@ the work from there.
 from __future__ import annotations
 
 import fcntl
+import functools
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ssdi8_edge import __version__
+from ssdi8_edge import __version__, hadamard
 from ssdi8_edge.artifacts import (
     BUNDLE,
     CALIBRATION,
@@ -51,9 +52,11 @@ from ssdi8_edge.errors import UsageError
 from ssdi8_edge.export import export_model
 from ssdi8_edge.lowering import lower
 from ssdi8_edge.methods import QuantConfig
+from ssdi8_edge.model import Mamba2Config
 from ssdi8_edge.profiles import Target
 from ssdi8_edge.progress import Track, silent
 from ssdi8_edge.quantize import quantize
+from ssdi8_edge.quantize.gptq import require_groups
 from ssdi8_edge.quantize.saved import CONFIG
 from ssdi8_edge.safetensors_writer import SafetensorsWriter
 from ssdi8_edge.stream import open_tokenizer, read_tokens, require_vocabulary
@@ -118,10 +121,17 @@ class Build:
                 f"call, less than the model's chunk of {self.config.chunk_size};",
                 "raise engine.tokens in its profile.",
             )
+        _require_widths(request.recipe, self.config)
         if not self.text.is_file():
             raise UsageError(f"calibration text {self.text} does not exist;", "name a text file.")
         self._steps = self._noted_steps()
 
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the checkpoint."""
+        return self.checkpoint.fingerprint(self._track)
+
+    @functools.cached_property
     def keys(self) -> dict[str, str]:
         """Stage -> key; each holds the key before it."""
         recipe = self.request.recipe
@@ -129,7 +139,7 @@ class Build:
         keys["calibrate"] = key_of(
             {
                 "version": __version__,
-                "checkpoint": self.checkpoint.fingerprint(),
+                "checkpoint": self.fingerprint,
                 "text": sha256_file(self.text),
                 "tokenizer": sha256_file(self.tokenizer),
                 "chunk_size": self.config.chunk_size,
@@ -157,7 +167,7 @@ class Build:
 
     def plan(self) -> dict[str, str]:
         """Stage -> "reuse" or "run", up to the stage asked for."""
-        keys = self.keys()
+        keys = self.keys
         wanted = STAGES[: STAGES.index(self.request.until) + 1]
         plan, fresh = {}, True
         for stage in wanted:
@@ -192,7 +202,7 @@ class Build:
             "bundle": self._bundle,
         }
         with _exclusive(self.request.out):
-            keys = self.keys()
+            keys = self.keys
             for stage, action in self.plan().items():
                 if action == "reuse":
                     result.reused.append(stage)
@@ -273,7 +283,7 @@ class Build:
                     "recipe": recipe.to_dict(),
                     "checkpoint": {
                         "source": self.checkpoint.folder.name,
-                        "sha256": self.checkpoint.fingerprint(),
+                        "sha256": self.fingerprint,
                         "bytes": self.checkpoint.parameter_bytes,
                     },
                     "saturation": saturation,
@@ -305,7 +315,7 @@ class Build:
         """The steps whose artifacts go into the bundle, also where an earlier build did them."""
         return [
             {"step": stage, "where": noted["where"], "seconds": noted["seconds"]}
-            for stage, key in self.keys().items()
+            for stage, key in self.keys.items()
             if (noted := self._steps.get(stage, {})).get("key") == key and stage != "bundle"
         ]
 
@@ -332,6 +342,18 @@ def _find_tokenizer(request: BuildRequest, checkpoint: Checkpoint) -> Path:
         f"{checkpoint.folder} has no tokenizer.json;",
         f"name one with --tokenizer (the published models use that of {PUBLISHED_TOKENIZER}).",
     )
+
+
+def _require_widths(recipe: QuantConfig, config: Mamba2Config) -> None:
+    """Refuse at once what the last layer would refuse after an hour.
+
+    Raises:
+        UsageError: no rotation or no 4-bit groups for the model's widths.
+    """
+    for width in (config.d_model, config.d_inner) if recipe.quantized else ():
+        hadamard.factors(width)
+        if recipe.linear == "w4":
+            require_groups(width, recipe.group_size)
 
 
 @contextmanager

@@ -339,11 +339,11 @@ def test_hugging_face_config_refusals(
         ),
         (
             lambda t: t.update({"backbone.layers.0.mixer.D": torch.ones(8, 16)}),
-            r"backbone\.layers\.0\.mixer\.D has shape \(8, 16\); config\.json implies \(8,\)",
+            r"backbone\.layers\.0\.mixer\.D has shape \(8, 16\) where config\.json implies \(8,\)",
         ),
         (
             lambda t: t.update({"backbone.layers.0.mixer.D": torch.ones(8, dtype=torch.int8)}),
-            r"mixer\.D has type I8; a floating-point checkpoint",
+            r"mixer\.D has type I8; give a floating-point checkpoint",
         ),
         (
             lambda t: t.update({"zz": torch.ones(1), "aa": torch.ones(1)}),

@@ -972,13 +972,13 @@ def test_calibration_is_reused_exactly_when_it_may_be(tmp_path: Path) -> None:
     Otherwise a build would reuse stale scales, or recalibrate for nothing.
     """
     base = tiny_recipe("edge-w8a8", correction="none")
-    key = demo_build(tmp_path, base).keys()["calibrate"]
+    key = demo_build(tmp_path, base).keys["calibrate"]
     for field, (value, needed, first) in FIELDS.items():
         changes = {**needed, field: value}
         if field == "chunk_size":
             value = 128  # the demo's own is 256
             changes = {field: value}
-        other = demo_build(tmp_path, dataclasses.replace(base, **changes)).keys()["calibrate"]
+        other = demo_build(tmp_path, dataclasses.replace(base, **changes)).keys["calibrate"]
         assert (other != key) == (first == "statistics"), field
 
 

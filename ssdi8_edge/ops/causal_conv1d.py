@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ssdi8_edge.int8 import Rounding, quantize
+from ssdi8_edge.formats import Rounding
+from ssdi8_edge.int8 import quantize
 from ssdi8_edge.ops import onnx_text as t
 from ssdi8_edge.ops.op import Attributes, BodyForm, Op
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ssdi8_edge.int8 import Rounding, round_to_int8
+from ssdi8_edge.formats import Rounding
+from ssdi8_edge.int8 import round_to_int8
 from ssdi8_edge.ops import onnx_text as t
 from ssdi8_edge.ops.chunk_state import decay_lines
 from ssdi8_edge.ops.chunking import chunks_of_decay, chunks_of_tokens, per_head
@@ -66,9 +67,7 @@ def chunk_scan_reference(
     requantizer = (c_scale * b_scale / cb_scale)[:, None, None]
     scan1_scale = (per_head(c_scale, nheads)[:, None] * state_scale).double()
     cb_real = per_head(cb_scale, nheads).double()[:, None, None]
-    index = torch.arange(chunk_size, device=x.device)
-    tile = index // scan_tile
-    diagonal = (tile[:, None] == tile[None, :]) & (index[None, :] <= index[:, None])
+    above_diagonal = torch.ones(scan_tile, scan_tile, dtype=torch.bool, device=x.device).triu(1)
 
     y = torch.empty(x_c.shape, dtype=torch.float16, device=x.device)
     for c in range(x_c.shape[1]):  # one chunk at a time: CB of all heads is the largest tensor here
@@ -81,9 +80,13 @@ def chunk_scan_reference(
         scan1 = (c_c[:, c, :, None] @ state).flatten(1, 2).double()  # (B, H, K, P)
         total = scan1 * scan1_scale[:, None, :] * torch.exp(a_k)[..., None]
 
-        decay = (a_k[..., :, None] - a_k[..., None, :]).masked_fill(~diagonal, MASKED)
-        weighted = cb_h * cb_real * torch.exp(decay) * dt_k[..., None, :]
-        total += weighted.float().half().double() @ x_k.double()
+        for start in range(0, chunk_size, scan_tile):
+            m = slice(start, min(start + scan_tile, chunk_size))
+            difference = a_k[..., m, None] - a_k[..., None, m]
+            above = above_diagonal[: difference.shape[-1], : difference.shape[-1]]
+            decay = difference.masked_fill(above, MASKED)
+            weighted = cb_h[..., m, m] * cb_real * torch.exp(decay) * dt_k[..., None, m]
+            total[..., m, :] += weighted.float().half().double() @ x_k[..., m, :].double()
 
         if x_tile_scale is not None and scan_tile < chunk_size:
             inverse = x_tile_scale.reciprocal()[:, None, :]

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from ssdi8_edge.int8 import Rounding, round_to_int8
+from ssdi8_edge.formats import Gate, Rounding
+from ssdi8_edge.int8 import round_to_int8
 from ssdi8_edge.ops import onnx_text as t
 from ssdi8_edge.ops.chunking import chunks_of_decay, chunks_of_tokens, per_head
 from ssdi8_edge.ops.op import Attributes, BodyForm, Op
-
-# How the state travels from chunk to chunk: as released, INT8 states and a gate of 7 fractional
-# bits on an INT32 carry; ours, real states and an FP32 gate on an FP32 carry.
-Gate = Literal["q0.7", "fp32"]
 
 
 def chunk_state_reference(

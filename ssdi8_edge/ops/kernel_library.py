@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from ssdi8_edge.errors import Ssdi8Error
-from ssdi8_edge.int8 import Rounding
-from ssdi8_edge.ops.chunk_state import Gate
+from ssdi8_edge.formats import Gate, Rounding
 
 ABI_VERSION = 1
 LIBRARY_NAME = "libssdi8_kernels.so"

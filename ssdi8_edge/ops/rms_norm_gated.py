@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ssdi8_edge import hadamard
-from ssdi8_edge.int8 import Rounding, quantize
+from ssdi8_edge.formats import Rounding
+from ssdi8_edge.int8 import quantize
 from ssdi8_edge.ops import onnx_text as t
 from ssdi8_edge.ops.causal_conv1d import silu, silu_lines
 from ssdi8_edge.ops.op import Attributes, BodyForm, Op

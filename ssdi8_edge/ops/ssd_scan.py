@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssdi8_edge.int8 import Rounding
+from ssdi8_edge.formats import Gate, Rounding
 from ssdi8_edge.ops import onnx_text as t
 from ssdi8_edge.ops.chunk_cumsum import CHUNK_CUMSUM, time_step, time_step_lines
 from ssdi8_edge.ops.chunk_scan import CHUNK_SCAN
-from ssdi8_edge.ops.chunk_state import CHUNK_STATE, Gate
+from ssdi8_edge.ops.chunk_state import CHUNK_STATE
 from ssdi8_edge.ops.chunking import per_head
 from ssdi8_edge.ops.op import DOMAIN, Attributes, BodyForm, Op
 from ssdi8_edge.ops.state_passing import STATE_PASSING

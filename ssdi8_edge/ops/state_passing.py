@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ssdi8_edge.int8 import Rounding, round_to_int8, round_to_integer
+from ssdi8_edge.formats import Gate, Rounding
+from ssdi8_edge.int8 import round_to_int8, round_to_integer
 from ssdi8_edge.ops import onnx_text as t
-from ssdi8_edge.ops.chunk_state import Gate
 from ssdi8_edge.ops.chunking import chunks_of_decay
 from ssdi8_edge.ops.op import Attributes, BodyForm, Op
 

@@ -25,6 +25,15 @@ class W4(NamedTuple):
     row_scale: Tensor
 
 
+def require_groups(columns: int, group_size: int) -> None:
+    """Raises UsageError if a linear with so many input columns cannot have such groups."""
+    if columns % group_size:
+        raise UsageError(
+            f"a 4-bit linear with {columns} input columns cannot have groups of {group_size}",
+            "choose an 8-bit method, or a group_size that divides it.",
+        )
+
+
 def _round_group(column: Tensor, scale: Tensor) -> Tensor:
     """q4 in [0, 15] of a column (Out) under the scales of its group (Out)."""
     return (torch.round(column / scale) + 8).clamp(0, 15)
@@ -41,11 +50,7 @@ def quantize_w4(weight: Tensor, group_size: int, hessian: Tensor | None) -> W4:
         UsageError: the input width is not a multiple of the group size.
     """
     rows, columns = weight.shape
-    if columns % group_size:
-        raise UsageError(
-            f"a 4-bit linear with {columns} input columns cannot have groups of {group_size};",
-            "choose a group_size that divides it, or an 8-bit method.",
-        )
+    require_groups(columns, group_size)
     work = weight.float().clone()
     factor = None if hessian is None else _inverse_cholesky(work, hessian)
     q4 = torch.empty(rows, columns, dtype=torch.int16, device=work.device)

@@ -1,0 +1,13 @@
+"""Choices of number format that recipes make and ops honour; free of torch, so that listing recipes
+is quick."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+# `int8` says what they do.
+Rounding = Literal["half_even", "half_away"]
+
+# How the state travels from chunk to chunk: as released, INT8 states and a gate of 7 fractional
+# bits on an INT32 carry; ours, real states and an FP32 gate on an FP32 carry.
+Gate = Literal["q0.7", "fp32"]

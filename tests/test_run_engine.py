@@ -526,7 +526,14 @@ def test_console_without_unicode(packed: Path) -> None:
 
 def start_endless(folder: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "run_engine.py", "--prompt", CHAIN, "--max-new-tokens", "1000000000"]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # A suite that itself runs in the background has Ctrl-C ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def test_ctrl_c_ends_cleanly(packed: Path) -> None:

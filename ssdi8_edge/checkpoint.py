@@ -401,6 +401,23 @@ def _fetch(repository: str, download: Callable[..., str]) -> Path:
     return folder
 
 
+def fetch_tokenizer(repository: str) -> Path:
+    """tokenizer.json of a hub model (`organisation/name`), for weights that come without one.
+
+    Raises CheckpointError when it cannot be fetched.
+    """
+    try:
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(repository, "tokenizer.json"))
+    except Exception as error:  # the hub client raises its own, httpx's and OS errors alike
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"{repository} is neither a file nor a hub model with a tokenizer.json ({reason}).",
+            "check the spelling and the network, or name a tokenizer.json.",
+        ) from error
+
+
 def open_checkpoint(source: str | Path) -> Checkpoint:
     """Opens a local folder, the shipped model (`demo`) or a hub model (`organisation/name`).
 

@@ -88,7 +88,10 @@ def build(
         Optional[Path],  # noqa: UP045
         typer.Option(help="UTF-8 text to calibrate on; default: the text of the demo model."),
     ] = None,
-    tokenizer: TokenizerOption = None,
+    tokenizer: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="tokenizer.json or hub id, if none lies beside the weights."),
+    ] = None,
     out: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="Run folder; default: runs/MODEL--METHOD--TARGET."),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import functools
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -47,7 +48,7 @@ from ssdi8_edge.artifacts import (
 )
 from ssdi8_edge.bundle import pack
 from ssdi8_edge.calibrate import calibrate, layer_config
-from ssdi8_edge.checkpoint import DEMO_FOLDER, Checkpoint, open_checkpoint
+from ssdi8_edge.checkpoint import DEMO_FOLDER, Checkpoint, fetch_tokenizer, open_checkpoint
 from ssdi8_edge.errors import UsageError
 from ssdi8_edge.export import export_model
 from ssdi8_edge.lowering import lower
@@ -67,6 +68,7 @@ STEPS = "steps.json"
 DEMO_CALIBRATION = DEMO_FOLDER / "calibration.txt"
 # The tokenizer of the published state-spaces checkpoints, which do not carry one.
 PUBLISHED_TOKENIZER = "EleutherAI/gpt-neox-20b"
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(?<!\.json)")
 
 Say = Callable[[str], None]
 
@@ -78,7 +80,8 @@ class BuildRequest:
     Attributes:
         model: a folder, a hub id, or "demo".
         calibration: UTF-8 text; None takes the text that ships with the demo model.
-        tokenizer: a tokenizer.json or a folder with one; None takes the one beside the weights.
+        tokenizer: a tokenizer.json, a folder or hub id with one; None takes the one beside the
+            weights.
         out: the run folder.
         command: as recorded in the manifest.
     """
@@ -88,7 +91,7 @@ class BuildRequest:
     target: Target
     out: Path
     calibration: Path | None = None
-    tokenizer: Path | None = None
+    tokenizer: str | None = None
     until: str = "bundle"
     command: str = "build"
 
@@ -330,9 +333,11 @@ def _find_tokenizer(request: BuildRequest, checkpoint: Checkpoint) -> Path:
     Raises:
         UsageError: none lies beside the weights and none was named.
     """
-    given = request.tokenizer
-    if given is not None:
-        path = given / TOKENIZER if given.is_dir() else given
+    if request.tokenizer is not None:
+        path = Path(request.tokenizer).expanduser()
+        path = path / TOKENIZER if path.is_dir() else path
+        if not path.exists() and HUB_NAME.fullmatch(request.tokenizer):
+            path = fetch_tokenizer(request.tokenizer)
         open_tokenizer(path)
         return path
     if checkpoint.tokenizer_path is not None:
@@ -340,7 +345,7 @@ def _find_tokenizer(request: BuildRequest, checkpoint: Checkpoint) -> Path:
         return checkpoint.tokenizer_path
     raise UsageError(
         f"{checkpoint.folder} has no tokenizer.json;",
-        f"name one with --tokenizer (the published models use that of {PUBLISHED_TOKENIZER}).",
+        f"name one (the published models use --tokenizer {PUBLISHED_TOKENIZER}).",
     )
 
 

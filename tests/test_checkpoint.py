@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ssdi8_edge import checkpoint as checkpoint_module
-from ssdi8_edge.checkpoint import Checkpoint, expected_shapes, open_checkpoint
+from ssdi8_edge.checkpoint import Checkpoint, expected_shapes, fetch_tokenizer, open_checkpoint
 from ssdi8_edge.errors import CheckpointError
 from ssdi8_edge.model import Mamba2Config, Mamba2LM
 
@@ -498,3 +498,23 @@ def test_hub_errors_become_one_sentence(error: Exception, monkeypatch: pytest.Mo
     with pytest.raises(CheckpointError, match="neither a folder nor a hub model") as caught:
         open_checkpoint("some/model")
     assert "\n" not in str(caught.value)
+
+
+def test_tokenizer_of_a_hub_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only tokenizer.json is asked for; whatever goes wrong there is one sentence."""
+    asked: list[tuple[str, str]] = []
+
+    def download(repository: str, name: str) -> str:
+        asked.append((repository, name))
+        return str(tmp_path / name)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert fetch_tokenizer("org/name") == tmp_path / "tokenizer.json"
+    assert asked == [("org/name", "tokenizer.json")]
+
+    def refuse(repository: str, name: str) -> str:
+        raise OSError("no route\nsecond line")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
+    with pytest.raises(CheckpointError, match=r"org/name .*no route\); check the spelling"):
+        fetch_tokenizer("org/name")

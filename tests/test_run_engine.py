@@ -789,7 +789,7 @@ def test_script_without_its_folder(tmp_path: Path) -> None:
 
 def test_bundle_for_tensorrt_says_so_and_runs_its_portable_graph_when_asked(copy: Path) -> None:
     pack(copy, target={"name": "orin-nx", "runtime": "tensorrt", "max_tokens": MAX_TOKENS})
-    words = ["built on the board", "falls back to nothing", "use --backend onnxruntime"]
+    words = ["no TensorRT engine yet", "built on the board", "use --backend onnxruntime"]
     assert_one_sentence(run_engine(copy, "--prompt", CHAIN), words)
     with pytest.raises(BundleProblem, match="built on the board"):
         open_backend(open_bundle(copy), "tensorrt", threads=None)

@@ -47,7 +47,6 @@ def open_backend(bundle: Bundle, name: str, threads: int | None) -> Backend:
             ) from error
         return OnnxRuntimeBackend(bundle, threads)
     raise BundleProblem(
-        f"bundle {bundle.name} has no TensorRT engine, which is built on the board, and this script"
-        " falls back to nothing",
+        f"bundle {bundle.name} has no TensorRT engine yet, it will be built on the board",
         "use --backend onnxruntime to run the portable graph on the CPU",
     )

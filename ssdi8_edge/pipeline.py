@@ -179,7 +179,7 @@ class Build:
         return plan
 
     def _record(self, stage: str) -> dict[str, Any]:
-        """What a stage wrote about its artifact: key, step, files; empty if it is not whole."""
+        """What a stage wrote about its artifact, its key above all; empty if it is not whole."""
         out = self.request.out
         try:
             if stage == "calibrate":
@@ -310,9 +310,9 @@ class Build:
         ids = self._windows().flatten()
         request = self.request
         with whole_or_absent(request.out / BUNDLE) as folder:
-            pack(
-                request.out, folder, request.target, ids, key, request.command, self._done_before()
-            )
+            steps = self._done_before()
+            command, track = request.command, self._track
+            pack(request.out, folder, request.target, ids, key, command, steps, track)
 
     def _done_before(self) -> list[dict[str, Any]]:
         """The steps whose artifacts go into the bundle, also where an earlier build did them."""

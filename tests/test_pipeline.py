@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +221,22 @@ def test_nothing_in_a_bundle_names_this_machine(clean: Path, model: Path) -> Non
             data = path.read_bytes()
             for private in (str(clean.parent), str(model), str(Path.home() / "")):
                 assert private.encode() not in data or private == "/", f"{path} holds {private}"
+
+
+def test_long_steps_report_their_progress(ask: Ask, tmp_path: Path) -> None:
+    """Each loop that grows with the model goes through `track`, to its last item."""
+    seen: dict[str, int] = {}
+
+    def track(items: Sequence[Any], label: str) -> Iterator[Any]:
+        for item in items:
+            yield item
+            seen[label] = seen.get(label, 0) + 1
+
+    build = Build(ask(tmp_path / "run"), track)
+    build.run()
+    layers = build.config.n_layer
+    assert seen.pop("hash config.json") == 1 and seen.pop("hash model.safetensors") >= 1
+    assert seen == {"calibrate": layers, "quantize": layers, "golden vectors": layers + 1}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -190,24 +190,33 @@ def expected_shapes(sizes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 class _SafetensorsFile:
-    """Memory-mapped; a tensor is read when it is asked for."""
+    """Memory-mapped for as long as a tensor read from it lives.
+
+    A map held open would keep every page ever read in memory: in the end the whole model.
+    """
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         try:
-            self._file = safe_open(path, framework="pt")
+            with safe_open(path, framework="pt") as file:
+                parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                self._described = {
+                    name: (tuple(part.get_shape()), part.get_dtype())
+                    for name, part in parts.items()
+                }
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{path} is not a complete safetensors file ({error}).", "fetch it again."
             ) from error
-        self.names = list(self._file.keys())
+        self.names = list(self._described)
 
     def describe(self, name: str) -> tuple[tuple[int, ...], str]:
         """Shape and type, without reading data."""
-        part = self._file.get_slice(name)
-        return tuple(part.get_shape()), part.get_dtype()
+        return self._described[name]
 
     def read(self, name: str) -> Tensor:
-        return self._file.get_tensor(name)
+        with safe_open(self._path, framework="pt") as file:
+            return file.get_tensor(name)
 
 
 class _PickleFile:

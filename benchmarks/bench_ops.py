@@ -208,6 +208,7 @@ def ssd_attributes(s: Sizes, op: str) -> dict[str, Any]:
         "dt_max": float("inf"),
         "gate": "fp32",
         "rounding": "half_even",
+        "decay_scale": "peak",
     }
     return {k: attributes[k] for k in OPS[op].attributes}
 
@@ -216,7 +217,7 @@ def ssd_module_values(s: Sizes, tokens: int) -> dict[str, Tensor]:
     values = ssd_values(s, tokens)
 
     def run_op(op: str) -> Any:
-        kernel = kernel_library.kernel_for(op)
+        kernel = kernel_library.kernel_for(OPS[op])
         assert kernel is not None
         return kernel(*(values[name] for name in OPS[op].inputs), **ssd_attributes(s, op))
 
@@ -348,9 +349,9 @@ def check(case: Case, inputs: tuple[Tensor, ...], got: tuple[Tensor, ...]) -> st
 
 
 def run(case: Case, variant: int, checked: bool) -> dict[str, Any]:
-    kernel = kernel_library.kernel_for(case.op)
+    kernel = kernel_library.kernel_for(OPS[case.op], variant)
     assert kernel is not None
-    attributes = case.attributes | ({"variant": variant} if variant else {})
+    attributes = case.attributes
     first = case.inputs()
     outputs = tensors(kernel(*first, **attributes))
     moved = (case.read_bytes or size(first)) + size(outputs)

@@ -20,6 +20,7 @@ from ssdi8_edge.errors import CheckpointError
 from ssdi8_edge.hadamard import transform
 from ssdi8_edge.methods import QuantConfig
 from ssdi8_edge.model import Mamba2Block, Mamba2Config
+from ssdi8_edge.ops.chunking import LEAST_PEAK
 from ssdi8_edge.progress import Track, silent
 from ssdi8_edge.stream import Spool, batches
 from ssdi8_edge.transforms import (
@@ -103,15 +104,20 @@ class Observers:
             part = slice(start, start + chunk)
             x_k, dt_k = x[:, part], dt[:, part]
             a = (dt_k * seen["A"]).cumsum(1)  # (B, K, H)
-            weight = torch.exp(a[:, -1:] - a) * dt_k
-            self._update("x_scaled", (x_k * weight[..., None]).abs().amax((0, 1)))
+            self._weighted("x_scaled", x_k, torch.exp(a[:, -1:] - a) * dt_k)
             cb = torch.einsum("bmgn,bkgn->bgmk", c[:, part], b[:, part])
             self._update("CB_full", cb.abs().amax((0, 2, 3)))
             self._update("CB", cb.tril().abs().amax((0, 2, 3)))
             for first in range(0, x_k.shape[1], self._tile):
                 tile = slice(first, first + self._tile)
                 weight = torch.exp(a[:, tile][:, -1:] - a[:, tile]) * dt_k[:, tile]
-                self._update("x_tile", (x_k[:, tile] * weight[..., None]).abs().amax((0, 1)))
+                self._weighted("x_tile", x_k[:, tile], weight)
+
+    def _weighted(self, name: str, x: Tensor, w: Tensor) -> None:
+        """w · x of a chunk or tile, x (B, K, H, P), w (B, K, H), for either decay scale."""
+        self._update(name, (x * w[..., None]).abs().amax((0, 1)))
+        relative = w / w.amax(1, keepdim=True).clamp_min(LEAST_PEAK)
+        self._update(f"{name}_peak", (x * relative[..., None]).abs().amax((0, 1)))
 
 
 def calibrate(
@@ -128,8 +134,8 @@ def calibrate(
 
     Returns:
         `layers.{i}.<name>` -> FP32 absolute maximum: u, r, r_folded: (); B, C, CB, CB_full: (G);
-        x_scaled, x_tile, chunk_state, passed_state: (H, P). `norm_f`: (), the rotated input of
-        lm_head.
+        x_scaled, x_tile (and over the peak of w: x_scaled_peak, x_tile_peak), chunk_state,
+        passed_state: (H, P). `norm_f`: (), the rotated input of lm_head.
 
     Raises:
         CheckpointError: the model computes something that is not a number.

@@ -11,3 +11,8 @@ Rounding = Literal["half_even", "half_away"]
 # How the state travels from chunk to chunk: as released, INT8 states and a gate of 7 fractional
 # bits on an INT32 carry; ours, real states and an FP32 gate on an FP32 carry.
 Gate = Literal["q0.7", "fp32"]
+
+# What one step of an INT8 w · x is worth, where w is the decay over a chunk or tile times dt: as
+# released, the same in every chunk; ours, in proportion to the largest w of the chunk or tile, so
+# that a chunk of small w does not round to zero.
+DecayScale = Literal["static", "peak"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
 from ssdi8_edge.errors import UsageError
-from ssdi8_edge.formats import Gate, Rounding
+from ssdi8_edge.formats import DecayScale, Gate, Rounding
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class QuantConfig:
         scan2: "fp16", or "int8_offdiag": INT8 products left of the diagonal tiles.
         scan_tile: positions per tile of Scan2 for "int8_offdiag".
         rounding: of the SSD tensors and of the input of out_proj.
+        decay_scale: of INT8 w·x, "static" as released, or in proportion to the "peak" of w in each
+            chunk or tile; see `formats.DecayScale`.
         ssm_params: "int8" stores A_log and D in INT8 per tensor, as released; "fp32" does not.
         fold_gate_norm: fold the weight of the gated norm into out_proj, before the rotation.
         correction: closed-form mean correction carried in the bias of out_proj: "none", "out" (the
@@ -58,6 +60,7 @@ class QuantConfig:
     scan2: Literal["fp16", "int8_offdiag"] = "int8_offdiag"
     scan_tile: int = 64
     rounding: Rounding = "half_even"
+    decay_scale: DecayScale = "peak"
     ssm_params: Literal["fp32", "int8"] = "fp32"
     fold_gate_norm: bool = True
     correction: Literal["none", "out", "residual"] = "residual"
@@ -81,6 +84,11 @@ class QuantConfig:
             raise UsageError(
                 f"recipe {self.name}: linear {self.linear!r} with ssd {self.ssd!r}",
                 "is not a combination that exists: both are fp16, or neither.",
+            )
+        if self.gate == "q0.7" and self.decay_scale == "peak":
+            raise UsageError(
+                f"recipe {self.name}: gate 'q0.7' with decay_scale 'peak'",
+                "is not a combination that exists: an integer carry needs decay_scale 'static'.",
             )
 
     @property
@@ -116,6 +124,7 @@ def _released(name: str, about: str, **fields: Any) -> QuantConfig:
         state_observer="local",
         scan2="fp16",
         rounding="half_away",
+        decay_scale="static",
         ssm_params="int8",
         fold_gate_norm=False,
         correction="out",
@@ -134,7 +143,7 @@ METHODS: dict[str, QuantConfig] = {
         QuantConfig(
             name="edge-w8a8",
             about="ours: INT8 weights per row, FP32 carry, states calibrated as passed, "
-            "INT8 Scan2 off the diagonal, residual correction",
+            "INT8 Scan2 off the diagonal, peak decay scales, residual correction",
         ),
         QuantConfig(
             name="edge-w4a8",

@@ -21,10 +21,9 @@ from torch import Tensor
 
 from ssdi8_edge.calibrate import calibrate, layer_config
 from ssdi8_edge.checkpoint import Checkpoint
-from ssdi8_edge.int8 import Rounding
+from ssdi8_edge.formats import DecayScale, Gate, Rounding
 from ssdi8_edge.methods import METHODS, QuantConfig
 from ssdi8_edge.model import Mamba2Config, Mamba2LM
-from ssdi8_edge.ops.chunk_state import Gate
 from ssdi8_edge.quantize import quantize
 from ssdi8_edge.quantize.modules import QuantizedMamba2
 
@@ -65,6 +64,7 @@ class SsdCase:
     tile: int = 4
     gate: Gate = "fp32"
     rounding: Rounding = "half_even"
+    decay_scale: DecayScale = "peak"
     state_dtype: torch.dtype = torch.float16
     dt_min: float = 0.0
     dt_max: float = 3.4e38
@@ -108,11 +108,17 @@ class SsdCase:
             **self.time_step,
             "gate": self.gate,
             "rounding": self.rounding,
+            "decay_scale": self.decay_scale,
         }
 
 
 BASE = SsdCase()
-RELEASED: dict[str, Any] = {"gate": "q0.7", "rounding": "half_away", "tile": CHUNK}
+RELEASED: dict[str, Any] = {
+    "gate": "q0.7",
+    "rounding": "half_away",
+    "decay_scale": "static",
+    "tile": CHUNK,
+}
 _CHANGES: dict[str, dict[str, Any]] = {
     "base": {},
     **{f"L={n}": {"length": n} for n in (1, 5, CHUNK - 1, CHUNK, CHUNK + 1)},
@@ -133,7 +139,10 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "tile=8": {"tile": 8},
     "tile=1": {"tile": 1},
     "half_away": {"rounding": "half_away"},
-    "q0.7": {"gate": "q0.7"},
+    "static": {"decay_scale": "static"},
+    "static saturating": {"decay_scale": "static", "data": "saturating"},
+    "static extreme": {"decay_scale": "static", "data": "extreme"},
+    "q0.7": {"gate": "q0.7", "decay_scale": "static"},
     "released": RELEASED,
     "released batch=2 ngroups=2 L=5": {**RELEASED, "batch": 2, "ngroups": 2, "length": 5},
     "released fp32 state": {**RELEASED, "state_dtype": torch.float32},

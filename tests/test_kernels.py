@@ -81,16 +81,23 @@ def assert_close(got: Tensor, want: Tensor, max_fraction: float = 0.0) -> None:
         )
 
 
+def kernel_of(op: str, variant: int = 0) -> Callable[..., Any]:
+    kernel = kernel_library.kernel_for(OPS[op], variant)
+    assert kernel is not None
+    return kernel
+
+
 def compare(
-    op: str, *inputs: Tensor, fractions: tuple[float, ...] = (0.0,), **attributes: Any
+    op: str,
+    *inputs: Tensor,
+    fractions: tuple[float, ...] = (0.0,),
+    variant: int = 0,
+    **attributes: Any,
 ) -> Any:
     """Run the op's kernel and its reference; one fraction per output."""
     with guarded_allocations():
-        kernel = kernel_library.kernel_for(op)
-        assert kernel is not None
-        got = kernel(*inputs, **attributes)
+        got = kernel_of(op, variant)(*inputs, **attributes)
         torch.cuda.synchronize()
-    attributes.pop("variant", None)
     want = OPS[op].reference(*inputs, **attributes)
     pairs = zip(got, want, strict=True) if isinstance(got, tuple) else ((got, want),)
     for (g, w), fraction in zip(pairs, fractions, strict=True):
@@ -275,8 +282,7 @@ def test_linear_w4_expands_every_value(
     packed, group_scale = w4_weight(generator, 4096, n_in, 32, sigma)
     eye = torch.eye(n_in, dtype=torch.int8, device="cuda")[None]
     one, zero = torch.ones(4096, device="cuda"), torch.zeros(4096, device="cuda")
-    kernel = kernel_library.kernel_for("Ssdi8LinearW4")
-    assert kernel is not None
+    kernel = kernel_of("Ssdi8LinearW4")
     rows = [
         kernel(part, packed, group_scale, one, zero, group_size=32)[0]
         for part in eye.split(length, 1)
@@ -358,10 +364,10 @@ def test_causal_conv1d(generator: torch.Generator, row: dict[str, Any], rounding
 def test_causal_conv1d_continues_a_sequence(generator: torch.Generator) -> None:
     """Prefill of 65 tokens and three steps give what 68 tokens at once give, bit for bit."""
     (zxbcdt, state, *rest), attributes = conv_case(generator, 2, 68, 1536, 1, 128)
-    whole = kernel_library.causal_conv1d(zxbcdt, state, *rest, **attributes)
+    whole = kernel_of("Ssdi8CausalConv1d")(zxbcdt, state, *rest, **attributes)
     parts = []
     for piece in zxbcdt.split([65, 1, 1, 1], 1):
-        *out, state = kernel_library.causal_conv1d(piece, state, *rest, **attributes)
+        *out, state = kernel_of("Ssdi8CausalConv1d")(piece, state, *rest, **attributes)
         parts.append(out)
     for got, want in zip(zip(*parts, strict=True), whole[:3], strict=True):
         assert torch.equal(torch.cat(got, 1), want)
@@ -373,10 +379,10 @@ def test_causal_conv1d_state_in_place(
     generator: torch.Generator, monkeypatch: pytest.MonkeyPatch, length: int
 ) -> None:
     inputs, attributes = conv_case(generator, 2, length, 1536, 1, 128)
-    want = kernel_library.causal_conv1d(*inputs, **attributes)
+    want = kernel_of("Ssdi8CausalConv1d")(*inputs, **attributes)
     empty_like = torch.empty_like
     monkeypatch.setattr(torch, "empty_like", lambda t: t if t is inputs[1] else empty_like(t))
-    got = kernel_library.causal_conv1d(*inputs, **attributes)
+    got = kernel_of("Ssdi8CausalConv1d")(*inputs, **attributes)
     assert got[3] is inputs[1]
     assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
 
@@ -449,10 +455,12 @@ SSD_BASE = {
     "scan_tile": 64,
     "gate": "fp32",
     "rounding": "half_even",
+    "decay_scale": "peak",
     "state": torch.float32,
     "scale": 1.0,  # of every scale: below 1 saturates
     "dt_shift": 0.0,
 }
+RELEASED = {"gate": "q0.7", "decay_scale": "static"}
 SSD_ROWS: list[dict[str, Any]] = [
     {},
     *({"length": n} for n in (2, 5, 63, 64, 65, 255, 256, 257, 2048)),
@@ -468,9 +476,12 @@ SSD_ROWS: list[dict[str, Any]] = [
     {"chunk_size": 64, "d_state": 64, "length": 1000},
     {"scan_tile": 256},
     {"scan_tile": 128, "chunk_size": 128},
-    {"gate": "q0.7"},
-    {"gate": "q0.7", "rounding": "half_away", "scan_tile": 256, "length": 2048},
-    {"gate": "q0.7", "scale": 0.1, "state": torch.float16, "d_state": 256},
+    {"decay_scale": "static"},
+    {"decay_scale": "static", "dt_shift": 6.0},
+    {"decay_scale": "static", "chunk_size": 64, "length": 300},
+    RELEASED,
+    RELEASED | {"rounding": "half_away", "scan_tile": 256, "length": 2048},
+    RELEASED | {"scale": 0.1, "state": torch.float16, "d_state": 256},
     {"rounding": "half_away", "d_state": 64},
     {"state": torch.float16},
     {"scale": 0.1},
@@ -510,7 +521,7 @@ def ssd_case(generator: torch.Generator, row: dict[str, Any]) -> dict[str, Any]:
     }
     case["attributes"] = attributes
 
-    dt, decay = OPS["Ssdi8ChunkCumsum"](
+    dt, decay = OPS["Ssdi8ChunkCumsum"].reference(
         zxbcdt, a["dt_bias"], a["A"], **select("Ssdi8ChunkCumsum", attributes)
     )
     x = a["x"].float().unflatten(2, (heads, p))
@@ -518,10 +529,13 @@ def ssd_case(generator: torch.Generator, row: dict[str, Any]) -> dict[str, Any]:
     for name, tile in (("x_scale", chunk), ("x_tile_scale", 64)):
         last = ((ends // tile + 1) * tile).clamp_max(length) - 1
         w = torch.exp(decay[..., last] - decay) * dt  # (B, H, L)
+        if case["decay_scale"] == "peak":
+            tiles = torch.nn.functional.pad(w, (0, -length % tile)).unflatten(2, (-1, tile))
+            w = w / tiles.amax(-1).repeat_interleave(tile, 2)[..., :length]
         absmax = (w.transpose(1, 2)[..., None] * x).abs().amax((0, 1))
         a[name] = scale_from_absmax(absmax) * case["scale"]
     ones = torch.ones(heads, p, device="cuda")
-    states = OPS["Ssdi8ChunkState"](
+    states = OPS["Ssdi8ChunkState"].reference(
         *(a["x"], a["b_q"], dt, decay, a["x_scale"], a["b_scale"], ones),
         **select("Ssdi8ChunkState", attributes | {"gate": "fp32"}),
     )
@@ -551,10 +565,8 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 
 
 def run_ssd_kernel(op: str, values: dict[str, Any], attributes: dict[str, Any]) -> Any:
-    kernel = kernel_library.kernel_for(op)
-    assert kernel is not None
     with guarded_allocations():
-        got = kernel(*ssd_arguments(op, values), **select(op, attributes))
+        got = kernel_of(op)(*ssd_arguments(op, values), **select(op, attributes))
         torch.cuda.synchronize()
     return got
 
@@ -646,7 +658,7 @@ def test_ssd_scan_in_place_and_repeatable(generator: torch.Generator) -> None:
     with pytest.MonkeyPatch.context() as patch:
         state, empty_like = values["ssm_state"].clone(), torch.empty_like
         patch.setattr(torch, "empty_like", lambda t: t if t is state else empty_like(t))
-        in_place = kernel_library.ssd_scan(
+        in_place = kernel_of("Ssdi8SsdScan")(
             *ssd_arguments("Ssdi8SsdScan", values | {"ssm_state": state}), **attributes
         )
     assert in_place[1] is state
@@ -686,23 +698,27 @@ def calls(generator: torch.Generator, length: int) -> dict[str, tuple[Tensor, Ca
     ssd = ssd_case(generator, {"length": length})
     ssd_inputs = ssd_arguments("Ssdi8SsdScan", ssd["inputs"])
     norm = {"scale": 0.03, "eps": 1e-5, "rounding": "half_even"}
-    k = kernel_library
     return {
-        "rms_norm": (hidden, lambda: k.rms_norm(hidden, residual, **norm)),
-        "linear": (x, lambda: (k.linear(x, weight, scale, bias),)),
+        "rms_norm": (hidden, lambda: kernel_of("Ssdi8RmsNorm")(hidden, residual, **norm)),
+        "linear": (x, lambda: (kernel_of("Ssdi8Linear")(x, weight, scale, bias),)),
         "linear_w4": (
             x,
-            lambda: (k.linear_w4(x, packed, group_scale, scale, bias, group_size=128),),
+            lambda: (
+                kernel_of("Ssdi8LinearW4")(x, packed, group_scale, scale, bias, group_size=128),
+            ),
         ),
         "causal_conv1d": (
             conv_inputs[0],
-            lambda: k.causal_conv1d(*conv_inputs, **conv_attributes),
+            lambda: kernel_of("Ssdi8CausalConv1d")(*conv_inputs, **conv_attributes),
         ),
         "rms_norm_gated": (
             y,
-            lambda: (k.rms_norm_gated(y, z, ones, d_inner=1536, ngroups=1, **norm),),
+            lambda: (kernel_of("Ssdi8RmsNormGated")(y, z, ones, d_inner=1536, ngroups=1, **norm),),
         ),
-        "ssd_scan": (ssd_inputs[0], lambda: k.ssd_scan(*ssd_inputs, **ssd["attributes"])),
+        "ssd_scan": (
+            ssd_inputs[0],
+            lambda: kernel_of("Ssdi8SsdScan")(*ssd_inputs, **ssd["attributes"]),
+        ),
     }
 
 
@@ -735,20 +751,24 @@ def test_refusals(generator: torch.Generator) -> None:
         with pytest.raises(Ssdi8Error, match=match):
             call()
 
-    k = kernel_library
     x, weight = random_int8(generator, 1, 2, 48), random_int8(generator, 8, 48)
     scale, bias = scale_and_bias(generator, 8)
-    refused("multiple of 32", lambda: k.linear(x, weight, scale, bias))
-    refused("is expected", lambda: k.linear(x, weight.half(), scale, bias))
+    refused("multiple of 32", lambda: kernel_of("Ssdi8Linear")(x, weight, scale, bias))
+    refused("is expected", lambda: kernel_of("Ssdi8Linear")(x, weight.half(), scale, bias))
     group_scale = torch.ones((8, 3), dtype=torch.float16, device="cuda")
     refused(
         "group size 16",
-        lambda: k.linear_w4(x, weight[:, :24], group_scale, scale, bias, group_size=16),
+        lambda: kernel_of("Ssdi8LinearW4")(
+            x, weight[:, :24], group_scale, scale, bias, group_size=16
+        ),
     )
     norm = {"scale": 0.03, "eps": 1e-5, "rounding": "half_even"}
     odd = normal(generator, 1, 2, 12)
-    refused("d_model 12", lambda: k.rms_norm(odd, odd.float(), **norm))
+    refused("d_model 12", lambda: kernel_of("Ssdi8RmsNorm")(odd, odd.float(), **norm))
     y, ones = normal(generator, 1, 2, 56), torch.ones(56, device="cuda")
-    refused("d_inner 56", lambda: k.rms_norm_gated(y, y, ones, d_inner=56, ngroups=1, **norm))
+    refused(
+        "d_inner 56",
+        lambda: kernel_of("Ssdi8RmsNormGated")(y, y, ones, d_inner=56, ngroups=1, **norm),
+    )
     inputs, attributes = conv_case(generator, 1, 2, 64, 1, 16, d_conv=5)
-    refused("width 5", lambda: k.causal_conv1d(*inputs, **attributes))
+    refused("width 5", lambda: kernel_of("Ssdi8CausalConv1d")(*inputs, **attributes))

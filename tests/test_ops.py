@@ -96,6 +96,11 @@ def chunk_slices(case: SsdCase) -> Iterator[tuple[int, slice]]:
         yield c, slice(start, min(start + case.chunk, case.length))
 
 
+def slow_peak(weights: list[float], case: SsdCase) -> float:
+    """What the weights of one chunk or tile are divided by before they go into INT8."""
+    return max(1e-30, *weights) if case.decay_scale == "peak" else 1.0
+
+
 def slow_chunk_state(
     t: dict[str, np.ndarray], dt: np.ndarray, a: np.ndarray, case: SsdCase
 ) -> np.ndarray:
@@ -112,12 +117,14 @@ def slow_chunk_state(
         for c, part in chunk_slices(case):
             total = np.zeros((case.headdim, case.d_state), np.int64)
             last = float(a[b, h, part.stop - 1])
-            for i in range(part.start, part.stop):
-                w = f32(math.exp(last - float(a[b, h, i])) * float(dt[b, h, i]))
-                q = saturated(x[b, i, h].astype(f32) * inverse * w, case.rounding)
+            tokens = range(part.start, part.stop)
+            weights = [math.exp(last - float(a[b, h, i])) * float(dt[b, h, i]) for i in tokens]
+            peak = slow_peak(weights, case)
+            for i, w in zip(tokens, weights, strict=True):
+                q = saturated(x[b, i, h].astype(f32) * inverse * f32(w / peak), case.rounding)
                 total += q[:, None] * b_q[b, i, g][None, :]
             if case.gate == "fp32":
-                out[b, c, h] = total.astype(f32) * multiplier[:, None]
+                out[b, c, h] = total.astype(f32) * (multiplier * f32(peak))[:, None]
             else:
                 factor = multiplier / t["state_scale"][h]
                 out[b, c, h] = saturated(total.astype(f32) * factor[:, None], case.rounding)
@@ -197,6 +204,11 @@ def slow_scan(
             # Decays continue flat to the end of a short chunk.
             a_k = a[b, h, part].astype(np.float64)
             dt_k = dt[b, h, part].astype(np.float64)
+            last = [min((k // case.tile + 1) * case.tile, len(cb)) - 1 for k in range(len(cb))]
+            w = [math.exp(a_k[last[k]] - a_k[k]) * dt_k[k] for k in range(len(cb))]
+            peak = [
+                slow_peak([w[j] for j in range(len(w)) if last[j] == end], case) for end in last
+            ]
             for m in range(len(cb)):
                 i = part.start + m
                 dot = passed[b, c, h] @ c_q[b, i, g]
@@ -209,13 +221,12 @@ def slow_scan(
                         weight = f32(real * math.exp(a_k[m] - a_k[k]) * dt_k[k])
                         total += float(np.float16(weight)) * x_k.astype(np.float64)
                         continue
-                    end = (k // case.tile + 1) * case.tile
-                    w = f32(math.exp(a_k[end - 1] - a_k[k]) * dt_k[k])
-                    q = saturated(x_k * (f32(1) / tile_scale) * w, case.rounding)
-                    tiles[end] = tiles.get(end, 0) + cb[m, k] * q
+                    steps = x_k * (f32(1) / tile_scale) * f32(w[k] / peak[k])
+                    q = saturated(steps, case.rounding)
+                    tiles[last[k]] = tiles.get(last[k], 0) + cb[m, k] * q
                 for end, integers in tiles.items():
                     epilogue = float(t["cb_scale"][g]) * tile_scale.astype(np.float64)
-                    total += math.exp(a_k[m] - a_k[end - 1]) * integers * epilogue
+                    total += math.exp(a_k[m] - a_k[end]) * peak[end] * integers * epilogue
                 total += float(t["D"][h]) * x[b, i, h].astype(np.float64)
                 y[b, i, h] = total.astype(f32).astype(np.float16)
     return y
@@ -670,6 +681,34 @@ def test_padding_does_not_show(length: int, released: bool) -> None:
     assert torch.equal(carried, state)
 
 
+@pytest.mark.parametrize("name", ["Ssdi8ChunkState", "Ssdi8ChunkScan"])
+def test_peak_does_not_depend_on_the_size_of_w(name: str) -> None:
+    """With dt a thousand times smaller "static" rounds all of w · x to zero; "peak" loses nothing.
+
+    A factor of 2^-10 in dt alone (a is given apart) is one in the result: exactly in the states; in
+    Scan2 the diagonal tiles round to FP16, and hold most of the sum.
+    """
+    kept: dict[str, float] = {}
+    for decay_scale in ("static", "peak"):
+        case = dataclasses.replace(BASE, decay_scale=decay_scale, length=CHUNK)
+        t = run_modules(ssd_inputs(case), case)
+        t |= {"D": torch.zeros_like(t["D"]), "passed": torch.zeros_like(t["passed"])}
+        small = {**t, "dt": t["dt"] * 2**-10}
+        want, got = call(name, t, case).float() / 2**10, call(name, small, case).float()
+        kept[decay_scale] = relative_error(got, want)
+    assert kept["peak"] == 0 if name == "Ssdi8ChunkState" else kept["peak"] < 1e-3
+    assert kept["static"] > 0.1
+
+
+def test_integer_carry_refuses_the_peak() -> None:
+    """One scale for all chunks is what makes the INT32 carry possible; both forms say so."""
+    case = dataclasses.replace(BASE, gate="q0.7", decay_scale="peak")
+    with pytest.raises(ValueError, match=r'gate "q0\.7" needs decay_scale "static"'):
+        run_modules(ssd_inputs(case), case)
+    with pytest.raises(ValueError, match=r'gate "q0\.7" needs decay_scale "static"'):
+        OPS["Ssdi8ChunkState"].body(case.attributes, "cpu")
+
+
 def test_one_tile_per_chunk_needs_no_tile_scale() -> None:
     """scan_tile = chunk_size is FP16 Scan2, whatever x_tile_scale holds."""
     case = dataclasses.replace(BASE, tile=CHUNK)
@@ -736,7 +775,9 @@ def calibrated_inputs(case: SsdCase) -> dict[str, Tensor]:
         for start in range(0, case.length, size):
             part = slice(start, start + size)
             left = a[:, part].flip(1).cumsum(1).flip(1) - a[:, part]
-            w = (torch.exp(left) * seen["dt"][:, part]).float()
+            w = torch.exp(left) * seen["dt"][:, part]
+            if case.decay_scale == "peak":
+                w = w / w.amax(1, keepdim=True)
             top = torch.maximum(top, (x[:, part] * w[..., None]).abs().amax((0, 1)))
         inputs[name] = top / 127
     states = torch.maximum(

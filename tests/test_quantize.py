@@ -215,7 +215,8 @@ def direct_statistics(model: Mamba2LM, ids: Tensor, tile: int) -> dict[str, Tens
             "r": hadamard.transform(seen["r"]).abs().amax(),
             "r_folded": hadamard.transform(seen["r"] / block.mixer.norm.weight).abs().amax(),
         }
-        for name in ("x_scaled", "x_tile", "chunk_state", "passed_state"):
+        weighted = ("x_scaled", "x_tile", "x_scaled_peak", "x_tile_peak")
+        for name in (*weighted, "chunk_state", "passed_state"):
             top[name] = torch.zeros(shape, dtype=torch.float64)
         for name in ("CB", "CB_full"):
             top[name] = torch.zeros(config.nheads, dtype=torch.float64)
@@ -235,9 +236,15 @@ def direct_statistics(model: Mamba2LM, ids: Tensor, tile: int) -> dict[str, Tens
                     local, carried = decay * local + new, decay * carried + new
                     for name, size in (("x_scaled", chunk), ("x_tile", tile)):
                         end = min(start + ((k - start) // size + 1) * size, stop)
-                        left = (dt[row, k + 1 : end] * rate).sum(0)
-                        weight = torch.exp(left) * dt[row, k]
-                        raise_to(name, (weight[:, None] * x[row, k]).abs())
+                        first = start + (k - start) // size * size
+                        weights = [
+                            torch.exp((dt[row, j + 1 : end] * rate).sum(0)) * dt[row, j]
+                            for j in range(first, end)
+                        ]
+                        weight = weights[k - first][:, None]
+                        raise_to(name, (weight * x[row, k]).abs())
+                        relative = weight / torch.stack(weights).amax(0)[:, None]
+                        raise_to(f"{name}_peak", (relative * x[row, k]).abs())
                     for m in range(start, stop):
                         product = (c_h[row, m] * b_h[row, k]).sum(-1).abs()
                         raise_to("CB_full", product)
@@ -311,7 +318,9 @@ def doctored(tiny: Tiny, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor
         "CB": 1.4,
         "CB_full": 1.5,
         "x_scaled": 1.6,
+        "x_scaled_peak": 1.65,
         "x_tile": 1.7,
+        "x_tile_peak": 1.75,
         "chunk_state": 1.8,
         "passed_state": 1.0,
         "r": 2.0,
@@ -337,8 +346,8 @@ def test_activation_scales(tiny: Tiny) -> None:
         "b_scale": s["B"],
         "c_scale": s["C"],
         "cb_scale": s["CB"],
-        "x_scale": s["x_scaled"],
-        "x_tile_scale": s["x_tile"],
+        "x_scale": s["x_scaled_peak"],
+        "x_tile_scale": s["x_tile_peak"],
         "state_scale": states,
     }
     for name, absmax in want.items():
@@ -865,6 +874,7 @@ def test_recipe_refuses_an_unknown_field() -> None:
     [
         *("linear", "lm_head", "ssd", "ssd_ops", "bc_granularity", "x_granularity", "gate"),
         *("state_observer", "scan2", "rounding", "ssm_params", "correction", "state_dtype"),
+        "decay_scale",
     ],
 )
 def test_recipe_refuses_a_bad_value(field: str) -> None:
@@ -879,6 +889,12 @@ def test_recipe_refuses_half_fp16() -> None:
     for fields in ({"linear": "fp16"}, {"ssd": "fp16"}):
         with pytest.raises(UsageError, match="both are fp16, or neither"):
             QuantConfig(name="x", **fields)
+
+
+def test_recipe_refuses_the_peak_of_an_integer_carry() -> None:
+    """The gate of the release needs chunk states in one unit."""
+    with pytest.raises(UsageError, match=r"gate 'q0.7' with decay_scale 'peak'"):
+        QuantConfig(name="x", gate="q0.7")
 
 
 def test_unknown_method() -> None:
@@ -914,11 +930,12 @@ FIELDS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "ssd_ops": ("modular", {}, "outputs"),
     "bc_granularity": ("tensor", {}, "tensors"),
     "x_granularity": ("tensor", {}, "tensors"),
-    "gate": ("q0.7", {}, "outputs"),
+    "gate": ("q0.7", {"decay_scale": "static"}, "outputs"),
     "state_observer": ("local", {}, "tensors"),
     "scan2": ("fp16", {}, "tensors"),
     "scan_tile": (4, {}, "statistics"),
     "rounding": ("half_away", {}, "outputs"),
+    "decay_scale": ("static", {}, "tensors"),
     "ssm_params": ("int8", {}, "tensors"),
     "fold_gate_norm": (False, {}, "tensors"),
     "correction": ("out", {}, "tensors"),

@@ -135,7 +135,7 @@ cudaError_t launch_chunk(const Shape& shape, const Ssdi8ChunkScanParams& p, cuda
 
 int make_shape(const Ssdi8ChunkScanParams& p, Shape* shape) {
   return ssd::make_shape("chunk_scan", p.batch, p.length, p.nheads, p.headdim, p.ngroups, p.d_state,
-                         p.chunk_size, p.scan_tile, p.rounding, shape);
+                         p.chunk_size, p.scan_tile, p.rounding, p.decay_scale, shape);
 }
 
 }  // namespace

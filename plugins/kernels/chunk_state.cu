@@ -113,7 +113,7 @@ cudaError_t launch_chunk(const Shape& shape, const Ssdi8ChunkStateParams& p, cud
 
 int make_shape(const Ssdi8ChunkStateParams& p, Shape* shape) {
   return ssd::make_shape("chunk_state", p.batch, p.length, p.nheads, p.headdim, p.ngroups,
-                         p.d_state, p.chunk_size, p.chunk_size, p.rounding, shape);
+                         p.d_state, p.chunk_size, p.chunk_size, p.rounding, p.decay_scale, shape);
 }
 
 }  // namespace
@@ -127,7 +127,7 @@ int ssdi8_chunk_state(const Ssdi8ChunkStateParams* p, void* stream) {
   using namespace ssdi8;
   ssd::Shape shape;
   if (int code = make_shape(*p, &shape)) return code;
-  if (int code = ssd::check_gate("chunk_state", p->gate)) return code;
+  if (int code = ssd::check_gate("chunk_state", p->gate, shape)) return code;
   auto* launch = shape.d_state == 64    ? launch_chunk<64>
                  : shape.d_state == 128 ? launch_chunk<128>
                                         : launch_chunk<256>;

@@ -31,7 +31,7 @@
 extern "C" {
 #endif
 
-#define SSDI8_ABI_VERSION 1
+#define SSDI8_ABI_VERSION 2
 
 enum { SSDI8_OK = 0, SSDI8_UNSUPPORTED = 1, SSDI8_CUDA_ERROR = 2 };
 
@@ -145,6 +145,11 @@ size_t ssdi8_sizeof_rms_norm_gated(void);
 // How the state travels from chunk to chunk: ops/state_passing.py.
 enum { SSDI8_GATE_FP32 = 0, SSDI8_GATE_Q0_7 = 1 };
 
+// Units of the decay weights w that x is multiplied with before it is quantized: as they are, or
+// divided by the largest one of their chunk or tile, which the epilogue multiplies with. The latter
+// with gate FP32 only.
+enum { SSDI8_DECAY_STATIC = 0, SSDI8_DECAY_PEAK = 1 };
+
 // dt = clamp(softplus(dt_raw + dt_bias)); a = cumulative sum of A * dt inside each chunk.
 typedef struct Ssdi8ChunkCumsumParams {
   const void* zxbcdt;    // (B, L, R) FP16; columns dt_column .. dt_column + H are read
@@ -164,7 +169,7 @@ typedef struct Ssdi8ChunkCumsumParams {
 int ssdi8_chunk_cumsum(const Ssdi8ChunkCumsumParams* params, void* stream);
 size_t ssdi8_sizeof_chunk_cumsum(void);
 
-// S[p, n] = sum_k Q(exp(a_last - a_k) * dt_k * x[k, p]) * B_q[k, n].
+// S[p, n] = sum_k Q(w_k * x[k, p]) * B_q[k, n], w_k = exp(a_last - a_k) * dt_k.
 typedef struct Ssdi8ChunkStateParams {
   const void* x;             // (B, L, H * P) FP16
   const int8_t* b_q;         // (B, L, G * N)
@@ -184,6 +189,7 @@ typedef struct Ssdi8ChunkStateParams {
   int32_t chunk_size;
   int32_t gate;
   int32_t rounding;
+  int32_t decay_scale;
 } Ssdi8ChunkStateParams;
 int ssdi8_chunk_state(const Ssdi8ChunkStateParams* params, void* stream);
 size_t ssdi8_chunk_state_workspace(const Ssdi8ChunkStateParams* params);
@@ -235,6 +241,7 @@ typedef struct Ssdi8ChunkScanParams {
   int32_t chunk_size;
   int32_t scan_tile;  // 64 or chunk_size
   int32_t rounding;
+  int32_t decay_scale;
 } Ssdi8ChunkScanParams;
 int ssdi8_chunk_scan(const Ssdi8ChunkScanParams* params, void* stream);
 size_t ssdi8_chunk_scan_workspace(const Ssdi8ChunkScanParams* params);
@@ -271,6 +278,7 @@ typedef struct Ssdi8SsdScanParams {
   int32_t dt_column;
   int32_t gate;
   int32_t rounding;
+  int32_t decay_scale;
   int32_t state_fp32;  // type of ssm_state: 0 FP16, 1 FP32
   float dt_min;
   float dt_max;

@@ -161,6 +161,7 @@ struct Shape {
   int chunks;
   int tiled;  // Scan2 left of the diagonal tiles in INT8
   int away;   // rounding half_away
+  int peak;   // decay_scale "peak": weights in units of their largest one
 
   __host__ __device__ int p_tiles() const { return headdim / kTileP; }
   __host__ __device__ int lanes() const { return batch * nheads * p_tiles(); }  // (b, h, P tile)
@@ -443,14 +444,16 @@ __device__ __forceinline__ void prepare_group(const Shape& shape, const PrepareG
 
 struct alignas(16) Tables {
   int4 magic;  // four times kMagicInt: from memory, or the compiler sets it anew for each product
-  float w_state[kMaxChunk];  // exp(a_last - a_k) * dt_k, times kTinyW if half-even
-  float w_tile[kMaxChunk];   // exp(r - a_k) * dt_k, r the decay at the end of k's tile; likewise
+  float w_state[kMaxChunk];  // exp(a_last - a_k) * dt_k / peak, times kTinyW if half-even
+  float w_tile[kMaxChunk];   // exp(r - a_k) * dt_k / peak, r the decay at the end of k's tile; likewise
   float a2[kMaxChunk];       // a * log2(e)
   float a2_less[kMaxChunk];  // a2 - log2(dt * cb_scale)
+  float tile_end[kMaxChunk / kScanTile];  // r * log2(e) - log2(peak) of each tile
+  float warp_peak[2][kMaxChunk / 32];  // of the 32 weights of a warp: of the state, of a tile
   float x_inverse[kTileP];   // 1 / x_scale, times kTinyV if half-even
   float x_tile_inverse[kTileP];  // likewise
   float state_inverse[kTileP];
-  float state_multiplier[kTileP];  // accumulator -> state
+  float state_multiplier[kTileP];  // accumulator -> state, with the peak
   float scan1_scale[kTileP];
   float tile_scale[kTileP];  // INT8 Scan2 accumulator -> y
   float gate;
@@ -469,7 +472,15 @@ struct Scales {
   const float* d_skip;        // (H)
 };
 
-// dt and a of a head: `pitch` floats from one head to the next.
+constexpr float kLeastPeak = 1e-30f;
+
+// The largest of the 32 positive values of a warp: as integers their bits are in the same order.
+__device__ __forceinline__ float warp_max(float positive) {
+  return __uint_as_float(__reduce_max_sync(kAllLanes, __float_as_uint(positive)));
+}
+
+// dt and a of a head: `pitch` floats from one head to the next. Synchronises the block once, in its
+// middle.
 template <typename P, bool kState, bool kScan>
 __device__ __forceinline__ void fill_tables(const Shape& shape, const Item& it, const float* dt,
                                             const float* a, int pitch, const Scales& scales,
@@ -477,20 +488,47 @@ __device__ __forceinline__ void fill_tables(const Shape& shape, const Item& it, 
   const float tiny_v = shape.away ? 1.0f : kTinyV, tiny_w = shape.away ? 1.0f : kTinyW;
   const size_t first = (size_t(it.b) * shape.nheads + it.h) * pitch + it.start;
   const int last = it.valid - 1;
-  for (int k = threadIdx.x; k < P::kChunk; k += P::kThreads) {
+  static_assert(P::kChunk <= P::kThreads, "a position per thread");
+  const int k = threadIdx.x;
+  float w_state = 0.0f, w_tile = 0.0f, r2 = 0.0f;
+  if (k < P::kChunk) {  // whole warps
     const float a_k = a[first + min(k, last)];
     const float dt_k = k < it.valid ? dt[first + k] : 0.0f;
     if (kState) {
       const float a_last = a[first + last];
-      tables.w_state[k] = __fmul_rn(expf(__fsub_rn(a_last, a_k)), dt_k) * tiny_w;
+      w_state = __fmul_rn(expf(__fsub_rn(a_last, a_k)), dt_k);
       if (k == 0) tables.gate = expf(a_last);
+      const float peak = warp_max(w_state);
+      if (k % 32 == 0) tables.warp_peak[0][k / 32] = peak;
     }
     if (kScan) {
       const float r = a[first + min(k | (kScanTile - 1), last)];
-      tables.w_tile[k] = __fmul_rn(expf(__fsub_rn(r, a_k)), dt_k) * tiny_w;
+      w_tile = __fmul_rn(expf(__fsub_rn(r, a_k)), dt_k);
+      const float peak = warp_max(w_tile);
+      if (k % 32 == 0) tables.warp_peak[1][k / 32] = peak;
       const float a2 = a_k * kLog2e;
       tables.a2[k] = a2;
       tables.a2_less[k] = a2 - __log2f(dt_k * scales.cb_scale[it.group]);
+      r2 = r * kLog2e;
+    }
+  }
+  __syncthreads();
+  float state_peak = 1.0f;
+  if (kState && shape.peak) {
+    state_peak = kLeastPeak;
+#pragma unroll
+    for (int i = 0; i < P::kChunk / 32; ++i) state_peak = fmaxf(state_peak, tables.warp_peak[0][i]);
+  }
+  if (k < P::kChunk) {
+    if (kState) tables.w_state[k] = __fdividef(w_state, state_peak) * tiny_w;
+    if (kScan) {
+      const int tile = k / kScanTile;
+      const float peak = shape.peak ? fmaxf(fmaxf(tables.warp_peak[1][2 * tile],
+                                                  tables.warp_peak[1][2 * tile + 1]),
+                                            kLeastPeak)
+                                    : 1.0f;
+      tables.w_tile[k] = __fdividef(w_tile, peak) * tiny_w;
+      if (k % kScanTile == 0) tables.tile_end[tile] = r2 - __log2f(peak);
     }
   }
   // The scales go to the last warps: the first have more to do elsewhere.
@@ -503,7 +541,8 @@ __device__ __forceinline__ void fill_tables(const Shape& shape, const Item& it, 
     const float multiplier = __fmul_rn(x_scale, scales.b_scale[it.group]);
     tables.x_inverse[p] = __frcp_rn(x_scale) * tiny_v;
     tables.state_inverse[p] = __frcp_rn(state_scale);
-    tables.state_multiplier[p] = integer_gate ? __fdiv_rn(multiplier, state_scale) : multiplier;
+    tables.state_multiplier[p] =
+        integer_gate ? __fdiv_rn(multiplier, state_scale) : __fmul_rn(multiplier, state_peak);
   }
   if (kScan) {
     tables.scan1_scale[p] = __fmul_rn(scales.c_scale[it.group], state_scale);
@@ -828,7 +867,7 @@ struct RowScan {
       const int left = shape.tiled ? tile / 4 : 0;
       const uint4* unit8 = unit8_of(cb8, group_chunk, tile);
       const uint4* x_unit = xt + lane;
-      const float* end = tables.a2 + kScanTile - 1;
+      const float* end = tables.tile_end;
 #pragma unroll 1
       for (int k64 = 0; k64 < left; ++k64) {
         unit8 += 2 * 32;
@@ -858,7 +897,7 @@ struct RowScan {
           }
         }
         x_unit += 8 * 32;
-        end += kScanTile;
+        ++end;
       }
 
       // Scan2 on the diagonal tile: FP16, the decay element by element; D on the diagonal itself.
@@ -1099,7 +1138,8 @@ __device__ __forceinline__ void store_state8(void* base, size_t index, bool fp32
 
 // Fills `shape`, or refuses. scan_tile = chunk stands for an op without tiles.
 inline int make_shape(const char* op, int batch, int length, int nheads, int headdim, int ngroups,
-                      int d_state, int chunk, int scan_tile, int rounding, Shape* shape) {
+                      int d_state, int chunk, int scan_tile, int rounding, int decay_scale,
+                      Shape* shape) {
   if (batch < 1 || length < 1 || nheads < 1 || ngroups < 1 || nheads % ngroups != 0) {
     return refuse("%s: batch %d, length %d, %d heads in %d groups", op, batch, length, nheads,
                   ngroups);
@@ -1117,6 +1157,9 @@ inline int make_shape(const char* op, int batch, int length, int nheads, int hea
   if (rounding != SSDI8_HALF_EVEN && rounding != SSDI8_HALF_AWAY) {
     return refuse("%s: rounding %d", op, rounding);
   }
+  if (decay_scale != SSDI8_DECAY_STATIC && decay_scale != SSDI8_DECAY_PEAK) {
+    return refuse("%s: decay_scale %d", op, decay_scale);
+  }
   *shape = {batch,
             length,
             nheads,
@@ -1126,11 +1169,15 @@ inline int make_shape(const char* op, int batch, int length, int nheads, int hea
             chunk,
             static_cast<int>(ceil_div(length, chunk)),
             scan_tile < chunk,
-            rounding == SSDI8_HALF_AWAY};
+            rounding == SSDI8_HALF_AWAY,
+            decay_scale == SSDI8_DECAY_PEAK};
   return SSDI8_OK;
 }
 
-inline int check_gate(const char* op, int gate) {
+inline int check_gate(const char* op, int gate, const Shape& shape) {
+  if (gate == SSDI8_GATE_Q0_7 && shape.peak) {
+    return refuse("%s: decay_scale peak with gate Q0.7", op);
+  }
   if (gate == SSDI8_GATE_FP32 || gate == SSDI8_GATE_Q0_7) return SSDI8_OK;
   return refuse("%s: gate %d", op, gate);
 }

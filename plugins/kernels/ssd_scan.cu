@@ -491,7 +491,7 @@ cudaError_t launch_step(const Ssdi8SsdScanParams& p, cudaStream_t stream) {
 
 int make_shape(const Ssdi8SsdScanParams& p, Shape* shape) {
   return ssd::make_shape("ssd_scan", p.batch, p.length, p.nheads, p.headdim, p.ngroups, p.d_state,
-                         p.chunk_size, p.scan_tile, p.rounding, shape);
+                         p.chunk_size, p.scan_tile, p.rounding, p.decay_scale, shape);
 }
 
 }  // namespace
@@ -501,7 +501,7 @@ int ssdi8_ssd_scan(const Ssdi8SsdScanParams* p, void* stream) {
   using namespace ssdi8;
   ssd::Shape shape;
   if (int code = make_shape(*p, &shape)) return code;
-  if (int code = ssd::check_gate("ssd_scan", p->gate)) return code;
+  if (int code = ssd::check_gate("ssd_scan", p->gate, shape)) return code;
   if (p->dt_column < 0 || p->dt_column + p->nheads > p->row_stride) {
     return refuse("ssd_scan: columns %d to %d of %d", p->dt_column, p->dt_column + p->nheads,
                   p->row_stride);

@@ -150,10 +150,11 @@ int ssdi8_state_passing(const Ssdi8StatePassingParams* p, void* stream) {
   using namespace ssdi8;
   ssd::Shape shape;
   if (int code = ssd::make_shape("state_passing", p->batch, p->length, p->nheads, p->headdim, 1,
-                                 p->d_state, p->chunk_size, p->chunk_size, p->rounding, &shape)) {
+                                 p->d_state, p->chunk_size, p->chunk_size, p->rounding,
+                                 SSDI8_DECAY_STATIC, &shape)) {
     return code;
   }
-  if (int code = ssd::check_gate("state_passing", p->gate)) return code;
+  if (int code = ssd::check_gate("state_passing", p->gate, shape)) return code;
   if (int64_t(p->batch) * p->nheads > 65535) {
     return refuse("state_passing: batch %d times %d heads is more than 65535", p->batch, p->nheads);
   }

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ssdi8_edge.formats import Rounding
+from ssdi8_edge.formats import DecayScale, Rounding
 from ssdi8_edge.int8 import round_to_int8
 from ssdi8_edge.ops import onnx_text as t
 from ssdi8_edge.ops.chunk_state import decay_lines
-from ssdi8_edge.ops.chunking import chunks_of_decay, chunks_of_tokens, per_head
+from ssdi8_edge.ops.chunking import chunks_of_decay, chunks_of_tokens, per_head, split_peak
 from ssdi8_edge.ops.op import Attributes, BodyForm, Op
 
 # exp of this is zero in every format used; masks decays that would otherwise overflow.
@@ -37,6 +37,7 @@ def chunk_scan_reference(
     ngroups: int,
     d_state: int,
     rounding: Rounding,
+    decay_scale: DecayScale,
 ) -> Tensor:
     """y = exp(a_m)·C·R (Scan1) + Σ_{k ≤ m} CB · exp(a_m - a_k) · dt_k · x_k (Scan2) + D·x.
 
@@ -44,7 +45,8 @@ def chunk_scan_reference(
     the weighted CB is rounded to FP16 and multiplied with the FP16 x. Left of it, with r the decay
     at the end of the tile of k, exp(a_m - a_k) = exp(a_m - r) · exp(r - a_k): the second factor
     goes into an INT8 x once per tile, the first into the epilogue of an INT8 product. With
-    scan_tile = chunk_size all of Scan2 is FP16, as released.
+    decay_scale "peak" the largest exp(r - a_k) · dt_k of a tile and head moves from the INT8 x to
+    the epilogue. With scan_tile = chunk_size all of Scan2 is FP16, as released.
 
     Args:
         x: (B, L, H·P) FP16.
@@ -54,7 +56,8 @@ def chunk_scan_reference(
         D: (H) FP32.
         b_scale, c_scale, cb_scale: (G) FP32.
         state_scale: (H, P) FP32.
-        x_tile_scale: (H, P) FP32, of exp(r - a_k) · dt_k · x_k; needed if scan_tile < chunk_size.
+        x_tile_scale: (H, P) FP32, of exp(r - a_k) · dt_k · x_k, with decay_scale "peak" over the
+            peak; needed if scan_tile < chunk_size.
 
     Returns:
         y (B, L, H·P) FP16; the sums are evaluated in FP64 and rounded once.
@@ -94,10 +97,11 @@ def chunk_scan_reference(
             for end in range(scan_tile, chunk_size, scan_tile):
                 k = slice(end - scan_tile, end)
                 r = a_k[..., end - 1 : end]
-                w = (torch.exp(r - a_k[..., k]) * dt_k[..., k]).float()
+                w, peak = split_peak(torch.exp(r - a_k[..., k]) * dt_k[..., k], decay_scale)
                 x_q = round_to_int8(x_k[..., k, :] * inverse * w[..., None], rounding, "x_tile")
                 product = cb_h[..., end:, k] @ x_q.double()
-                total[..., end:, :] += torch.exp(a_k[..., end:] - r)[..., None] * product * epilogue
+                row = torch.exp(a_k[..., end:] - r) * peak
+                total[..., end:, :] += row[..., None] * product * epilogue
 
         total += D.double()[:, None, None] * x_k.double()
         y[:, c] = total.float().half()
@@ -222,6 +226,7 @@ def _off_diagonal_lines(a: Attributes, form: BodyForm) -> list[str]:
     k, h, g, p = (int(a[key]) for key in ("chunk_size", "nheads", "ngroups", "headdim"))
     tile = int(a["scan_tile"])
     tiles = k // tile
+    peak = a["decay_scale"] == "peak"
     return [
         t.ints("tiled", [0, 0, h, tiles, tile]),
         "a_tiled = Reshape (a_wide, tiled)",
@@ -233,7 +238,7 @@ def _off_diagonal_lines(a: Attributes, form: BodyForm) -> list[str]:
         "r_exp = Exp (r_minus_a)",
         "dt_tiled = Reshape (dt_wide, tiled)",
         "w_tile_wide = Mul (r_exp, dt_tiled)",
-        t.cast("w_tile", "w_tile_wide", t.FP32),
+        t.split_peak("w_tile", "tile_peak", "w_tile_wide", a["decay_scale"], form),
         "w_tile_column = Unsqueeze (w_tile, last)",
         t.cast("x32", "x_chkp", t.FP32),
         t.ints("x_tiled_shape", [0, 0, h, tiles, tile, p]),
@@ -262,7 +267,8 @@ def _off_diagonal_lines(a: Attributes, form: BodyForm) -> list[str]:
         "right_of_tile = Greater (row_tile, tile_column)",  # (J, K)
         "a_minus_r = Sub (a_k, r)",  # (B, C, H, 1, K) - (B, C, H, J, 1)
         "a_minus_r_masked = Where (right_of_tile, a_minus_r, masked)",
-        "row_factor = Exp (a_minus_r_masked)",
+        "row_decay = Exp (a_minus_r_masked)",
+        "row_factor = " + ("Mul (row_decay, tile_peak)" if peak else "Identity (row_decay)"),
         "row_factor_column = Unsqueeze (row_factor, last)",
         "product_decayed = Mul (product, row_factor_column)",
         "off_diagonal_steps = ReduceSum <keepdims = 0> (product_decayed, axis3)",

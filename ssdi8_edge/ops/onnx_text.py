@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ssdi8_edge.formats import DecayScale
 from ssdi8_edge.int8 import QMAX, Rounding
+from ssdi8_edge.ops.chunking import LEAST_PEAK
 from ssdi8_edge.ops.op import BodyForm
 
 FP32, INT8, FP16 = 1, 3, 10
@@ -105,6 +107,21 @@ def quantize(out: str, x: str, scale: str, rounding: Rounding, form: BodyForm) -
             inverse(f"{out}_inverse", scale, form),
             f"{out}_scaled = Mul ({x}, {out}_inverse)",
             round_to_int8(out, f"{out}_scaled", rounding, form),
+        ]
+    )
+
+
+def split_peak(w: str, peak: str, w_wide: str, decay_scale: DecayScale, form: BodyForm) -> str:
+    """`chunking.split_peak` along the last axis: `w` FP32; `peak` in the compute type, if any."""
+    if decay_scale == "static":
+        return cast(w, w_wide, FP32)
+    return "\n".join(
+        [
+            number(f"{peak}_least", LEAST_PEAK, compute_type(form)),
+            f"{peak}_found = ReduceMax <keepdims = 1> ({w_wide}, last)",
+            f"{peak} = Max ({peak}_found, {peak}_least)",
+            f"{w}_relative = Div ({w_wide}, {peak})",
+            cast(w, f"{w}_relative", FP32),
         ]
     )
 

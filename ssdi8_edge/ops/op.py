@@ -81,10 +81,10 @@ class Op:
             return outputs if len(outputs) > 1 else outputs[0]
         kernel = None
         if inputs[0].is_cuda:
-            # Here, since the library's signatures use the types of the ops, which import this file.
+            # Here, since that file imports this one.
             from ssdi8_edge.ops.kernel_library import kernel_for
 
-            kernel = kernel_for(self.name)
+            kernel = kernel_for(self)
         return (kernel or self.reference)(*inputs, **attributes)
 
     def static_attributes(self, attributes: Attributes) -> dict[str, Any]:

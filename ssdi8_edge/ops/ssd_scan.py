@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssdi8_edge.formats import Gate, Rounding
+from ssdi8_edge.formats import DecayScale, Gate, Rounding
 from ssdi8_edge.ops import onnx_text as t
 from ssdi8_edge.ops.chunk_cumsum import CHUNK_CUMSUM, time_step, time_step_lines
 from ssdi8_edge.ops.chunk_scan import CHUNK_SCAN
@@ -77,6 +77,7 @@ def ssd_scan_reference(
     dt_max: float,
     gate: Gate,
     rounding: Rounding,
+    decay_scale: DecayScale,
 ) -> tuple[Tensor, Tensor]:
     """SSD with carried state: `ssd_modules` for L > 1, `ssd_step` for L = 1.
 
@@ -120,6 +121,7 @@ def ssd_scan_reference(
         dt_max=dt_max,
         gate=gate,
         rounding=rounding,
+        decay_scale=decay_scale,
     )
 
 

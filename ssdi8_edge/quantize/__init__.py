@@ -201,20 +201,21 @@ def _scales(statistics: Mapping[str, Tensor], recipe: QuantConfig) -> Layer:
     if recipe.state_observer == "passed":
         states = torch.maximum(states, statistics["passed_state"])
     released = recipe.state_observer == "local"
+    relative = "_peak" if recipe.decay_scale == "peak" else ""
     scales = {
         "u_scale": int8.scale_from_absmax(statistics["u"], 1e-6),
         "b_scale": of_group("B"),
         "c_scale": of_group("C"),
         # The release observes the full square of CB, also where k > m.
         "cb_scale": of_group("CB_full" if released else "CB"),
-        "x_scale": of_head(statistics["x_scaled"]),
+        "x_scale": of_head(statistics[f"x_scaled{relative}"]),
         "state_scale": of_head(states),
         "r_scale": int8.scale_from_absmax(
             statistics["r_folded" if recipe.fold_gate_norm else "r"], 1e-6
         ),
     }
     if recipe.scan2 == "int8_offdiag":
-        scales["x_tile_scale"] = of_head(statistics["x_tile"])
+        scales["x_tile_scale"] = of_head(statistics[f"x_tile{relative}"])
     return scales
 
 

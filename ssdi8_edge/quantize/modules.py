@@ -86,6 +86,7 @@ class NodeAttributes:
             "scan_tile": self.recipe.effective_scan_tile(self.config.chunk_size),
             "gate": self.recipe.gate,
             "rounding": self.recipe.rounding,
+            "decay_scale": self.recipe.decay_scale,
         }
 
     @property

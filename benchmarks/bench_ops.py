@@ -28,6 +28,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from green_context import stream_of_multiprocessors
+
 from ssdi8_edge.ops import OPS, kernel_library
 
 REPLAYS = 15
@@ -288,29 +290,6 @@ def replay_times(call: Callable[..., Any], sets: list[tuple[Tensor, ...]]) -> li
         stop.synchronize()
         times.append(start.elapsed_time(stop) * 1e3 / len(sets))
     return times[2:]
-
-
-def stream_of_multiprocessors(count: int) -> torch.cuda.Stream:
-    """A stream on `count` multiprocessors (CUDA green context), as many as a small board has."""
-    from cuda.bindings import driver
-
-    def checked(result: tuple[Any, ...]) -> Any:
-        if result[0] != driver.CUresult.CUDA_SUCCESS:
-            raise RuntimeError(f"green context: {result[0]}")
-        return result[1] if len(result) == 2 else result[1:]
-
-    torch.cuda.synchronize()
-    device = checked(driver.cuDeviceGet(0))
-    kind = driver.CUdevResourceType.CU_DEV_RESOURCE_TYPE_SM
-    whole = checked(driver.cuDeviceGetDevResource(device, kind))
-    groups = checked(driver.cuDevSmResourceSplitByCount(1, whole, 0, count))[0]
-    description = checked(driver.cuDevResourceGenerateDesc(groups, 1))
-    flags = driver.CUgreenCtxCreate_flags.CU_GREEN_CTX_DEFAULT_STREAM
-    context = checked(driver.cuGreenCtxCreate(description, device, flags))
-    non_blocking = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
-    return torch.cuda.ExternalStream(
-        int(checked(driver.cuGreenCtxStreamCreate(context, non_blocking, 0)))
-    )
 
 
 def peer_times() -> dict[tuple[str, ...], dict[str, float]]:

@@ -375,14 +375,11 @@ def test_causal_conv1d_continues_a_sequence(generator: torch.Generator) -> None:
 
 
 @pytest.mark.parametrize("length", [1, 2, 257])
-def test_causal_conv1d_state_in_place(
-    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch, length: int
-) -> None:
+def test_causal_conv1d_state_in_place(generator: torch.Generator, length: int) -> None:
     inputs, attributes = conv_case(generator, 2, length, 1536, 1, 128)
     want = kernel_of("Ssdi8CausalConv1d")(*inputs, **attributes)
-    empty_like = torch.empty_like
-    monkeypatch.setattr(torch, "empty_like", lambda t: t if t is inputs[1] else empty_like(t))
-    got = kernel_of("Ssdi8CausalConv1d")(*inputs, **attributes)
+    with kernel_library.states_in_place():
+        got = kernel_of("Ssdi8CausalConv1d")(*inputs, **attributes)
     assert got[3] is inputs[1]
     assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
 
@@ -655,9 +652,8 @@ def test_ssd_scan_in_place_and_repeatable(generator: torch.Generator) -> None:
     for _ in range(10):
         again = run_ssd_kernel("Ssdi8SsdScan", values, attributes)
         assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
-    with pytest.MonkeyPatch.context() as patch:
-        state, empty_like = values["ssm_state"].clone(), torch.empty_like
-        patch.setattr(torch, "empty_like", lambda t: t if t is state else empty_like(t))
+    state = values["ssm_state"].clone()
+    with kernel_library.states_in_place():
         in_place = kernel_of("Ssdi8SsdScan")(
             *ssd_arguments("Ssdi8SsdScan", values | {"ssm_state": state}), **attributes
         )

@@ -12,7 +12,9 @@ import ctypes
 import functools
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -137,11 +139,28 @@ def _require(call: Call, dtype: torch.dtype, **shapes: tuple[int, ...]) -> None:
         setattr(call, name, tensor.contiguous())
 
 
+_in_place: ContextVar[bool] = ContextVar("states_in_place", default=False)
+
+
+@contextmanager
+def states_in_place() -> Iterator[None]:
+    """Inside, a kernel writes conv_state' and ssm_state' over the states it was given."""
+    token = _in_place.set(True)
+    try:
+        yield
+    finally:
+        _in_place.reset(token)
+
+
+def _next_state(state: Tensor) -> Tensor:
+    return state if _in_place.get() else torch.empty_like(state)
+
+
 def _require_state(call: Call, *shape: int) -> None:
     """The SSM state, in either type."""
     call.state_fp32 = int(call.ssm_state.dtype is torch.float32)
     _require(call, torch.float32 if call.state_fp32 else torch.float16, ssm_state=shape)
-    call.ssm_state_out = torch.empty_like(call.ssm_state)
+    call.ssm_state_out = _next_state(call.ssm_state)
 
 
 def _field_value(call: Call, field: str) -> Any:
@@ -218,7 +237,7 @@ def _causal_conv1d(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     columns = (call.conv_dim - call.d_inner) // 2
     call.b_q = torch.empty((batch, length, columns), dtype=torch.int8, device=device)
     call.c_q = torch.empty_like(call.b_q)
-    call.conv_state_out = torch.empty_like(call.conv_state)
+    call.conv_state_out = _next_state(call.conv_state)
     call.batch, call.length, call.row_stride = batch, length, row
     _launch("causal_conv1d", call, device)
     return call.x, call.b_q, call.c_q, call.conv_state_out
@@ -232,6 +251,11 @@ def _rms_norm_gated(call: Call) -> Tensor:
     call.tokens, call.row_stride = call.y[..., 0].numel(), row
     _launch("rms_norm_gated", call, call.y.device)
     return call.quantized
+
+
+def _fp16_linear(call: Call) -> Tensor:
+    """cuBLAS: the reference widens the weight to FP32 at every call."""
+    return torch.nn.functional.linear(call.x, call.weight)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -345,6 +369,7 @@ _KERNELS: Mapping[str, Callable[[Call], Any]] = {
     "Ssdi8StatePassing": _state_passing,
     "Ssdi8ChunkScan": _chunk_scan,
     "Ssdi8SsdScan": _ssd_scan,
+    "Linear": _fp16_linear,
 }
 
 

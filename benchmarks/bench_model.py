@@ -53,7 +53,7 @@ def linear_tensors(name: str, n_in: int, n_out: int, recipe: QuantConfig) -> dic
     if recipe.linear == "w4":
         groups = n_in // recipe.group_size
         tensors[f"{name}.packed"] = int8(n_out, n_in // 2)
-        tensors[f"{name}.group_scale"] = fill(15.0, n_out, groups).half()
+        tensors[f"{name}.group_scale"] = fill(15.0, n_out, groups).to(torch.int8)
     else:
         tensors[f"{name}.weight"] = int8(n_out, n_in)
     return tensors

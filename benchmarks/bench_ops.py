@@ -121,20 +121,22 @@ def linear_cases(s: Sizes, tokens: int) -> Iterable[Case]:
 
 
 def linear_w4_cases(s: Sizes, tokens: int) -> Iterable[Case]:
+    """With integer group scales, and with FP16 ones."""
     for name, (n_in, n_out) in linear_shapes(s).items():
-        yield Case(
-            "Ssdi8LinearW4",
-            name,
-            lambda n_in=n_in, n_out=n_out: (
-                int8(1, tokens, n_in),
-                int8(n_out, n_in // 2),
-                (torch.rand(n_out, n_in // 128, device="cuda") * 16).half(),
-                single(n_out).abs() * 1e-4,
-                single(n_out),
-            ),
-            {"group_size": 128},
-            operations=2 * tokens * n_in * n_out,
-        )
+        for label, kind in ((name, torch.int8), (f"{name}/h", torch.float16)):
+            yield Case(
+                "Ssdi8LinearW4",
+                label,
+                lambda n_in=n_in, n_out=n_out, kind=kind: (
+                    int8(1, tokens, n_in),
+                    int8(n_out, n_in // 2),
+                    torch.randint(1, 17, (n_out, n_in // 128), device="cuda").to(kind),
+                    single(n_out).abs() * 1e-4,
+                    single(n_out),
+                ),
+                {"group_size": 128},
+                operations=2 * tokens * n_in * n_out,
+            )
 
 
 def causal_conv1d_cases(s: Sizes, tokens: int) -> Iterable[Case]:
@@ -360,7 +362,7 @@ def run(case: Case, variant: int, checked: bool) -> dict[str, Any]:
 def describe(row: dict[str, Any]) -> str:
     library = f"{row['us'] / row['library_us']:5.2f}x library" if row["library_us"] else ""
     return (
-        f"{row['op']:15}{row['model']:5}{row['layer']:9}{row['tokens']:5} v{row['variant']}"
+        f"{row['op']:15}{row['model']:5}{row['layer']:11}{row['tokens']:5} v{row['variant']}"
         f"{row['us']:9.1f} us {row['gb_s']:6.0f} GB/s {row['copy_us'] / row['us']:4.0%} of a copy "
         f"{row['top_s']:5.0f} TOP/s {row['of_int_mm']:4.0%} {library} {row['check']} {row['peers']}"
     )

@@ -21,6 +21,8 @@ class QuantConfig:
         linear: in_proj and out_proj: FP16, W8A8 with one weight scale per tensor or per output row,
             or W4A8 with a scale per row and group.
         group_size: input columns that share a W4 scale.
+        group_scales: of W4 in steps of the row: "fp16", as released, or "integer", from 1 to 16,
+            which a kernel applies with a fraction of the instructions (in groups of 128).
         gptq: choose W4 values by GPTQ instead of rounding to nearest.
         lm_head: FP16, or W8A8 per row with an INT8 norm_f.
         ssd: "fp16" leaves SSD unquantized; "int8" is SSDi8's INT8 path.
@@ -49,6 +51,7 @@ class QuantConfig:
     about: str = ""
     linear: Literal["fp16", "w8_tensor", "w8_row", "w4"] = "w8_row"
     group_size: int = 128
+    group_scales: Literal["fp16", "integer"] = "integer"
     gptq: bool = False
     lm_head: Literal["fp16", "w8_row"] = "fp16"
     ssd: Literal["fp16", "int8"] = "int8"
@@ -126,6 +129,7 @@ def _released(name: str, about: str, **fields: Any) -> QuantConfig:
         rounding="half_away",
         decay_scale="static",
         ssm_params="int8",
+        group_scales="fp16",
         fold_gate_norm=False,
         correction="out",
         correction_strength=0.15,

@@ -243,6 +243,11 @@ def w4_weight(
     return random_int8(generator, n_out, n_in // 2), ((0.2 + 0.8 * factor) * sigma).half()
 
 
+def integer_scales(generator: torch.Generator, n_out: int, n_in: int) -> Tensor:
+    shape = (n_out, n_in // 128)
+    return torch.randint(1, 17, shape, dtype=torch.int8, device="cuda", generator=generator)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 @pytest.mark.parametrize(("batch", "length", "n_in", "n_out"), LINEAR_ROWS)
@@ -270,6 +275,36 @@ def test_linear_w4(
         group_size=group_size,
         variant=variant,
     )
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("batch", "length", "n_in", "n_out"), LINEAR_ROWS)
+def test_linear_w4_with_integer_scales(
+    generator: torch.Generator, batch: int, length: int, n_in: int, n_out: int, variant: int
+) -> None:
+    if (variant == 1 and batch * length > 8) or n_in % 128:
+        return
+    x = random_int8(generator, batch, length, n_in)
+    if length == 1:
+        x.fill_(-128)  # the largest sums
+    packed = random_int8(generator, n_out, n_in // 2)
+    scales = integer_scales(generator, n_out, n_in)
+    scales[0] = 16
+    epilogue = scale_and_bias(generator, n_out)
+    compare("Ssdi8LinearW4", x, packed, scales, *epilogue, group_size=128, variant=variant)
+
+
+@pytest.mark.parametrize("length", [1, 64])
+def test_linear_w4_expands_every_value_with_integer_scales(
+    generator: torch.Generator, length: int
+) -> None:
+    packed = random_int8(generator, 4096, 64)
+    scales = integer_scales(generator, 4096, 128)
+    eye = torch.eye(128, dtype=torch.int8, device="cuda")[None]
+    one, zero = torch.ones(4096, device="cuda"), torch.zeros(4096, device="cuda")
+    kernel = kernel_of("Ssdi8LinearW4")
+    rows = [kernel(x, packed, scales, one, zero, group_size=128)[0] for x in eye.split(length, 1)]
+    assert_close(torch.cat(rows).t().to(torch.int8), unpack_w4(packed, scales, 128))
 
 
 @pytest.mark.parametrize("sigma", [1e-6, 0.1, 15.0, 16.0, 18.2, 40.0, 6e4])
@@ -752,6 +787,15 @@ def test_refusals(generator: torch.Generator) -> None:
     refused("multiple of 32", lambda: kernel_of("Ssdi8Linear")(x, weight, scale, bias))
     refused("is expected", lambda: kernel_of("Ssdi8Linear")(x, weight.half(), scale, bias))
     group_scale = torch.ones((8, 3), dtype=torch.float16, device="cuda")
+    refused(
+        "groups of 32",
+        lambda: kernel_of("Ssdi8LinearW4")(
+            *(random_int8(generator, 1, 2, 64), random_int8(generator, 8, 32)),
+            torch.ones((8, 2), dtype=torch.int8, device="cuda"),
+            *(scale, bias),
+            group_size=32,
+        ),
+    )
     refused(
         "group size 16",
         lambda: kernel_of("Ssdi8LinearW4")(

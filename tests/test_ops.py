@@ -36,7 +36,7 @@ from ssdi8_edge import int8, model
 from ssdi8_edge.export import GraphBuilder
 from ssdi8_edge.int8 import Rounding
 from ssdi8_edge.ops import OPS, chunk_scan, fp16, ssd_scan
-from ssdi8_edge.ops.linear import unpack_w4
+from ssdi8_edge.ops.linear import pack_w4, unpack_w4
 from ssdi8_edge.ops.op import Op
 
 f32 = np.float32
@@ -575,23 +575,29 @@ def test_linear_against_loops(extreme: bool) -> None:
     assert_same(OPS["Ssdi8Linear"](x, weight, scale, bias), want)
 
 
+@pytest.mark.parametrize("integer", [False, True])
 @pytest.mark.parametrize("group_size", [8, 32])
-def test_w4_against_loops(group_size: int) -> None:
-    """Low nibble first, offset 8, FP16 group scale, INT8 saturation; then the INT8 linear."""
+def test_w4_against_loops(group_size: int, integer: bool) -> None:
+    """Four low nibbles first, offset 8, group scale, INT8 saturation; then the INT8 linear."""
     g = torch.Generator().manual_seed(4)
     rows, columns = 6, 64
     packed = random_int8(g, rows, columns // 2)
     packed[0, :4] = torch.tensor([-128, 127, 0, -1], dtype=torch.int8)
     sigma = (torch.rand(rows, columns // group_size, generator=g) * 20).half()
     sigma[1, 0] = 0.5  # products with ties
+    if integer:
+        sigma = torch.randint(1, 17, sigma.shape, generator=g, dtype=torch.int8)
+        sigma[0, 0] = 16
     weight = np.zeros((rows, columns), np.int64)
     for row, j in np.ndindex(rows, columns):
-        byte = int(packed[row, j // 2]) + 128
-        nibble = byte // 16 if j % 2 else byte % 16
-        real = f32(nibble - 8) * f32(sigma[row, j // group_size])
+        byte = int(packed[row, j // 8 * 4 + j % 4]) + 128
+        nibble = byte // 16 if j % 8 >= 4 else byte % 16
+        real = f32(nibble - 8) * f32(float(sigma[row, j // group_size]))
         weight[row, j] = max(-128, min(127, round(Fraction(float(real)))))
     assert int(np.abs(weight).max()) >= 127
     assert_same(unpack_w4(packed, sigma, group_size), weight)
+    q4 = unpack_w4(packed, torch.ones_like(sigma), group_size) + 8
+    assert torch.equal(pack_w4(q4), packed)
     x = random_int8(g, 2, 3, columns)
     scale, bias = torch.rand(rows, generator=g) * 1e-3, torch.randn(rows, generator=g)
     got = OPS["Ssdi8LinearW4"](x, packed, sigma, scale, bias, group_size=group_size)

@@ -80,15 +80,16 @@ size_t ssdi8_sizeof_linear(void);
 // The same with the INT8 weight round_half_even((q4 - 8) * group_scale), made on the fly.
 typedef struct Ssdi8LinearW4Params {
   const int8_t* x;          // (T, In)
-  const int8_t* packed;     // (Out, In / 2): byte + 128 = 16 * q4[2i + 1] + q4[2i]
-  const void* group_scale;  // (Out, In / group_size) FP16
+  const int8_t* packed;     // (Out, In / 2): byte 4i + j plus 128 = 16 * q4[8i + 4 + j] + q4[8i + j]
+  const void* group_scale;  // (Out, In / group_size) FP16, or INT8 from 1 to 16
   const float* scale;       // (Out)
   const float* bias;        // (Out)
   void* y;                  // (T, Out) FP16
   int32_t tokens;           // T
   int32_t in_features;      // In, a multiple of 32 and of group_size, at most 65536
   int32_t out_features;     // Out
-  int32_t group_size;       // 32, 64 or 128
+  int32_t group_size;       // 32, 64 or 128; with integer scales 128
+  int32_t integer_scales;   // group_scale is INT8
   int32_t variant;          // as in Ssdi8LinearParams
 } Ssdi8LinearW4Params;
 int ssdi8_linear_w4(const Ssdi8LinearW4Params* params, void* stream);

@@ -2,8 +2,9 @@
 //
 // x (T, In) INT8; y (T, Out) FP16; scale, bias (Out) FP32. The weight is
 //   W8: (Out, In) INT8;
-//   W4: (Out, In / 2), byte + 128 = 16 * q4[2i + 1] + q4[2i], expanded on the fly to the INT8 value
-//       round_half_even((q4 - 8) * group_scale[row, k / group_size]), saturated.
+//   W4: (Out, In / 2), byte 4i + j plus 128 = 16 * q4[8i + 4 + j] + q4[8i + j], expanded on the fly
+//       to the INT8 value round_half_even((q4 - 8) * group_scale[row, k / group_size]), saturated,
+//       or, with integer scales, (q4 - 8) * group_scale, which is INT8 as it is.
 //
 // The order of k inside a product is free, as long as both operands use the same one. Here the lane
 // with t = lane % 4 takes 16 consecutive k of every 64, for both operands. So a fragment for two
@@ -52,6 +53,9 @@ __device__ __forceinline__ uint32_t as_bits(__half2 v) {
   return reinterpret_cast<const uint32_t&>(v);
 }
 
+// Eight weights in a word of W4: the low nibbles are those of k 0-3, the high ones those of k 4-7, the
+// latter with their highest bit flipped by the offset 128.
+
 // Two nibbles that sit in bits 0-3 and 16-19 of `word` to their INT8 weights in bytes 0 and 2.
 // `bias` makes the half 1024 + q4 of a nibble (and mends the sign bit that the offset 128 flips in
 // high nibbles). (q4 - 8) * sigma + 1536 is rounded once, to a whole number, since halves from 1024
@@ -73,29 +77,54 @@ __device__ __forceinline__ bool saturates(__half2 sigma) {
   return __hgt(__habs(__low2half(sigma)), __ushort_as_half(0x4bf0));  // 15.875
 }
 
-// Eight consecutive weights to INT8: k 0-3 in `low`, k 4-7 in `high`.
+// The eight weights to INT8: k 0-3 in `low`, k 4-7 in `high`.
 template <bool kSaturate>
 __device__ __forceinline__ void expand_w4(uint32_t packed, __half2 sigma, uint32_t& low,
                                           uint32_t& high) {
   constexpr uint32_t kLow = half2_bits(0x6400), kHigh = half2_bits(0x6408);
-  const uint32_t k04 = expand_pair<kSaturate>(packed, kLow, sigma);
-  const uint32_t k15 = expand_pair<kSaturate>(packed >> 4, kHigh, sigma);
-  const uint32_t k26 = expand_pair<kSaturate>(packed >> 8, kLow, sigma);
-  const uint32_t k37 = expand_pair<kSaturate>(packed >> 12, kHigh, sigma);
-  const uint32_t k0145 = __byte_perm(k04, k15, 0x6240);
-  const uint32_t k2367 = __byte_perm(k26, k37, 0x6240);
-  low = __byte_perm(k0145, k2367, 0x5410);
-  high = __byte_perm(k0145, k2367, 0x7632);
+  const uint32_t k02 = expand_pair<kSaturate>(packed, kLow, sigma);
+  const uint32_t k46 = expand_pair<kSaturate>(packed >> 4, kHigh, sigma);
+  const uint32_t k13 = expand_pair<kSaturate>(packed >> 8, kLow, sigma);
+  const uint32_t k57 = expand_pair<kSaturate>(packed >> 12, kHigh, sigma);
+  low = __byte_perm(k02, k13, 0x6240);
+  high = __byte_perm(k46, k57, 0x6240);
+}
+
+// An integer scale from 1 to 16, ready for expand_w4: multiplies four nibbles at once, since no
+// product plus 128 - 8 * scale leaves its byte.
+struct IntegerScale {
+  uint32_t scale;
+  uint32_t offset;
+};
+
+__device__ __forceinline__ IntegerScale integer_scale(int scale) {
+  return {uint32_t(scale), 0x80808080u - uint32_t(scale) * 0x08080808u};
+}
+
+__device__ __forceinline__ void expand_w4(uint32_t packed, const IntegerScale& s, uint32_t& low,
+                                          uint32_t& high) {
+  const uint32_t q0123 = packed & 0x0f0f0f0fu;
+  const uint32_t q4567 = ((packed >> 4) & 0x0f0f0f0fu) ^ 0x08080808u;
+  low = (q0123 * s.scale + s.offset) ^ 0x80808080u;
+  high = (q4567 * s.scale + s.offset) ^ 0x80808080u;
+}
+
+// The eight values 16 * (q4 - 8) as INT8: nothing but bits in their place.
+__device__ __forceinline__ void sixteenfold_w4(uint32_t packed, uint32_t& low, uint32_t& high) {
+  low = ((packed << 4) & 0xf0f0f0f0u) ^ 0x80808080u;
+  high = packed & 0xf0f0f0f0u;
 }
 
 // ---------------------------------------------------------------------------------------------
 // device code: common to the variants
 // ---------------------------------------------------------------------------------------------
 
+enum Format { kW8, kW4Rounded, kW4Integer };  // W4 by its group scales: FP16 or INT8
+
 struct LinearArguments {
   const int8_t* x;
-  const int8_t* weight;       // W8, or W4 packed
-  const __half* group_scale;  // W4 only
+  const int8_t* weight;     // W8, or W4 packed
+  const void* group_scale;  // W4 only: FP16, or INT8
   const float* scale;
   const float* bias;
   __half* y;
@@ -111,7 +140,14 @@ __device__ __forceinline__ __half epilogue(int acc, float scale, float bias) {
 
 __device__ __forceinline__ __half2 load_sigma(const LinearArguments& p, int row, int k) {
   const int groups = p.n_in >> p.group_shift;
-  return __half2half2(p.group_scale[row * groups + min(k >> p.group_shift, groups - 1)]);
+  const auto* scales = static_cast<const __half*>(p.group_scale);
+  return __half2half2(scales[row * groups + min(k >> p.group_shift, groups - 1)]);
+}
+
+__device__ __forceinline__ int load_integer_scale(const LinearArguments& p, int row, int k) {
+  const int groups = p.n_in >> p.group_shift;
+  const auto* scales = static_cast<const int8_t*>(p.group_scale);
+  return scales[row * groups + min(k >> p.group_shift, groups - 1)];
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -121,10 +157,13 @@ __device__ __forceinline__ __half2 load_sigma(const LinearArguments& p, int row,
 constexpr int kVectorTokens = 8;
 constexpr int kVectorRows = 16;
 constexpr int kVectorMaxWarps = 8;
+constexpr int kIntegerGroup = 128;  // a segment of k of a warp of the vector variant
 
-template <bool kW4>
-__global__ void __launch_bounds__(kVectorMaxWarps* kWarp, kW4 ? 2 : 3)
+// With integer scales a segment is a group: its products are summed before they are scaled.
+template <Format kFormat>
+__global__ void __launch_bounds__(kVectorMaxWarps* kWarp, kFormat == kW8 ? 3 : 2)
     vector_kernel(LinearArguments p) {
+  constexpr bool kW4 = kFormat != kW8;
   constexpr int kUnroll = kW4 ? 4 : 5;   // segments in flight per warp
   constexpr int kLaneK = kW4 ? 32 : 16;  // k of a segment per lane: 16 bytes of the weight
   constexpr int kSegment = 4 * kLaneK;
@@ -144,6 +183,7 @@ __global__ void __launch_bounds__(kVectorMaxWarps* kWarp, kW4 ? 2 : 3)
   for (int k0 = warp * kSegment; k0 < p.n_in; k0 += kUnroll * warps * kSegment) {
     uint4 w[kUnroll][2], tokens[kUnroll][kTokenLoads];
     __half2 sigma[kUnroll][2];
+    int scale[kUnroll][2];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int k = k0 + u * warps * kSegment + t * kLaneK;
@@ -151,7 +191,8 @@ __global__ void __launch_bounds__(kVectorMaxWarps* kWarp, kW4 ? 2 : 3)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         w[u][r] = valid ? load_streaming(weight[r] + (kW4 ? k / 2 : k)) : make_uint4(0, 0, 0, 0);
-        if constexpr (kW4) sigma[u][r] = load_sigma(p, rows[r], k);
+        if constexpr (kFormat == kW4Rounded) sigma[u][r] = load_sigma(p, rows[r], k);
+        if constexpr (kFormat == kW4Integer) scale[u][r] = load_integer_scale(p, rows[r], k);
       }
 #pragma unroll
       for (int i = 0; i < kTokenLoads; ++i) {
@@ -164,13 +205,25 @@ __global__ void __launch_bounds__(kVectorMaxWarps* kWarp, kW4 ? 2 : 3)
       const uint4 a = w[u][0], b = w[u][1];
       if constexpr (kW4) {
         const uint32_t packed[2][4] = {{a.x, a.y, a.z, a.w}, {b.x, b.y, b.z, b.w}};
+        int of_group[4] = {};
+        int(&sum)[4] = kFormat == kW4Integer ? of_group : acc;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           uint32_t low[2], high[2];
 #pragma unroll
-          for (int r = 0; r < 2; ++r) expand_w4<true>(packed[r][i], sigma[u][r], low[r], high[r]);
+          for (int r = 0; r < 2; ++r) {
+            if constexpr (kFormat == kW4Integer) {
+              sixteenfold_w4(packed[r][i], low[r], high[r]);
+            } else {
+              expand_w4<true>(packed[r][i], sigma[u][r], low[r], high[r]);
+            }
+          }
           const uint4 v = tokens[u][i / 2];
-          mma_m16n8k32(acc, low[0], low[1], high[0], high[1], i % 2 ? v.z : v.x, i % 2 ? v.w : v.y);
+          mma_m16n8k32(sum, low[0], low[1], high[0], high[1], i % 2 ? v.z : v.x, i % 2 ? v.w : v.y);
+        }
+        if constexpr (kFormat == kW4Integer) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) acc[i] += (of_group[i] >> 4) * scale[u][i / 2];
         }
       } else {
         const uint4 v = tokens[u][0];
@@ -260,8 +313,9 @@ __device__ __forceinline__ uint32_t transpose_8x8(uint32_t pair) {
   return transposed;
 }
 
-template <bool kW4, class T>
+template <Format kFormat, class T>
 __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm) tile_kernel(LinearArguments p) {
+  constexpr bool kW4 = kFormat != kW8;
   constexpr int kPairs = T::kTokens / 16;  // of n8 fragments of tokens
   constexpr int kTurn = kPairs / 2;        // where in a step the next one is fetched
   constexpr int kAhead = 2;                // enough that a barrier does not expose a load
@@ -335,6 +389,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm) tile_kernel(Line
   // `incoming` the next one's, by row (g, g + 8, g + 16, g + 24) as they come from memory.
   uint32_t weights[kRowGroups / 2][2][4], incoming[kRowGroups][4];
   __half2 sigma[kRowGroups];
+  IntegerScale scales[kRowGroups];
   uint4 tokens[4][2];  // a ring, filled kAhead pairs before use
   const auto load_tokens = [&](uint4(&to)[2], int stage, int pair) {
     const int8_t* from = shared + stage * T::kTokenBytes + (pair * 16 + g) * kStepK + 16 * t;
@@ -355,15 +410,27 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm) tile_kernel(Line
       }
     }
   };
-  const auto load_sigmas = [&](int row0, int step) {
+  const auto load_group_scales = [&](int row0, int step) {
 #pragma unroll
     for (int j = 0; j < kRowGroups; ++j) {
       const int row = min(row0 + warp * kWarpRows + j * 8 + g, p.n_out - 1);
-      sigma[j] = load_sigma(p, row, step * kStepK + 16 * t);
+      const int k = step * kStepK + 16 * t;
+      if constexpr (kFormat == kW4Rounded) sigma[j] = load_sigma(p, row, k);
+      if constexpr (kFormat == kW4Integer) {
+        scales[j] = integer_scale(load_integer_scale(p, row, k));
+      }
     }
   };
   // Expands in place; weights of scales that cannot saturate skip the clamps, a third of the work.
   const auto expand = [&] {
+    if constexpr (kFormat == kW4Integer) {
+#pragma unroll
+      for (int i = 0; i < 2 * kRowGroups; ++i) {
+        uint32_t* w = incoming[i / 2] + i % 2 * 2;
+        expand_w4(w[0], scales[i / 2], w[0], w[1]);
+      }
+      return;
+    }
     bool clamp = false;
 #pragma unroll
     for (int j = 0; j < kRowGroups; ++j) clamp |= saturates(sigma[j]);
@@ -398,7 +465,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm) tile_kernel(Line
   for (int i = kTurn; i < kPairs; ++i) load_parts(i);
   int tile = blockIdx.x, step = 0, stage = 0, token0, row0;
   locate<T>(p, tile, token0, row0);
-  if constexpr (kW4) load_sigmas(row0, 0);
+  if constexpr (kW4) load_group_scales(row0, 0);
   cp_async_wait<kStages - 3>();
   __syncthreads();
   load_weights(0);
@@ -413,7 +480,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm) tile_kernel(Line
     const int next_stage = (stage + 1) & (kStages - 1);
     int next_token0 = token0, next_row0 = row0;
     if (last) locate<T>(p, tile + gridDim.x, next_token0, next_row0);
-    if constexpr (kW4) load_sigmas(next_row0, last ? 0 : step + 1);
+    if constexpr (kW4) load_group_scales(next_row0, last ? 0 : step + 1);
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
       if (i == kTurn) {
@@ -506,8 +573,9 @@ double cost(const LinearArguments& p, int sm_count, double one, double two, doub
   return static_cast<double>(n / T::kBlocksPerSm) * full + (rest == 0 ? 0 : rest == 1 ? one : two);
 }
 
-template <bool kW4>
+template <Format kFormat>
 Variant pick_variant(const LinearArguments& p, int sm_count) {
+  constexpr bool kW4 = kFormat == kW4Rounded;  // integer scales cost little over W8
   if (p.tokens <= kVectorTokens) return kVector;
   const double small =
       kW4 ? cost<SmallTile>(p, sm_count, 44, 62, 89) : cost<SmallTile>(p, sm_count, 36, 37, 52);
@@ -519,31 +587,31 @@ Variant pick_variant(const LinearArguments& p, int sm_count) {
   return medium < large ? kMedium : kLarge;
 }
 
-template <bool kW4>
+template <Format kFormat>
 cudaError_t launch_vector(const LinearArguments& p, cudaStream_t stream) {
   const auto blocks = static_cast<unsigned>(ceil_div(p.n_out, kVectorRows));
   // The number of warps that shares the segments of k most evenly.
-  const int64_t segments = ceil_div(p.n_in, kW4 ? 128 : 64);
+  const int64_t segments = ceil_div(p.n_in, kFormat == kW8 ? 64 : 128);
   int warps = kVectorMaxWarps;
   for (int w = kVectorMaxWarps; w >= kVectorMaxWarps / 2; --w) {
     if (ceil_div(segments, w) * w < ceil_div(segments, warps) * warps) warps = w;
   }
-  vector_kernel<kW4><<<blocks, warps * kWarp, 0, stream>>>(p);
+  vector_kernel<kFormat><<<blocks, warps * kWarp, 0, stream>>>(p);
   return cudaGetLastError();
 }
 
-template <bool kW4, class T>
+template <Format kFormat, class T>
 cudaError_t launch_tiles(const LinearArguments& p, int sm_count, cudaStream_t stream) {
-  constexpr int kBytes = T::template kSharedBytes<kW4>;
+  constexpr int kBytes = T::template kSharedBytes<kFormat != kW8>;
   const cudaError_t error = cudaFuncSetAttribute(
-      tile_kernel<kW4, T>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+      tile_kernel<kFormat, T>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
   const int blocks = std::min(tile_count<T>(p), sm_count * T::kBlocksPerSm);
-  tile_kernel<kW4, T><<<blocks, T::kThreads, kBytes, stream>>>(p);
+  tile_kernel<kFormat, T><<<blocks, T::kThreads, kBytes, stream>>>(p);
   return cudaGetLastError();
 }
 
-template <bool kW4>
+template <Format kFormat>
 int run_linear(const LinearArguments& p, int variant, const char* op, void* stream) {
   constexpr int64_t kMaxElements = int64_t{1} << 31;
   if (p.n_in <= 0 || p.n_in % 32 != 0 || p.n_in > 65536) {
@@ -561,15 +629,15 @@ int run_linear(const LinearArguments& p, int variant, const char* op, void* stre
   int sm_count = 0;
   if (const int code = check(multiprocessors(&sm_count), op)) return code;
   const auto s = static_cast<cudaStream_t>(stream);
-  switch (variant == kChoose ? pick_variant<kW4>(p, sm_count) : variant) {
+  switch (variant == kChoose ? pick_variant<kFormat>(p, sm_count) : variant) {
     case kVector:
-      return check(launch_vector<kW4>(p, s), op);
+      return check(launch_vector<kFormat>(p, s), op);
     case kSmall:
-      return check(launch_tiles<kW4, SmallTile>(p, sm_count, s), op);
+      return check(launch_tiles<kFormat, SmallTile>(p, sm_count, s), op);
     case kMedium:
-      return check(launch_tiles<kW4, MediumTile>(p, sm_count, s), op);
+      return check(launch_tiles<kFormat, MediumTile>(p, sm_count, s), op);
     default:
-      return check(launch_tiles<kW4, LargeTile>(p, sm_count, s), op);
+      return check(launch_tiles<kFormat, LargeTile>(p, sm_count, s), op);
   }
 }
 
@@ -581,7 +649,7 @@ int ssdi8_linear(const Ssdi8LinearParams* p, void* stream) {
   const LinearArguments arguments = {
       p->x,      p->weight,      nullptr,         p->scale, p->bias, static_cast<__half*>(p->y),
       p->tokens, p->in_features, p->out_features, 0};
-  return run_linear<false>(arguments, p->variant, "linear", stream);
+  return run_linear<kW8>(arguments, p->variant, "linear", stream);
 }
 
 int ssdi8_linear_w4(const Ssdi8LinearW4Params* p, void* stream) {
@@ -594,7 +662,7 @@ int ssdi8_linear_w4(const Ssdi8LinearW4Params* p, void* stream) {
   }
   const LinearArguments arguments = {p->x,
                                      p->packed,
-                                     static_cast<const __half*>(p->group_scale),
+                                     p->group_scale,
                                      p->scale,
                                      p->bias,
                                      static_cast<__half*>(p->y),
@@ -604,7 +672,11 @@ int ssdi8_linear_w4(const Ssdi8LinearW4Params* p, void* stream) {
                                      group == 32   ? 5
                                      : group == 64 ? 6
                                                    : 7};
-  return run_linear<true>(arguments, p->variant, "linear_w4", stream);
+  if (!p->integer_scales) return run_linear<kW4Rounded>(arguments, p->variant, "linear_w4", stream);
+  if (group != kIntegerGroup) {
+    return refuse("linear_w4: integer scales of groups of %d, not %d", group, kIntegerGroup);
+  }
+  return run_linear<kW4Integer>(arguments, p->variant, "linear_w4", stream);
 }
 
 size_t ssdi8_sizeof_linear(void) { return sizeof(Ssdi8LinearParams); }

@@ -212,7 +212,9 @@ def _linear(call: Call) -> Tensor:
 def _linear_w4(call: Call) -> Tensor:
     out, width = call.packed.shape[0], 2 * call.packed.shape[1]
     _require(call, torch.int8, packed=(out, width // 2))
-    _require(call, torch.float16, group_scale=(out, width // call.group_size))
+    call.integer_scales = int(call.group_scale.dtype is torch.int8)
+    kind = torch.int8 if call.integer_scales else torch.float16
+    _require(call, kind, group_scale=(out, width // call.group_size))
     return _any_linear("linear_w4", call, out, width)
 
 

@@ -25,15 +25,23 @@ def linear_reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> 
     return (int8_matmul(x, weight).float() * scale + bias).half()
 
 
+def pack_w4(q4: Tensor) -> Tensor:
+    """q4 (Out, In) in [0, 15] as `unpack_w4` takes it."""
+    low, high = q4.to(torch.int16).unflatten(1, (-1, 2, 4)).unbind(2)
+    return (high * 16 + low - 128).to(torch.int8).flatten(1)
+
+
 def unpack_w4(packed: Tensor, group_scale: Tensor, group_size: int) -> Tensor:
     """The INT8 weight that a W4 kernel multiplies with: round((q4 - 8) · group_scale).
 
     Args:
-        packed: (Out, In / 2) INT8; byte + 128 = 16 · q4[2i + 1] + q4[2i], q4 in [0, 15].
-        group_scale: (Out, In / group_size) FP16, in units of the row's INT8 step.
+        packed: (Out, In / 2) INT8; byte 4i + j, plus 128, = 16 · q4[8i + 4 + j] + q4[8i + j], q4 in
+            [0, 15]: four bytes hold eight inputs in a row, which masks alone put in order.
+        group_scale: (Out, In / group_size), in units of the row's INT8 step: FP16, or INT8 from 1
+            to 16, which needs no rounding and lets a kernel scale the sum of a whole group.
     """
-    byte = packed.to(torch.int16) + 128
-    q4 = torch.stack([byte % 16, byte // 16], -1).reshape(packed.shape[0], -1) - 8
+    byte = (packed.to(torch.int16) + 128).unflatten(1, (-1, 4))
+    q4 = torch.stack([byte % 16, byte // 16], 2).flatten(1) - 8
     sigma = group_scale.float().repeat_interleave(group_size, 1)
     return round_to_int8(q4.float() * sigma, "half_even")
 
@@ -104,11 +112,12 @@ def _w4_body(a: Attributes, form: BodyForm) -> str:
             "high_16 = Mul (high, sixteen)",
             "low = Sub (byte, high_16)",
             t.ints("last", [-1]),
-            "low_column = Unsqueeze (low, last)",
-            "high_column = Unsqueeze (high, last)",
-            "pairs = Concat <axis = -1> (low_column, high_column)",
+            t.ints("fours_shape", [0, -1, 1, 4]),
+            "low_four = Reshape (low, fours_shape)",
+            "high_four = Reshape (high, fours_shape)",
+            "eights = Concat <axis = 2> (low_four, high_four)",
             t.ints("grouped_shape", [0, -1, group]),
-            "q4 = Reshape (pairs, grouped_shape)",
+            "q4 = Reshape (eights, grouped_shape)",
             "q4_signed = Sub (q4, eight)",
             t.cast("sigma", "group_scale", t.FP32),
             "sigma_column = Unsqueeze (sigma, last)",

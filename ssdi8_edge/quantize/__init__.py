@@ -173,7 +173,8 @@ def _linear_tensors(
 ) -> Layer:
     """The tensors of one INT8 linear, under the names that `modules.linear` reads."""
     if recipe.linear == "w4":
-        w4 = quantize_w4(weight, recipe.group_size, hessian)
+        integers = recipe.group_scales == "integer"
+        w4 = quantize_w4(weight, recipe.group_size, hessian, integer_scales=integers)
         tensors = {
             "packed": w4.packed,
             "group_scale": w4.group_scale,

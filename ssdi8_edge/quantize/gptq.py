@@ -12,13 +12,22 @@ from torch import Tensor
 
 from ssdi8_edge.errors import UsageError
 from ssdi8_edge.int8 import scale_from_absmax
+from ssdi8_edge.ops.linear import pack_w4
 
 # As method §5.3: part of the mean diagonal added to the Hessian.
 DAMPING = 0.01
 
+# Integer group scales: the largest that an INT8 weight has room for, and the one that the largest
+# group of the row starts with, so that a group may grow while GPTQ moves errors into it.
+LARGEST_INTEGER = 16
+FIRST_INTEGER = 15
+
 
 class W4(NamedTuple):
-    """packed (Out, In / 2) INT8, group_scale (Out, In / group) FP16, row_scale (Out) FP32."""
+    """packed (Out, In / 2) INT8, group_scale (Out, In / group) FP16 or INT8, row_scale (Out) FP32.
+
+    As `ops.linear.unpack_w4` takes them.
+    """
 
     packed: Tensor
     group_scale: Tensor
@@ -39,12 +48,15 @@ def _round_group(column: Tensor, scale: Tensor) -> Tensor:
     return (torch.round(column / scale) + 8).clamp(0, 15)
 
 
-def quantize_w4(weight: Tensor, group_size: int, hessian: Tensor | None) -> W4:
+def quantize_w4(
+    weight: Tensor, group_size: int, hessian: Tensor | None, *, integer_scales: bool = False
+) -> W4:
     """Quantize `weight` (Out, In), FP32.
 
     With `hessian` (In, In) = Σ x xᵀ of the inputs, columns are rounded one after the other and the
     error of each is moved to those not yet rounded (GPTQ); without, to nearest. A group's scale is
-    taken when the group starts: 2 · max|w| / 15.
+    taken when the group starts: 2 · max|w| / 15, with `integer_scales` the nearest multiple of a
+    step of the row.
 
     Raises:
         UsageError: the input width is not a multiple of the group size.
@@ -55,9 +67,12 @@ def quantize_w4(weight: Tensor, group_size: int, hessian: Tensor | None) -> W4:
     factor = None if hessian is None else _inverse_cholesky(work, hessian)
     q4 = torch.empty(rows, columns, dtype=torch.int16, device=work.device)
     scales = torch.empty(rows, columns // group_size, device=work.device)
+    row_step = _group_scale(work.unflatten(1, (-1, group_size))).amax(1) / FIRST_INTEGER
     for start in range(0, columns, group_size):
         block = slice(start, start + group_size)
-        scale = (work[:, block].abs().amax(1) * 2 / 15).clamp_min(1e-8)
+        scale = _group_scale(work[:, block])
+        if integer_scales:
+            scale = (scale / row_step).round().clamp(1, LARGEST_INTEGER) * row_step
         scales[:, start // group_size] = scale
         if factor is None:
             q4[:, block] = _round_group(work[:, block], scale[:, None]).to(torch.int16)
@@ -72,7 +87,15 @@ def quantize_w4(weight: Tensor, group_size: int, hessian: Tensor | None) -> W4:
             current[:, j:] -= error[:, None] * inside[j, j:]
             errors[:, j] = error
         work[:, start + group_size :] -= errors @ factor[block, start + group_size :]
+    if integer_scales:
+        integers = (scales / row_step[:, None]).round().to(torch.int8)
+        return W4(pack_w4(q4), integers, row_step)
     return _two_level(q4, scales, group_size)
+
+
+def _group_scale(group: Tensor) -> Tensor:
+    """2 · max|w| / 15 over the last axis."""
+    return (group.abs().amax(-1) * 2 / 15).clamp_min(1e-8)
 
 
 def _inverse_cholesky(weight: Tensor, hessian: Tensor) -> Tensor:
@@ -92,6 +115,4 @@ def _two_level(q4: Tensor, scales: Tensor, group_size: int) -> W4:
     grouped = (q4 - 8).reshape(q4.shape[0], -1, group_size)
     reached = grouped.abs().amax(-1) * scales
     row_scale = scale_from_absmax(reached.amax(1))
-    low, high = q4[:, 0::2], q4[:, 1::2]
-    packed = (high * 16 + low - 128).to(torch.int8)
-    return W4(packed, (scales / row_scale[:, None]).half(), row_scale)
+    return W4(pack_w4(q4), (scales / row_scale[:, None]).half(), row_scale)

@@ -28,6 +28,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import mamba_peer
 from green_context import stream_of_multiprocessors
 
 from ssdi8_edge.ops import OPS, kernel_library
@@ -329,7 +330,19 @@ def check(case: Case, inputs: tuple[Tensor, ...], got: tuple[Tensor, ...]) -> st
     return f"{differing / sum(g.numel() for g in got):.1e}/{max(worst, default=0)}"
 
 
-def run(case: Case, variant: int, checked: bool) -> dict[str, Any]:
+def mamba_time(case: Case, sets: list[tuple[Tensor, ...]]) -> float | None:
+    """Microseconds of state-spaces/mamba on the same inputs in FP16; None if it has no such op."""
+    names = OPS[case.op].inputs
+    peers = [
+        mamba_peer.peer_of(case.op, dict(zip(names, inputs, strict=True)), case.attributes)
+        for inputs in sets
+    ]
+    if peers[0] is None:
+        return None
+    return statistics.median(replay_times(peers[0][0], [peer[1] for peer in peers if peer]))
+
+
+def run(case: Case, variant: int, checked: bool, with_mamba: bool) -> dict[str, Any]:
     kernel = kernel_library.kernel_for(OPS[case.op], variant)
     assert kernel is not None
     attributes = case.attributes
@@ -352,8 +365,11 @@ def run(case: Case, variant: int, checked: bool) -> dict[str, Any]:
         "top_s": case.operations / median / 1e6,
         "copy_us": statistics.median(replay_times(lambda a, b: b.copy_(a), pairs)),
         "library_us": "",
+        "mamba_us": "",
         "check": check(case, first, outputs) if checked else "",
     }
+    if with_mamba and (mamba := mamba_time(case, sets)):
+        row["mamba_us"] = mamba
     if case.library is not None:
         row["library_us"] = statistics.median(replay_times(case.library, sets))
     return row
@@ -361,6 +377,8 @@ def run(case: Case, variant: int, checked: bool) -> dict[str, Any]:
 
 def describe(row: dict[str, Any]) -> str:
     library = f"{row['us'] / row['library_us']:5.2f}x library" if row["library_us"] else ""
+    if row["mamba_us"]:
+        library = f"{row['mamba_us'] / row['us']:5.2f}x mamba in this run"
     return (
         f"{row['op']:15}{row['model']:5}{row['layer']:11}{row['tokens']:5} v{row['variant']}"
         f"{row['us']:9.1f} us {row['gb_s']:6.0f} GB/s {row['copy_us'] / row['us']:4.0%} of a copy "
@@ -378,12 +396,15 @@ def main() -> None:
     )
     parser.add_argument("--batch", type=int, default=1, help="sequences, for the SSD ops")
     parser.add_argument("--sms", type=int, help="run on this many multiprocessors of the GPU")
+    parser.add_argument("--mamba", type=Path, help="source tree of state-spaces/mamba, to time too")
     parser.add_argument("--check", action="store_true", help="compare with the torch reference")
     parser.add_argument("--out", type=Path, help="CSV file")
     options = parser.parse_args()
     if not kernel_library.available():
         sys.exit("needs a CUDA device and libssdi8_kernels.so (cmake -S plugins -B plugins/build)")
 
+    if options.mamba:
+        mamba_peer.load(options.mamba)
     if options.sms:
         torch.cuda.set_stream(stream_of_multiprocessors(options.sms))
     processors = options.sms or torch.cuda.get_device_properties(0).multi_processor_count
@@ -400,7 +421,7 @@ def main() -> None:
                     for variant in variants:
                         if variant == 1 and tokens > 8:
                             continue
-                        result = run(case, variant, options.check)
+                        result = run(case, variant, options.check, options.mamba is not None)
                         key = (str(processors), op, model, str(options.batch), str(tokens))
                         times = peers.get(key, {})
                         row = {

@@ -15,9 +15,10 @@ namespace ssdi8 {
 namespace {
 
 __global__ __launch_bounds__(ssd::kThreads) void chunk_cumsum_kernel(ssd::Shape shape,
-                                                                     ssd::Cumsum params) {
+                                                                     ssd::Cumsum params, float* dt,
+                                                                     float* a) {
   __shared__ alignas(16) __half raw[ssd::kCumsumHeads][ssd::kMaxChunk + 8];
-  ssd::cumsum_block(shape, params, blockIdx.x, raw);
+  ssd::cumsum_block(shape, params, blockIdx.x, raw, ssd::DecaySink{shape, dt, a});
 }
 
 }  // namespace
@@ -43,15 +44,12 @@ int ssdi8_chunk_cumsum(const Ssdi8ChunkCumsumParams* p, void* stream) {
   const ssd::Cumsum cumsum = {static_cast<const __half*>(p->zxbcdt),
                               p->dt_bias,
                               p->a_rate,
-                              p->dt,
-                              p->a,
                               p->row_stride,
                               p->dt_column,
-                              p->length,
                               p->dt_min,
                               p->dt_max};
   chunk_cumsum_kernel<<<ssd::cumsum_blocks(shape), ssd::kThreads, 0,
-                        static_cast<cudaStream_t>(stream)>>>(shape, cumsum);
+                        static_cast<cudaStream_t>(stream)>>>(shape, cumsum, p->dt, p->a);
   return check(cudaGetLastError(), "chunk_cumsum");
 }
 

@@ -118,8 +118,10 @@ cudaError_t launch_chunk_scan(const Shape& shape, const Ssdi8ChunkScanParams& p,
       w.cb8,
       w.cb16,
       static_cast<__half*>(p.y)};
-  const size_t words = P::kRWords + P::kX16Words + (shape.tiled ? P::kXtWords : 0);
-  const size_t bytes = sizeof(Tables) + words * sizeof(uint4);
+  constexpr size_t kWords = P::kRWords + P::kX16Words + P::kXtWords;
+  constexpr size_t kMostBytes = sizeof(Tables) + kWords * sizeof(uint4);
+  static_assert(kMostBytes <= kMaxSharedBytes);
+  const size_t bytes = kMostBytes - (shape.tiled ? 0 : P::kXtWords * sizeof(uint4));
   auto* kernel = chunk_scan_kernel<P>;
   if (cudaError_t error = ssd::grant_shared(kernel, bytes)) return error;
   kernel<<<dim3(shape.lanes(), shape.chunks), P::kThreads, bytes, stream>>>(shape, scan);

@@ -59,11 +59,12 @@ __global__ __launch_bounds__(P::kThreads, P::kBlocksPerSm) void chunk_state_kern
              it.pt * ssd::kTileP + p) *
                 P::kN +
             P::column(step);
+        const float multiplier = __fmul_rn(tables.state_multiplier[p], tables.state_peak);
         float v[8];
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
           const int sum = acc[row][step][i / 2][2 * r + i % 2];
-          v[i] = __fmul_rn(__int_as_float(sum) - ssd::kMagic, tables.state_multiplier[p]);
+          v[i] = __fmul_rn(__int_as_float(sum) - ssd::kMagic, multiplier);
         }
         if (integer_states) {
           int q[8];

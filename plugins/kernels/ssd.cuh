@@ -42,6 +42,7 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kTileP = 64;      // channels of a work item: one 128-byte line of x
 constexpr int kScanTile = 64;   // positions of a Scan2 tile
 constexpr int kMaxChunk = 256;  // also the bound of exact integer sums
+constexpr int kMaxTiles = kMaxChunk / kScanTile;
 constexpr int kUnitBytes = 512;
 constexpr int kFlags = 16;  // of progress per lane of work: one per warp
 constexpr float kLog2e = 1.4426950408889634f;
@@ -444,22 +445,27 @@ __device__ __forceinline__ void prepare_group(const Shape& shape, const PrepareG
 
 struct alignas(16) Tables {
   int4 magic;  // four times kMagicInt: from memory, or the compiler sets it anew for each product
+  // Of the decay, in the order of DecayTables.
   float w_state[kMaxChunk];  // exp(a_last - a_k) * dt_k / peak, times kTinyW if half-even
-  float w_tile[kMaxChunk];   // exp(r - a_k) * dt_k / peak, r the decay at the end of k's tile; likewise
+  float w_tile[kMaxChunk];   // likewise, with the decay r at the end of k's tile for a_last
   float a2[kMaxChunk];       // a * log2(e)
   float a2_less[kMaxChunk];  // a2 - log2(dt * cb_scale)
-  float tile_end[kMaxChunk / kScanTile];  // r * log2(e) - log2(peak) of each tile
-  float warp_peak[2][kMaxChunk / 32];  // of the 32 weights of a warp: of the state, of a tile
-  float x_inverse[kTileP];   // 1 / x_scale, times kTinyV if half-even
-  float x_tile_inverse[kTileP];  // likewise
+  float tile_end[kMaxTiles];  // r * log2(e) - log2(peak) of each tile
+  float gate;                 // exp(a_last)
+  float state_peak;
+  float unused[2];
+  // Of the channels, in the order of ChannelTables.
+  float x_inverse[kTileP];         // 1 / x_scale, times kTinyV if half-even
+  float x_tile_inverse[kTileP];    // likewise
   float state_inverse[kTileP];
-  float state_multiplier[kTileP];  // accumulator -> state, with the peak
+  float state_multiplier[kTileP];  // accumulator -> state, but for the peak
   float scan1_scale[kTileP];
   float tile_scale[kTileP];  // INT8 Scan2 accumulator -> y
-  float gate;
+  // Of the item.
   float d_skip;
-  int group_chunk;  // of the item
-  size_t y_offset;  // of the item's first row and channel
+  int group_chunk;
+  size_t y_offset;                     // of its first row and channel
+  float warp_peak[2][kMaxChunk / 32];  // of the 32 weights of a warp: of the state, of a tile
 };
 
 struct Scales {
@@ -479,13 +485,22 @@ __device__ __forceinline__ float warp_max(float positive) {
   return __uint_as_float(__reduce_max_sync(kAllLanes, __float_as_uint(positive)));
 }
 
+__device__ __forceinline__ float decay_weight(float end, float a_k, float dt_k) {
+  return __fmul_rn(expf(__fsub_rn(end, a_k)), dt_k);
+}
+
+template <bool kState, bool kScan>
+__device__ __forceinline__ void fill_channel(const Shape&, int hp, int group, const Scales&,
+                                             bool integer_gate, float* first);
+__device__ __forceinline__ void finish_tables(const Shape&, const Item&, const Scales&, Tables&);
+
 // dt and a of a head: `pitch` floats from one head to the next. Synchronises the block once, in its
 // middle.
 template <typename P, bool kState, bool kScan>
 __device__ __forceinline__ void fill_tables(const Shape& shape, const Item& it, const float* dt,
                                             const float* a, int pitch, const Scales& scales,
                                             bool integer_gate, Tables& tables) {
-  const float tiny_v = shape.away ? 1.0f : kTinyV, tiny_w = shape.away ? 1.0f : kTinyW;
+  const float tiny_w = shape.away ? 1.0f : kTinyW;
   const size_t first = (size_t(it.b) * shape.nheads + it.h) * pitch + it.start;
   const int last = it.valid - 1;
   static_assert(P::kChunk <= P::kThreads, "a position per thread");
@@ -496,14 +511,14 @@ __device__ __forceinline__ void fill_tables(const Shape& shape, const Item& it, 
     const float dt_k = k < it.valid ? dt[first + k] : 0.0f;
     if (kState) {
       const float a_last = a[first + last];
-      w_state = __fmul_rn(expf(__fsub_rn(a_last, a_k)), dt_k);
+      w_state = decay_weight(a_last, a_k, dt_k);
       if (k == 0) tables.gate = expf(a_last);
       const float peak = warp_max(w_state);
       if (k % 32 == 0) tables.warp_peak[0][k / 32] = peak;
     }
     if (kScan) {
       const float r = a[first + min(k | (kScanTile - 1), last)];
-      w_tile = __fmul_rn(expf(__fsub_rn(r, a_k)), dt_k);
+      w_tile = decay_weight(r, a_k, dt_k);
       const float peak = warp_max(w_tile);
       if (k % 32 == 0) tables.warp_peak[1][k / 32] = peak;
       const float a2 = a_k * kLog2e;
@@ -531,34 +546,86 @@ __device__ __forceinline__ void fill_tables(const Shape& shape, const Item& it, 
       if (k % kScanTile == 0) tables.tile_end[tile] = r2 - __log2f(peak);
     }
   }
+  if (kState && k == 0) tables.state_peak = state_peak;
   // The scales go to the last warps: the first have more to do elsewhere.
   const int p = threadIdx.x - (P::kThreads - kTileP);
   if (p < 0) return;
-  const int hp = it.p0 + p;
+  fill_channel<kState, kScan>(shape, it.p0 + p, it.group, scales, integer_gate,
+                              tables.x_inverse + p);
+  if (p == 0) finish_tables(shape, it, scales, tables);
+}
+
+// Writes the constants of channel hp at `first` and every kTileP floats from there, in the order of
+// Tables.
+template <bool kState, bool kScan>
+__device__ __forceinline__ void fill_channel(const Shape& shape, int hp, int group,
+                                             const Scales& scales, bool integer_gate,
+                                             float* first) {
+  const float tiny_v = shape.away ? 1.0f : kTinyV;
   const float state_scale = scales.state_scale[hp];
   if (kState) {
     const float x_scale = scales.x_scale[hp];
-    const float multiplier = __fmul_rn(x_scale, scales.b_scale[it.group]);
-    tables.x_inverse[p] = __frcp_rn(x_scale) * tiny_v;
-    tables.state_inverse[p] = __frcp_rn(state_scale);
-    tables.state_multiplier[p] =
-        integer_gate ? __fdiv_rn(multiplier, state_scale) : __fmul_rn(multiplier, state_peak);
+    const float multiplier = __fmul_rn(x_scale, scales.b_scale[group]);
+    first[0] = __frcp_rn(x_scale) * tiny_v;
+    first[2 * kTileP] = __frcp_rn(state_scale);
+    first[3 * kTileP] = integer_gate ? __fdiv_rn(multiplier, state_scale) : multiplier;
   }
   if (kScan) {
-    tables.scan1_scale[p] = __fmul_rn(scales.c_scale[it.group], state_scale);
+    first[4 * kTileP] = __fmul_rn(scales.c_scale[group], state_scale);
     if (shape.tiled) {
       const float tile_scale = scales.x_tile_scale[hp];
-      tables.x_tile_inverse[p] = __frcp_rn(tile_scale) * tiny_v;
-      tables.tile_scale[p] = tile_scale * scales.cb_scale[it.group];
-    }
-    if (p == 0) {
-      tables.magic = make_int4(kMagicInt, kMagicInt, kMagicInt, kMagicInt);
-      tables.d_skip = scales.d_skip[it.h];
-      tables.group_chunk = it.group_chunk;
-      tables.y_offset =
-          (size_t(it.b) * shape.length + it.start) * shape.nheads * shape.headdim + it.p0;
+      first[kTileP] = __frcp_rn(tile_scale) * tiny_v;
+      first[5 * kTileP] = tile_scale * scales.cb_scale[group];
     }
   }
+}
+
+// What one thread sets.
+__device__ __forceinline__ void finish_tables(const Shape& shape, const Item& it,
+                                              const Scales& scales, Tables& tables) {
+  tables.magic = make_int4(kMagicInt, kMagicInt, kMagicInt, kMagicInt);
+  if (scales.d_skip != nullptr) tables.d_skip = scales.d_skip[it.h];
+  tables.group_chunk = it.group_chunk;
+  tables.y_offset = (size_t(it.b) * shape.length + it.start) * shape.nheads * shape.headdim + it.p0;
+}
+
+// Tables that a kernel before has written, for all items: the decay of (batch, chunk, head) and the
+// constants of 64 channels of a head.
+struct PreparedTables {
+  float* decay;
+  float* channels;
+
+  __host__ __device__ static int decay_floats(int chunk) { return 4 * chunk + kMaxTiles + 4; }
+  static constexpr int kChannelFloats = 6 * kTileP;
+
+  __device__ float* decay_of(const Shape& s, int b, int c, int h) const {
+    return decay + ((size_t(b) * s.chunks + c) * s.nheads + h) * decay_floats(s.chunk);
+  }
+  __device__ float* channels_of(const Shape& s, int h, int pt) const {
+    return channels + size_t(h * s.p_tiles() + pt) * kChannelFloats;
+  }
+};
+
+// Starts the copy of an item's tables; complete after cp_async_wait and a synchronisation.
+template <typename P>
+__device__ __forceinline__ void copy_tables(const Shape& shape, const Item& it,
+                                            const PreparedTables& prepared, const Scales& scales,
+                                            Tables& tables) {
+  constexpr int kPerArray = P::kChunk / 4, kDecayWords = P::kChunk + (kMaxTiles + 4) / 4;
+  constexpr int kWords = kDecayWords + PreparedTables::kChannelFloats / 4;
+  const float* decay = prepared.decay_of(shape, it.b, it.c, it.h);
+  const float* channels = prepared.channels_of(shape, it.h, it.pt);
+  for (int i = threadIdx.x; i < kWords; i += P::kThreads) {
+    const bool of_decay = i < kDecayWords;
+    const float* from = of_decay ? decay + 4 * i : channels + 4 * (i - kDecayWords);
+    const int array = i / kPerArray;
+    float* to = !of_decay            ? tables.x_inverse + 4 * (i - kDecayWords)
+                : i < 4 * kPerArray ? tables.w_state + array * kMaxChunk + 4 * (i % kPerArray)
+                                     : tables.tile_end + 4 * (i - 4 * kPerArray);
+    cp_async_16(shared_address(to), from);
+  }
+  cp_async_commit();
+  if (threadIdx.x == 0) finish_tables(shape, it, scales, tables);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -962,11 +1029,8 @@ struct Cumsum {
   const __half* zxbcdt;  // (B, L, row_stride)
   const float* dt_bias;
   const float* decay;  // A
-  float* dt;           // (B, H, pitch)
-  float* a;
   int row_stride;
   int dt_column;
-  int pitch;  // L, or L rounded up to whole chunks
   float dt_min;
   float dt_max;
 };
@@ -984,10 +1048,12 @@ struct WideSum {
   }
 };
 
-// dt and a of one chunk of eight heads: a lane owns kPerLane consecutive positions of one head.
-template <int kPerLane>
+// dt and a of one chunk of eight heads: a lane owns kPerLane consecutive positions of one head and
+// hands them to `sink`. Past the end of the sequence dt is 0 and a stays.
+template <int kPerLane, class Sink>
 __device__ __forceinline__ void cumsum_chunk(const Shape& shape, const Cumsum& p, int b, int c,
-                                             int first_head, __half (*raw)[kMaxChunk + 8]) {
+                                             int first_head, __half (*raw)[kMaxChunk + 8],
+                                             const Sink& sink) {
   const int start = c * shape.chunk, valid = min(shape.chunk, shape.length - start);
   const int heads = min(kCumsumHeads, shape.nheads - first_head);
   const int row = threadIdx.x;
@@ -1031,40 +1097,113 @@ __device__ __forceinline__ void cumsum_chunk(const Shape& shape, const Cumsum& p
   before.low = __shfl_up_sync(kAllLanes, before.low, 1);
   if (lane == 0) before = {0.0f, 0.0f};
 
-  const size_t first = (size_t(b) * shape.nheads + h) * p.pitch + start + lane * kPerLane;
   float a[kPerLane];
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
     local[i].add(before.high, before.low);
     a[i] = __fadd_rn(local[i].high, local[i].low);
   }
-  if (p.pitch % shape.chunk == 0) {
-#pragma unroll
-    for (int i = 0; i < kPerLane; i += 2) {
-      *reinterpret_cast<float2*>(p.dt + first + i) = make_float2(dt[i], dt[i + 1]);
-      *reinterpret_cast<float2*>(p.a + first + i) = make_float2(a[i], a[i + 1]);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      if (lane * kPerLane + i >= valid) break;
-      p.dt[first + i] = dt[i];
-      p.a[first + i] = a[i];
-    }
-  }
+  sink(b, c, h, dt, a);
 }
 
+// Writes dt and a as tensors (B, H, L).
+struct DecaySink {
+  const Shape& shape;
+  float* dt;
+  float* a;
+
+  template <int kPerLane>
+  __device__ __forceinline__ void operator()(int b, int c, int h, const float (&dt_k)[kPerLane],
+                                             const float (&a_k)[kPerLane]) const {
+    const int position = c * shape.chunk + threadIdx.x % 32 * kPerLane;
+    const size_t first = (size_t(b) * shape.nheads + h) * shape.length + position;
+#pragma unroll
+    for (int i = 0; i < kPerLane; i += 2) {
+      if (shape.length % 2 == 0 && position + i < shape.length) {
+        *reinterpret_cast<float2*>(dt + first + i) = make_float2(dt_k[i], dt_k[i + 1]);
+        *reinterpret_cast<float2*>(a + first + i) = make_float2(a_k[i], a_k[i + 1]);
+        continue;
+      }
+#pragma unroll
+      for (int j = i; j < i + 2; ++j) {
+        if (position + j >= shape.length) return;
+        dt[first + j] = dt_k[j];
+        a[first + j] = a_k[j];
+      }
+    }
+  }
+};
+
+// Writes what the items of a chunk and head look up: the decay part of Tables.
+struct TableSink {
+  const Shape& shape;
+  const PreparedTables& tables;
+  const float* cb_scale;
+
+  template <int kPerLane>
+  __device__ __forceinline__ void operator()(int b, int c, int h, const float (&dt)[kPerLane],
+                                             const float (&a)[kPerLane]) const {
+    constexpr int kChunk = 32 * kPerLane, kLanesOfTile = kScanTile / kPerLane;
+    const int lane = threadIdx.x % 32;
+    const float a_last = __shfl_sync(kAllLanes, a[kPerLane - 1], 31);
+    const float r = __shfl_sync(kAllLanes, a[kPerLane - 1], lane | (kLanesOfTile - 1));
+    float w_state[kPerLane], w_tile[kPerLane];
+    float state_peak = kLeastPeak, tile_peak = kLeastPeak;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      w_state[i] = decay_weight(a_last, a[i], dt[i]);
+      w_tile[i] = decay_weight(r, a[i], dt[i]);
+      state_peak = fmaxf(state_peak, w_state[i]);
+      tile_peak = fmaxf(tile_peak, w_tile[i]);
+    }
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+      state_peak = fmaxf(state_peak, __shfl_xor_sync(kAllLanes, state_peak, distance));
+      if (distance < kLanesOfTile) {
+        tile_peak = fmaxf(tile_peak, __shfl_xor_sync(kAllLanes, tile_peak, distance));
+      }
+    }
+    if (!shape.peak) state_peak = tile_peak = 1.0f;
+    const float tiny_w = shape.away ? 1.0f : kTinyW;
+    const float scale = cb_scale[h / (shape.nheads / shape.ngroups)];
+    float* to = tables.decay_of(shape, b, c, h);
+    float4 row;  // an array of four, or a half of it, at a time
+#pragma unroll
+    for (int array = 0; array < 4; ++array) {
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) {
+        const float a2 = a[i] * kLog2e;
+        const float v = array == 0   ? __fdividef(w_state[i], state_peak) * tiny_w
+                        : array == 1 ? __fdividef(w_tile[i], tile_peak) * tiny_w
+                        : array == 2 ? a2
+                                     : a2 - __log2f(dt[i] * scale);
+        reinterpret_cast<float*>(&row)[i % 4] = v;
+        float* at = to + array * kChunk + lane * kPerLane + i;
+        if (i % 4 == 3) *reinterpret_cast<float4*>(at - 3) = row;
+        if (kPerLane == 2 && i == 1) *reinterpret_cast<float2*>(at - 1) = make_float2(row.x, row.y);
+      }
+    }
+    to += 4 * kChunk;
+    if (lane % kLanesOfTile == 0) to[lane / kLanesOfTile] = r * kLog2e - __log2f(tile_peak);
+    if (lane == 0) {
+      to[kMaxTiles] = expf(a_last);
+      to[kMaxTiles + 1] = state_peak;
+    }
+  }
+};
+
+template <class Sink>
 __device__ __forceinline__ void cumsum_block(const Shape& shape, const Cumsum& p, int block,
-                                             __half (*raw)[kMaxChunk + 8]) {
+                                             __half (*raw)[kMaxChunk + 8], const Sink& sink) {
   const int head_blocks = (shape.nheads + kCumsumHeads - 1) / kCumsumHeads;
   const int first_head = block % head_blocks * kCumsumHeads;
   const int bc = block / head_blocks, c = bc % shape.chunks, b = bc / shape.chunks;
   if (shape.chunk == 256) {
-    cumsum_chunk<8>(shape, p, b, c, first_head, raw);
+    cumsum_chunk<8>(shape, p, b, c, first_head, raw, sink);
   } else if (shape.chunk == 128) {
-    cumsum_chunk<4>(shape, p, b, c, first_head, raw);
+    cumsum_chunk<4>(shape, p, b, c, first_head, raw, sink);
   } else {
-    cumsum_chunk<2>(shape, p, b, c, first_head, raw);
+    cumsum_chunk<2>(shape, p, b, c, first_head, raw, sink);
   }
 }
 

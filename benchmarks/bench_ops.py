@@ -263,7 +263,7 @@ CASES: dict[str, Callable[[Sizes, int], Iterable[Case]]] = {
     "chunk_scan": ssd_cases("Ssdi8ChunkScan", modules=True),
     "ssd_scan": ssd_cases("Ssdi8SsdScan", modules=False),
 }
-PEERS = Path(__file__).with_name("peers_h100.csv")
+PEERS = Path(__file__).parent / "h100" / "peers.csv"
 
 
 def tensors(result: Any) -> tuple[Tensor, ...]:

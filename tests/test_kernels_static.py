@@ -6,6 +6,7 @@ import functools
 import re
 import shutil
 import subprocess
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,16 @@ KERNELS = Path(__file__).parents[1] / "plugins" / "kernels"
 # The most that every chip from sm_86 on grants one block.
 MAX_SHARED_BYTES = 99 * 1024
 FILES = sorted(path.name for path in KERNELS.glob("*.cu"))
+
+
+def find_cuobjdump() -> str:
+    """Of the CUDA toolkit, or of NVIDIA's packages, where nvdisasm lies beside it."""
+    wheels = Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin/cuobjdump")
+    found = shutil.which("cuobjdump") or next(map(str, wheels), None)
+    if found is None:
+        pytest.skip("no cuobjdump (CUDA toolkit, or pip install nvidia-cuda-cuobjdump)")
+    return found
+
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc (CUDA toolkit)")
 
@@ -59,9 +70,7 @@ def test_no_local_memory_and_little_shared_memory(compiled, name: str) -> None: 
 def test_tensor_cores_are_used(  # type: ignore[no-untyped-def]
     compiled, name: str, kernel: str
 ) -> None:
-    if shutil.which("cuobjdump") is None:
-        pytest.skip("no cuobjdump (CUDA toolkit)")
-    command = ["cuobjdump", "-sass", str(compiled(name)[1])]
+    command = [find_cuobjdump(), "-sass", str(compiled(name)[1])]
     sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     bodies = [b for b in sass.split("Function : ")[1:] if kernel in b.splitlines()[0]]
     assert bodies

@@ -1,0 +1,25 @@
+// Attributes that several ops have: the names of kernels.h's numbers, and scales.
+
+#ifndef SSDI8_TENSORRT_CHOICES_H_
+#define SSDI8_TENSORRT_CHOICES_H_
+
+#include <cfloat>
+
+#include "fields.h"
+#include "kernels.h"
+
+namespace ssdi8::plugin {
+
+inline const Choices kRoundings = {{"half_even", SSDI8_HALF_EVEN}, {"half_away", SSDI8_HALF_AWAY}};
+inline const Choices kGates = {{"fp32", SSDI8_GATE_FP32}, {"q0.7", SSDI8_GATE_Q0_7}};
+inline const Choices kDecayScales = {{"static", SSDI8_DECAY_STATIC}, {"peak", SSDI8_DECAY_PEAK}};
+
+// A step of an INT8 tensor, whose reciprocal is finite too.
+template <typename P>
+Field<P> scale_field(const char* name, float P::* member) {
+  return real_field(name, member, FLT_MIN, FLT_MAX);
+}
+
+}  // namespace ssdi8::plugin
+
+#endif  // SSDI8_TENSORRT_CHOICES_H_

@@ -1,0 +1,56 @@
+// Ssdi8ChunkScan: outputs from the inputs of a chunk and the state that enters it.
+
+#include "creators.h"
+#include "plugin.h"
+#include "ssd.h"
+
+namespace ssdi8::plugin {
+namespace {
+
+using P = Ssdi8ChunkScanParams;
+
+constexpr char kName[] = "Ssdi8ChunkScan";
+
+bool consistent(const P& p) { return check_groups(kName, p) && check_tile(kName, p); }
+bool has_tiles(const P& p) { return p.scan_tile < p.chunk_size; }
+
+Description<P> describe() {
+  Description<P> op;
+  op.name = kName;
+  op.launch = ssdi8_chunk_scan;
+  op.set_sizes = as_sequences;
+  op.fields = geometry_fields<P>() + std::vector<Field<P>>{
+                                         size_field("scan_tile", &P::scan_tile),
+                                         choice_field("rounding", &P::rounding, kRoundings),
+                                         choice_field("decay_scale", &P::decay_scale, kDecayScales),
+                                     };
+  op.consistent = consistent;
+  op.inputs = {
+      {"x", kHalf, bind<&P::x>, inner_shape<P>()},
+      {"b_q", kInt8, bind<&P::b_q>, group_shape<P>()},
+      {"c_q", kInt8, bind<&P::c_q>, group_shape<P>()},
+      {"dt", kFloat, bind<&P::dt>, decay_shape<P>()},
+      {"a", kFloat, bind<&P::a>, decay_shape<P>()},
+      {"passed", kInt8, bind<&P::passed>, chunk_shape<P>()},
+      {"D", kFloat, bind<&P::d_skip>, {&P::nheads}},
+      {"b_scale", kFloat, bind<&P::b_scale>, {&P::ngroups}},
+      {"c_scale", kFloat, bind<&P::c_scale>, {&P::ngroups}},
+      {"state_scale", kFloat, bind<&P::state_scale>, channel_shape<P>()},
+      {"cb_scale", kFloat, bind<&P::cb_scale>, {&P::ngroups}},
+      {"x_tile_scale", kFloat, bind<&P::x_tile_scale>, channel_shape<P>()},
+  };
+  op.last_input_needed = has_tiles;
+  op.outputs = {{"y", kHalf, bind<&P::y>, inner_shape<P>()}};
+  op.workspace = ssdi8_chunk_scan_workspace;
+  op.workspace_pointer = &P::workspace;
+  return op;
+}
+
+}  // namespace
+
+nvinfer1::IPluginCreatorInterface* chunk_scan_creator() {
+  static Creator<P> creator(describe());
+  return &creator;
+}
+
+}  // namespace ssdi8::plugin

@@ -1,0 +1,69 @@
+// What TensorRT finds in libssdi8_plugins.so: the creators, and where the plugins' messages go.
+
+#include <NvInferRuntime.h>
+
+#include <atomic>
+#include <cstdarg>
+#include <cstdint>
+#include <cstdio>
+
+#include "creators.h"
+#include "log.h"
+
+namespace ssdi8::plugin {
+namespace {
+
+using Severity = nvinfer1::ILogger::Severity;
+
+std::atomic<nvinfer1::ILoggerFinder*> logger_finder{nullptr};
+
+nvinfer1::ILogger* find_logger() noexcept {
+  nvinfer1::ILoggerFinder* finder = logger_finder.load();
+  try {
+    return finder ? finder->findLogger() : nullptr;
+  } catch (...) {  // findLogger is not noexcept, the plugins' methods are
+    return nullptr;
+  }
+}
+
+void log(Severity severity, const char* format, va_list arguments) noexcept {
+  char message[512];
+  std::vsnprintf(message, sizeof(message), format, arguments);
+  if (nvinfer1::ILogger* logger = find_logger()) {
+    logger->log(severity, message);
+  } else {
+    std::fprintf(stderr, "%s\n", message);
+  }
+}
+
+}  // namespace
+
+bool log_error(const char* format, ...) noexcept {
+  va_list arguments;
+  va_start(arguments, format);
+  log(Severity::kERROR, format, arguments);
+  va_end(arguments);
+  return false;
+}
+
+}  // namespace ssdi8::plugin
+
+// The rest of the library is hidden, but for the C ABI of kernels.h.
+#define SSDI8_EXPORT extern "C" __attribute__((visibility("default")))
+
+// Called by IPluginRegistry::loadLibrary.
+SSDI8_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) {
+  ssdi8::plugin::logger_finder.store(finder);
+}
+
+SSDI8_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
+  using namespace ssdi8::plugin;
+  static nvinfer1::IPluginCreatorInterface* const creators[] = {
+      rms_norm_creator(),      linear_creator(),         linear_w4_creator(),
+      causal_conv1d_creator(), rms_norm_gated_creator(), chunk_cumsum_creator(),
+      chunk_state_creator(),   state_passing_creator(),  chunk_scan_creator(),
+      ssd_scan_creator(),
+  };
+  count = sizeof(creators) / sizeof(creators[0]);
+  return creators;
+}

@@ -1,0 +1,41 @@
+// Ssdi8RmsNorm: residual add, RMSNorm, quantize.
+
+#include "choices.h"
+#include "creators.h"
+#include "plugin.h"
+
+namespace ssdi8::plugin {
+namespace {
+
+using P = Ssdi8RmsNormParams;
+using S = Size<P>;
+
+Description<P> describe() {
+  Description<P> op;
+  op.name = "Ssdi8RmsNorm";
+  op.launch = ssdi8_rms_norm;
+  op.set_sizes = as_rows;
+  op.fields = {
+      scale_field("scale", &P::scale),
+      real_field("eps", &P::eps, 0.0, 1.0),
+      choice_field("rounding", &P::rounding, kRoundings),
+  };
+  op.inputs = {
+      {"hidden", kHalf, bind<&P::hidden>, {S::kBatch, S::kLength, &P::d_model}},
+      {"residual", kFloat, bind<&P::residual>, {S::kBatch, S::kLength, &P::d_model}},
+  };
+  op.outputs = {
+      {"residual_out", kFloat, bind<&P::residual_out>, {S::kBatch, S::kLength, &P::d_model}},
+      {"quantized", kInt8, bind<&P::quantized>, {S::kBatch, S::kLength, &P::d_model}},
+  };
+  return op;
+}
+
+}  // namespace
+
+nvinfer1::IPluginCreatorInterface* rms_norm_creator() {
+  static Creator<P> creator(describe());
+  return &creator;
+}
+
+}  // namespace ssdi8::plugin

@@ -1,0 +1,67 @@
+// Ssdi8SsdScan: all of SSD in one op; for one token the plain recurrence.
+
+#include "creators.h"
+#include "plugin.h"
+#include "ssd.h"
+
+namespace ssdi8::plugin {
+namespace {
+
+using P = Ssdi8SsdScanParams;
+using S = Size<P>;
+
+constexpr char kName[] = "Ssdi8SsdScan";
+
+bool consistent(const P& p) {
+  return check_groups(kName, p) && check_tile(kName, p) && check_gate(kName, p) &&
+         check_time_step(kName, p);
+}
+bool has_tiles(const P& p) { return p.scan_tile < p.chunk_size; }
+
+Description<P> describe() {
+  Description<P> op;
+  op.name = kName;
+  op.launch = ssdi8_ssd_scan;
+  op.set_sizes = as_sequences;
+  op.fields = geometry_fields<P>() + time_step_fields<P>() +
+              std::vector<Field<P>>{
+                  size_field("scan_tile", &P::scan_tile),
+                  choice_field("gate", &P::gate, kGates),
+                  choice_field("rounding", &P::rounding, kRoundings),
+                  choice_field("decay_scale", &P::decay_scale, kDecayScales),
+              };
+  op.consistent = consistent;
+  op.inputs = {
+      {"x", kHalf, bind<&P::x>, inner_shape<P>()},
+      {"b_q", kInt8, bind<&P::b_q>, group_shape<P>()},
+      {"c_q", kInt8, bind<&P::c_q>, group_shape<P>()},
+      {"zxbcdt", kHalf, bind<&P::zxbcdt>, {S::kBatch, S::kLength, &P::row_stride}},
+      {"ssm_state", state_type<P>(), bind<&P::ssm_state>, state_shape<P>()},
+      {"dt_bias", kFloat, bind<&P::dt_bias>, {&P::nheads}},
+      {"A", kFloat, bind<&P::a_rate>, {&P::nheads}},
+      {"D", kFloat, bind<&P::d_skip>, {&P::nheads}},
+      {"b_scale", kFloat, bind<&P::b_scale>, {&P::ngroups}},
+      {"c_scale", kFloat, bind<&P::c_scale>, {&P::ngroups}},
+      {"x_scale", kFloat, bind<&P::x_scale>, channel_shape<P>()},
+      {"state_scale", kFloat, bind<&P::state_scale>, channel_shape<P>()},
+      {"cb_scale", kFloat, bind<&P::cb_scale>, {&P::ngroups}},
+      {"x_tile_scale", kFloat, bind<&P::x_tile_scale>, channel_shape<P>()},
+  };
+  op.last_input_needed = has_tiles;
+  op.outputs = {
+      {"y", kHalf, bind<&P::y>, inner_shape<P>()},
+      {"ssm_state_out", state_type<P>(), bind<&P::ssm_state_out>, state_shape<P>()},
+  };
+  op.workspace = ssdi8_ssd_scan_workspace;
+  op.workspace_pointer = &P::workspace;
+  return op;
+}
+
+}  // namespace
+
+nvinfer1::IPluginCreatorInterface* ssd_scan_creator() {
+  static Creator<P> creator(describe());
+  return &creator;
+}
+
+}  // namespace ssdi8::plugin

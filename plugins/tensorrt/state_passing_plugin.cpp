@@ -1,0 +1,42 @@
+// Ssdi8StatePassing: the recurrence between chunks.
+
+#include "creators.h"
+#include "plugin.h"
+#include "ssd.h"
+
+namespace ssdi8::plugin {
+namespace {
+
+using P = Ssdi8StatePassingParams;
+
+Description<P> describe() {
+  Description<P> op;
+  op.name = "Ssdi8StatePassing";
+  op.launch = ssdi8_state_passing;
+  op.set_sizes = as_sequences;
+  op.fields = {
+      size_field("chunk_size", &P::chunk_size),
+      choice_field("gate", &P::gate, kGates),
+      choice_field("rounding", &P::rounding, kRoundings),
+  };
+  op.inputs = {
+      {"states", chunk_type<P>, bind<&P::states>, chunk_shape<P>()},
+      {"a", kFloat, bind<&P::a>, decay_shape<P>()},
+      {"ssm_state", state_type<P>(), bind<&P::ssm_state>, state_shape<P>()},
+      {"state_scale", kFloat, bind<&P::state_scale>, channel_shape<P>()},
+  };
+  op.outputs = {
+      {"passed", kInt8, bind<&P::passed>, chunk_shape<P>()},
+      {"ssm_state_out", state_type<P>(), bind<&P::ssm_state_out>, state_shape<P>()},
+  };
+  return op;
+}
+
+}  // namespace
+
+nvinfer1::IPluginCreatorInterface* state_passing_creator() {
+  static Creator<P> creator(describe());
+  return &creator;
+}
+
+}  // namespace ssdi8::plugin

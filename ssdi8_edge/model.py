@@ -418,15 +418,20 @@ class Mamba2LM(nn.Module):
             self.lm_head.weight = self.backbone.embedding.weight
 
     def forward(
-        self, input_ids: Tensor, states: list[LayerState] | None = None
+        self,
+        input_ids: Tensor,
+        states: list[LayerState] | None = None,
+        keep: int | None = None,
     ) -> tuple[Tensor, list[LayerState]]:
-        """input_ids (b, l) int64; returns logits (b, l, vocab_size) and one state per layer."""
+        """input_ids (b, l) int64; returns logits (b, keep, vocab_size) of the last `keep` positions,
+        of all with None, and one state per layer."""
         residual = self.backbone.embedding(input_ids).float()
         new_states = []
         for i, layer in enumerate(self.backbone.layers):
             residual, state = layer(residual, None if states is None else states[i])
             new_states.append(state)
-        hidden = self.backbone.norm_f(residual).to(self.lm_head.weight.dtype)
+        kept = residual if keep is None else residual[:, -keep:]
+        hidden = self.backbone.norm_f(kept).to(self.lm_head.weight.dtype)
         return self.lm_head(hidden), new_states
 
     @torch.no_grad()

@@ -139,6 +139,19 @@ def _require(call: Call, dtype: torch.dtype, **shapes: tuple[int, ...]) -> None:
         setattr(call, name, tensor.contiguous())
 
 
+_references_only: ContextVar[bool] = ContextVar("references_only", default=False)
+
+
+@contextmanager
+def references_only() -> Iterator[None]:
+    """Inside, ops on a GPU run their torch references: exact, and counting what saturates."""
+    token = _references_only.set(True)
+    try:
+        yield
+    finally:
+        _references_only.reset(token)
+
+
 _in_place: ContextVar[bool] = ContextVar("states_in_place", default=False)
 
 
@@ -376,10 +389,11 @@ _KERNELS: Mapping[str, Callable[[Call], Any]] = {
 
 
 def kernel_for(op: Op, variant: int = 0) -> Callable[..., Any] | None:
-    """The kernel of `op`, called like its reference; None if it has none, or without a GPU or the
-    library. `variant` forces a tile size of the linear kernels, for benchmarks and tests."""
-    run = _KERNELS.get(op.name) if available() else None
-    if run is None:
+    """The kernel of `op`, called like its reference; None if it has none, without a GPU or the
+    library, and inside `references_only`. `variant` forces a tile size of the linear kernels, for
+    benchmarks and tests."""
+    run = _KERNELS.get(op.name)
+    if run is None or _references_only.get() or not available():
         return None
     signature = inspect.signature(op.reference)
 

@@ -1,0 +1,62 @@
+"""One checkpoint quantized by several methods, to be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from ssdi8_edge.artifacts import QUANTIZED
+from ssdi8_edge.errors import UsageError
+from ssdi8_edge.methods import find_method
+from ssdi8_edge.pipeline import Build, BuildRequest, run_name
+from ssdi8_edge.profiles import load_target
+from ssdi8_edge.progress import Track, silent
+from ssdi8_edge.quantize.saved import is_quantized_checkpoint
+
+
+def quantize_by(
+    methods: Sequence[str],
+    model: str,
+    runs: Path,
+    calibration: Path | None = None,
+    tokenizer: str | None = None,
+    device: str = "cpu",
+    track: Track = silent,
+    say: Callable[[str, str], None] = lambda method, line: None,
+) -> list[Path]:
+    """The quantized checkpoint of each method, in the run folders below `runs` that `build` makes.
+
+    What is there and up to date is not made again.
+
+    Args:
+        calibration, tokenizer, device: as in `pipeline.BuildRequest`.
+        say: is told what was done, and for which method.
+
+    Raises:
+        UsageError: an unknown method, none at all, or a model that is quantized already.
+    """
+    recipes, target = [find_method(name) for name in methods], load_target("host-cpu")
+    if not recipes:
+        raise UsageError("--methods names none;", "see `ssdi8-edge methods`.")
+    source = Path(model).expanduser()
+    if is_quantized_checkpoint(source) or is_quantized_checkpoint(source / QUANTIZED):
+        raise UsageError(
+            f"{source} is quantized already;",
+            "name the checkpoint that it was made from, or leave out --methods.",
+        )
+    folders = []
+    for recipe in recipes:
+        request = BuildRequest(
+            model=model,
+            recipe=recipe,
+            target=target,
+            out=runs / run_name(model, recipe.name, target.name),
+            calibration=calibration,
+            tokenizer=tokenizer,
+            until="quantize",
+            device=device,
+        )
+        Build(request, track, partial(say, recipe.name)).run()
+        folders.append(request.out / QUANTIZED)
+    return folders

@@ -1,0 +1,188 @@
+"""Evaluations as a table on a terminal, and as files: JSON and Markdown."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ssdi8_edge.artifacts import whole_or_absent
+from ssdi8_edge.errors import UsageError
+from ssdi8_edge.evaluate.evaluation import Evaluation
+from ssdi8_edge.evaluate.windows import Perplexity
+
+ANY_WIDTH = 10_000
+
+
+class Column(NamedTuple):
+    """A heading, in lines, and a cell for each model."""
+
+    heading: str
+    cells: list[str]
+
+
+def columns(rows: Sequence[Evaluation]) -> list[Column]:
+    """The table, left to right; its first column names the models."""
+    found = [Column("model", _names(rows)), Column("engine", [row.engine for row in rows])]
+    for of_text in zip(*(row.perplexities for row in rows), strict=True):
+        found += _text_columns(of_text, alone=len(rows[0].perplexities) == 1)
+    for of_task in zip(*(row.accuracies for row in rows), strict=True):
+        heading = f"{of_task[0].task}\n{of_task[0].metric}"
+        cells = [_percent(each.accuracy, each.stderr) for each in of_task]
+        found.append(Column(heading, cells))
+    averages = [row.average for row in rows]
+    if all(averages):
+        cells = [_percent(each.accuracy, each.stderr) for each in averages if each]
+        found.append(Column("average", cells))
+    for of_length in zip(*(row.long_context for row in rows), strict=True):
+        first = of_length[0]
+        heading = f"{first.text}\nlast {first.scored_tokens} of {first.window_tokens}"
+        found.append(Column(heading, [_with_change(each, first) for each in of_length]))
+    return found
+
+
+def _names(rows: Sequence[Evaluation]) -> list[str]:
+    """Of the methods, with the source where two rows would look alike."""
+    known = Counter((row.model, row.engine) for row in rows)
+    return [
+        row.model if known[row.model, row.engine] == 1 else f"{row.model} {row.source}"
+        for row in rows
+    ]
+
+
+def _text_columns(of_text: Sequence[Perplexity], alone: bool) -> list[Column]:
+    first = of_text[0]
+    prefix = "" if alone else f"{first.text}\n"
+    found = [Column(f"{first.text}\nperplexity", [_with_change(each, first) for each in of_text])]
+    if any(each.kl is not None for each in of_text):
+        agreement = [_optional(each.top1_agreement, "{:.2%}") for each in of_text]
+        found.append(Column(f"{prefix}KL", [_optional(each.kl, "{:.3g}") for each in of_text]))
+        found.append(Column(f"{prefix}top-1", agreement))
+    if any(each.saturation for each in of_text):
+        worst = [_worst(each.saturation) for each in of_text]
+        found.append(Column(f"{prefix}saturation", worst))
+    return found
+
+
+def _with_change(result: Perplexity, first: Perplexity) -> str:
+    if result is first:
+        return f"{result.perplexity:.4f}"
+    return f"{result.perplexity:.4f} ({result.perplexity / first.perplexity - 1:+.2%})"
+
+
+def _optional(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)
+
+
+def _worst(saturation: dict[str, float]) -> str:
+    if not saturation:
+        return ""
+    site, fraction = max(saturation.items(), key=lambda item: item[1])
+    return f"{fraction:.3%} {site}"
+
+
+def _percent(accuracy: float, stderr: float) -> str:
+    return f"{accuracy:.1%} ± {stderr:.1%}".replace("%", "")
+
+
+def notes(rows: Sequence[Evaluation]) -> list[str]:
+    """What the figures are, and on how much they were measured."""
+    first = rows[0]
+    found = [
+        f"{each.text}: {each.windows} × {each.window_tokens} tokens" for each in first.perplexities
+    ]
+    if len(rows) > 1:
+        found.append(
+            f"change of perplexity, KL (nats per token) and top-1 agreement: to {first.model}"
+        )
+    if any(each.saturation for row in rows for each in row.perplexities):
+        found.append("saturation: INT8 values at the end of their range, worst site of any layer")
+    if first.accuracies:
+        items = ", ".join(f"{each.task} {each.items}" for each in first.accuracies)
+        found.append(f"accuracy in %, ± standard error; items: {items}")
+    if first.long_context:
+        longest = first.long_context[-1]
+        found.append(
+            f"long context: the same {longest.scored_tokens} tokens of each of {longest.windows} "
+            "windows, after more or less of what precedes them"
+        )
+    return found
+
+
+def require_writable(paths: Sequence[Path]) -> None:
+    """Refuse, before anything is measured, files that `save_results` could not write.
+
+    Raises:
+        UsageError: an unknown kind of file, or no place for it.
+    """
+    for path in paths:
+        if path.suffix not in FORMATS:
+            raise UsageError(
+                f"cannot save results as {path};", f"give a name in {' or '.join(FORMATS)}."
+            )
+        if path.is_dir() or not path.parent.is_dir():
+            raise UsageError(f"cannot write {path};", "name a file in a folder that exists.")
+
+
+def save_results(rows: Sequence[Evaluation], paths: Sequence[Path]) -> None:
+    """Write each file in the form that its suffix names."""
+    for path in paths:
+        with whole_or_absent(path) as scratch:
+            scratch.write_text(FORMATS[path.suffix](rows), encoding="utf-8")
+
+
+def records(rows: Sequence[Evaluation]) -> str:
+    """Every figure with its name, as JSON."""
+    return json.dumps([record for row in rows for record in row.records()], indent=2) + "\n"
+
+
+def markdown(rows: Sequence[Evaluation]) -> str:
+    """One table with every column, and the notes as a list."""
+    found = columns(rows)
+    lines = [
+        [column.heading.replace("\n", " ") for column in found],
+        ["---"] * len(found),
+        *([column.cells[i] for column in found] for i in range(len(rows))),
+    ]
+    table = "\n".join(f"| {' | '.join(map(_escape, line))} |" for line in lines)
+    return f"{table}\n\n" + "".join(f"- {note}\n" for note in notes(rows))
+
+
+def _escape(cell: str) -> str:
+    return cell.replace("|", "\\|")
+
+
+FORMATS = {".json": records, ".md": markdown}
+
+
+def show(rows: Sequence[Evaluation], console: Console) -> None:
+    """Print the table, folded into several where the terminal is too narrow, and the notes."""
+    names, *others = columns(rows)
+    part = [names]
+    for column in others:
+        wider = [*part, column]
+        if len(part) > 1 and _width(wider, console) > console.width:
+            console.print(_rich(part))
+            wider = [names, column]
+        part = wider
+    console.print(_rich(part))
+    for note in notes(rows):
+        console.print(note, markup=False)
+
+
+def _width(part: Sequence[Column], console: Console) -> int:
+    """Characters that the table takes where nothing is wrapped."""
+    return console.measure(_rich(part), options=console.options.update(max_width=ANY_WIDTH)).maximum
+
+
+def _rich(part: Sequence[Column]) -> Table:
+    table = Table(*(escape(column.heading) for column in part))
+    for cells in zip(*(column.cells for column in part), strict=True):
+        table.add_row(*map(escape, cells))
+    return table

@@ -1,0 +1,209 @@
+"""Perplexity over windows of a text, and how far a model is from the one it was made from."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ssdi8_edge.artifacts import sha256_file
+from ssdi8_edge.errors import UsageError
+from ssdi8_edge.evaluate.subject import Subject
+from ssdi8_edge.evaluate.texts import Text, text_file
+from ssdi8_edge.progress import Track, silent
+from ssdi8_edge.stream import require_vocabulary
+
+# Method §7: non-overlapping blocks of 2048 tokens.
+WINDOW = 2048
+# Method §8.5: what an average over positions hides.
+CONTEXTS = (512, 2048, 8192)
+LAST = 256
+# Log-probabilities of so many positions at a time: at 50,000 tokens of vocabulary and 2048
+# positions each copy of them would take 0.8 GB.
+SLICE = 256
+ALL = 1 << 40
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp of the mean negative log-likelihood, in nats per token, of the last tokens of windows.
+
+    Attributes:
+        window_tokens: length of a window; each starts from zero states.
+        scored_tokens: how many of its last tokens count.
+        kl: mean over the scored tokens of KL(first model ‖ this one), nats; None for the first, and
+            for a model with other tokens.
+        top1_agreement: fraction of the scored tokens where both have the same likeliest token.
+        saturation: site -> fraction of INT8 values at the end of their range, in the worst layer;
+            empty where nothing is INT8 or the engine does not count.
+    """
+
+    model: str
+    engine: str
+    text: str
+    windows: int
+    window_tokens: int
+    scored_tokens: int
+    perplexity: float
+    kl: float | None = None
+    top1_agreement: float | None = None
+    saturation: dict[str, float] = field(default_factory=dict)
+
+
+class _Tally:
+    """Sums over the scored positions of one model."""
+
+    def __init__(self) -> None:
+        self.windows = 0
+        self.positions = 0
+        self.nll = 0.0
+        self.compared = 0
+        self.kl = 0.0
+        self.same_top = 0
+        self.saturation: defaultdict[str, float] = defaultdict(float)
+
+    def add(self, logits: Tensor, targets: Tensor, reference: Tensor | None) -> None:
+        """logits and reference (T, V) FP32 predict targets (T)."""
+        self.windows += 1
+        self.positions += len(targets)
+        for start in range(0, len(targets), SLICE):
+            part = slice(start, start + SLICE)
+            # FP64: KL to an FP16 model is a difference in the seventh digit.
+            log_p = logits[part].double().log_softmax(-1)
+            self.nll -= log_p.gather(1, targets[part, None].to(log_p.device)).sum().item()
+            if reference is None:
+                continue
+            log_r = reference[part].double().log_softmax(-1)
+            self.compared += len(log_r)
+            self.kl += (log_r.exp() * (log_r - log_p)).sum().item()
+            self.same_top += int((log_r.argmax(-1) == log_p.argmax(-1)).sum())
+
+    def add_saturation(self, fractions: dict[str, float]) -> None:
+        """Windows are of one length, so that the mean of their fractions is the fraction."""
+        for site, fraction in fractions.items():
+            self.saturation[site] += fraction
+
+    def worst_saturation(self) -> dict[str, float]:
+        """`layers.{i}.<site>` sums -> site: mean over windows in the worst layer."""
+        worst: dict[str, float] = {}
+        for name, total in self.saturation.items():
+            site = name.rsplit(".", 1)[-1]
+            worst[site] = max(worst.get(site, 0.0), total / self.windows)
+        return worst
+
+    def result(self, subject: Subject, text: Text, window: int, scored: int) -> Perplexity:
+        return Perplexity(
+            model=subject.name,
+            engine=subject.engine,
+            text=text.name,
+            windows=self.windows,
+            window_tokens=window,
+            scored_tokens=scored,
+            perplexity=math.exp(self.nll / self.positions),
+            kl=self.kl / self.compared if self.compared else None,
+            top1_agreement=self.same_top / self.compared if self.compared else None,
+            saturation=self.worst_saturation(),
+        )
+
+
+def perplexity(
+    subject: Subject, text: Path, limit: int | None = None, track: Track = silent
+) -> Perplexity:
+    """Perplexity of one model on a UTF-8 text, see `perplexities`."""
+    return perplexities([subject], text_file(text), limit, track)[0]
+
+
+def perplexities(
+    subjects: Sequence[Subject], text: Text, limit: int | None = None, track: Track = silent
+) -> list[Perplexity]:
+    """Perplexity of each model on `text`, the first being the one compared with.
+
+    Args:
+        limit: the first so many windows; None takes all. A text shorter than a window is one.
+
+    Raises:
+        UsageError: a tokenizer that belongs to another model, or a text too short.
+    """
+    return _measure(subjects, text, _windows(subjects, text, WINDOW, limit), track)
+
+
+def long_context(
+    subjects: Sequence[Subject], text: Text, limit: int | None = None, track: Track = silent
+) -> list[list[Perplexity]]:
+    """Of each model, the perplexity of the last 256 tokens of windows of 512, 2048 and 8192.
+
+    The tokens are the same for every length, and so is all that precedes them but how much of it
+    the model sees: windows of one length differ from those of another in the context alone.
+
+    Args:
+        limit: the first so many windows of the longest kind; None takes all.
+
+    Raises:
+        UsageError: the text is shorter than the longest window.
+    """
+    windows = _windows(subjects, text, CONTEXTS[-1], limit)
+    found = min(ids.shape[1] for ids in windows)
+    if found < CONTEXTS[-1]:
+        raise UsageError(
+            f"{text.name} holds {found} tokens;",
+            f"the long-context table needs a text of at least {CONTEXTS[-1]}.",
+        )
+    by_length = [
+        _measure(subjects, text, [ids[:, -length:] for ids in windows], track, LAST)
+        for length in CONTEXTS
+    ]
+    return [list(of_model) for of_model in zip(*by_length, strict=True)]
+
+
+def _windows(
+    subjects: Sequence[Subject], text: Text, tokens: int, limit: int | None
+) -> list[Tensor]:
+    """Windows (S, T) INT64 of each model; those with the same tokenizer share them."""
+    read: dict[str, Tensor] = {}
+    found = []
+    for subject in subjects:
+        key = sha256_file(subject.tokenizer)
+        if key not in read:
+            read[key] = text.windows(subject.tokenizer, tokens, limit or ALL)
+        require_vocabulary(read[key], subject.tokenizer, subject.source, subject.vocabulary)
+        found.append(read[key])
+    return found
+
+
+def _measure(
+    subjects: Sequence[Subject],
+    text: Text,
+    windows: Sequence[Tensor],
+    track: Track,
+    scored: int | None = None,
+) -> list[Perplexity]:
+    """Each model on its windows; the last `scored` tokens of a window count, or all that can.
+
+    Models take turns at each window, so that one window of the first one's logits is all that is
+    kept.
+    """
+    first = subjects[0]
+    tallies = [_Tally() for _ in subjects]
+    turns = [(i, n) for i in range(max(map(len, windows))) for n in range(len(subjects))]
+    reference: Tensor | None = None
+    for i, n in track(turns, f"{text.name}, {windows[0].shape[1]} tokens"):
+        if i >= len(windows[n]):
+            continue
+        subject, ids = subjects[n], windows[n][i]
+        count = scored or len(ids) - 1
+        logits, fractions = subject.counted_logits(ids[None], count + 1)
+        predicting = logits[0, :-1]
+        comparable = subject.vocabulary == first.vocabulary and torch.equal(windows[n], windows[0])
+        tallies[n].add(predicting, ids[-count:], reference if n and comparable else None)
+        tallies[n].add_saturation(fractions)
+        if n == 0:
+            reference = predicting
+    return [
+        tally.result(subject, text, own.shape[1], scored or own.shape[1] - 1)
+        for tally, subject, own in zip(tallies, subjects, windows, strict=True)
+    ]

@@ -1,25 +1,36 @@
-"""Runs, verifies or describes the bundle that this file lies in.
+"""Runs, measures, verifies or describes the bundle that this file lies in.
 
     python run_engine.py --prompt "The Jetson is"     text to stdout, timings to stderr
+    python run_engine.py --interactive                what you type, continued, turn by turn
+    python run_engine.py --bench                      one JSON line per prompt length
+    python run_engine.py --profile                    time of each layer and module
     python run_engine.py --verify                     hashes, then golden vectors; exit code 0 or 1
     python run_engine.py --info                       what the bundle is and where it was made
 
-Needs Python 3.10, numpy and onnxruntime; prompts need tokenizers. Exit codes: 0 ok, 1 the bundle
-ran and failed, 2 something does not fit, 130 stopped by Ctrl-C.
+Needs Python 3.10 and numpy; prompts need tokenizers. Where build_engine.py has built an engine it
+runs by TensorRT and needs tensorrt and pycuda, else the portable graph needs onnxruntime. Exit
+codes: 0 ok, 1 the bundle ran and failed, 2 something does not fit, 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 BUNDLE_FOLDER = Path(__file__).resolve().parent
+INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 
 
-def main() -> int:
-    """Import the runtime where Ctrl-C and a missing numpy are already answered, then run it."""
+def start(program: str, command_line: str) -> NoReturn:
+    """Run `command_line` of runtime.command_line and exit with what it returns.
+
+    It is imported here, where Ctrl-C and a missing numpy are already answered.
+    """
     try:
-        from runtime.command_line import run
+        import runtime.command_line
+
+        sys.exit(getattr(runtime.command_line, command_line)(sys.argv[1:], BUNDLE_FOLDER))
     except ModuleNotFoundError as error:
         remedies = {
             "numpy": f"install it with: {sys.executable} -m pip install numpy",
@@ -28,14 +39,12 @@ def main() -> int:
         module = (error.name or "").partition(".")[0]
         if module not in remedies:
             raise
-        print(f"run_engine: {error}; {remedies[module]}.", file=sys.stderr)
-        return 2
-    return run(sys.argv[1:], BUNDLE_FOLDER)
+        print(f"{program}: {error}; {remedies[module]}.", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        sys.exit(130)
+    start("run_engine", "run")

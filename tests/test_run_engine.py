@@ -1,8 +1,4 @@
-"""jetson/: what a bundle carries to run itself, driven as a user drives it.
-
-The bundle is made here: a two-layer graph of standard ops with the portable graph's inputs and
-outputs, whose logits depend on both kinds of state, and a small byte-level tokenizer.
-"""
+"""jetson/: what a bundle carries to run itself, driven as a user drives it."""
 
 from __future__ import annotations
 
@@ -19,219 +15,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime
 import pytest
-import tokenizers
-from onnx import TensorProto, helper, numpy_helper
-
-JETSON = Path(__file__).parents[1] / "jetson"
-sys.path.insert(0, str(JETSON))
-
-from runtime.backend import open_backend  # noqa: E402
-from runtime.bundle import Bundle, BundleProblem, RunFailure, open_bundle, sha256  # noqa: E402
-from runtime.generate import Timings, generate, prefill, prefill_pieces  # noqa: E402
-from runtime.onnxruntime_backend import OnnxRuntimeBackend  # noqa: E402
-from runtime.sampling import Sampler  # noqa: E402
-from runtime.text import REPLACEMENT, TextCodec, TextStream  # noqa: E402
-from runtime.verify import relative_error  # noqa: E402
-
-LAYERS, D_MODEL, VOCAB = 2, 8, 320
-NHEADS, HEADDIM, D_STATE, D_CONV, CONV_DIM = 2, 8, 4, 4, 24
-CHUNK, MAX_TOKENS = 4, 10
-SIZES = {
-    "d_model": D_MODEL,
-    "n_layer": LAYERS,
-    "vocab_size": VOCAB,
-    "d_state": D_STATE,
-    "d_conv": D_CONV,
-    "expand": 2,
-    "headdim": HEADDIM,
-    "ngroups": 1,
-    "chunk_size": CHUNK,
-}
-# Ten bytes, all different, in five characters: the model repeats them for ever, one token a byte.
-CHAIN = " é🙂жZ"
-SENTENCE = "the board runs the model and the model runs the board"
-
-
-# --------------------------------------------------------------------------------------------------
-# the bundle
-
-
-def make_tokenizer() -> tokenizers.Tokenizer:
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([SENTENCE, "quick brown foxes jump over lazy dogs"], trainer)
-    return tokenizer
-
-
-def make_graph(tokenizer: tokenizers.Tokenizer, state_dtype: str, stops: bool) -> onnx.ModelProto:
-    """h = embedding; per layer h += tanh(running sum of h @ U + (h @ C three tokens ago) @ V)."""
-    random = np.random.default_rng(0)
-    ssm_type = TensorProto.FLOAT if state_dtype == "fp32" else TensorProto.FLOAT16
-    channels = NHEADS * HEADDIM * D_STATE
-    inputs = [
-        helper.make_tensor_value_info("input_ids", TensorProto.INT32, ["b", "l"]),
-        helper.make_tensor_value_info("logits_to_keep", TensorProto.INT64, []),
-    ]
-    outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["b", "k", VOCAB])]
-    weights: dict[str, np.ndarray] = {"embedding": random.normal(size=(VOCAB, D_MODEL)) * 0.5}
-    nodes: list[onnx.NodeProto] = []
-
-    def op(kind: str, *names: str, out: str, **attributes: Any) -> str:
-        nodes.append(helper.make_node(kind, list(names), [out], **attributes))
-        return out
-
-    h = op("Gather", "embedding", "input_ids", out="h")
-    for i in range(LAYERS):
-        for name, shape in {
-            "U": (D_MODEL, channels),
-            "O": (channels, D_MODEL),
-            "C": (D_MODEL, CONV_DIM),
-            "V": (CONV_DIM, D_MODEL),
-        }.items():
-            weights[f"{name}{i}"] = random.normal(size=shape) * 0.1
-        conv, ssm = [D_CONV - 1, CONV_DIM], [NHEADS, HEADDIM, D_STATE]
-        for end, to in (("", inputs), ("_out", outputs)):
-            for name, element, shape in (
-                (f"conv_state{end}.{i}", TensorProto.FLOAT16, conv),
-                (f"ssm_state{end}.{i}", ssm_type, ssm),
-            ):
-                to.append(helper.make_tensor_value_info(name, element, ["b", *shape]))
-        step = op("MatMul", h, f"U{i}", out=f"step{i}")
-        total = op("CumSum", step, "one", out=f"total{i}")
-        start = op("Cast", f"ssm_state.{i}", out=f"start{i}", to=TensorProto.FLOAT)
-        flat = op("Reshape", start, "flat_shape", out=f"flat{i}")
-        running = op("Add", total, flat, out=f"running{i}")
-        last = op("Slice", running, "minus_one", "far", "axis_1", out=f"last{i}")
-        shaped = op("Reshape", last, "state_shape", out=f"shaped{i}")
-        op("Cast", shaped, out=f"ssm_state_out.{i}", to=ssm_type)
-        row = op("MatMul", h, f"C{i}", out=f"row{i}")
-        half = op("Cast", row, out=f"half{i}", to=TensorProto.FLOAT16)
-        rows = op("Concat", f"conv_state.{i}", half, out=f"rows{i}", axis=1)
-        op("Slice", rows, "minus_taps", "far", "axis_1", out=f"conv_state_out.{i}")
-        late = op("Slice", rows, "zero", "minus_taps", "axis_1", out=f"late{i}")
-        wide = op("Cast", late, out=f"wide{i}", to=TensorProto.FLOAT)
-        from_ssm = op("MatMul", running, f"O{i}", out=f"from_ssm{i}")
-        from_conv = op("MatMul", wide, f"V{i}", out=f"from_conv{i}")
-        mixed = op("Tanh", op("Add", from_ssm, from_conv, out=f"sum{i}"), out=f"mixed{i}")
-        h = op("Add", h, mixed, out=f"h{i}")
-
-    vocabulary = tokenizer.get_vocab_size()
-    follows = np.zeros((VOCAB, VOCAB))
-    follows[:, vocabulary:] = 1000  # padding rows, the likeliest of all if they were allowed
-    if stops:
-        follows[:, tokenizer.token_to_id("<|endoftext|>")] = 500
-    chain = tokenizer.encode(CHAIN).ids
-    follows[chain, [*chain[1:], chain[0]]] = 100
-    weights |= {"follows": follows, "head": random.normal(size=(D_MODEL, VOCAB))}
-    negative = op("Neg", "logits_to_keep", out="negative")
-    from_last = op("Reshape", negative, "one_shape", out="from_last")
-    h = op("Slice", h, from_last, "far", "axis_1", out="kept")
-    ids = op("Slice", "input_ids", from_last, "far", "axis_1", out="kept_ids")
-    scores = op("MatMul", h, "head", out="scores")
-    op("Add", scores, op("Gather", "follows", ids, out="bias"), out="logits")
-
-    constants = {
-        "one": 1,
-        "zero": [0],
-        "far": [2**62],
-        "axis_1": [1],
-        "minus_one": [-1],
-        "minus_taps": [1 - D_CONV],
-        "one_shape": [1],
-        "flat_shape": [-1, 1, channels],
-        "state_shape": [-1, NHEADS, HEADDIM, D_STATE],
-    }
-    initializers = [
-        *(numpy_helper.from_array(a.astype(np.float32), n) for n, a in weights.items()),
-        *(numpy_helper.from_array(np.array(v, np.int64), n) for n, v in constants.items()),
-    ]
-    graph = helper.make_graph(nodes, "tiny", inputs, outputs, initializers)
-    opset = helper.make_opsetid("", 17)
-    model = helper.make_model(graph, opset_imports=[opset], ir_version=9)
-    onnx.checker.check_model(model)
-    return model
-
-
-def make_golden(folder: Path, state_dtype: str) -> None:
-    """Golden vectors from onnxruntime itself: one prefill in one piece, then single steps."""
-    session = onnxruntime.InferenceSession(
-        folder / "model.portable.onnx", providers=["CPUExecutionProvider"]
-    )
-    names = [output.name for output in session.get_outputs()]
-    ids = np.random.default_rng(1).integers(0, 300, (1, 16)).astype(np.int32)
-    prompt, following, keep = ids[:, :12], ids[:, 12:], 6
-
-    def run(tokens: np.ndarray, states: dict[str, np.ndarray], keep: int) -> dict[str, np.ndarray]:
-        feed = {"input_ids": tokens, "logits_to_keep": np.array(keep, np.int64), **states}
-        return {n.replace("_out", ""): v for n, v in zip(names, session.run(names, feed))}  # noqa: B905
-
-    ssm_dtype = np.float32 if state_dtype == "fp32" else np.float16
-    states = {}
-    for i in range(LAYERS):
-        states[f"conv_state.{i}"] = np.zeros((1, D_CONV - 1, CONV_DIM), np.float16)
-        states[f"ssm_state.{i}"] = np.zeros((1, NHEADS, HEADDIM, D_STATE), ssm_dtype)
-    golden = run(prompt, states, keep)
-    states = {n: v for n, v in golden.items() if n != "logits"}
-    decode_logits = []
-    for token in following[0]:
-        result = run(np.array([[token]], np.int32), states, 1)
-        decode_logits.append(result.pop("logits")[0, 0])
-        states = result
-    np.savez(
-        folder / "golden.npz",
-        input_ids=prompt,
-        decode_ids=following,
-        decode_logits=np.stack(decode_logits),
-        **golden,
-    )
-
-
-def pack(folder: Path, **changes: Any) -> None:
-    """Write the manifest of what lies in `folder`; `changes` replace entries of its top level."""
-    files = sorted(f for f in folder.rglob("*") if f.is_file() and "__pycache__" not in f.parts)
-    manifest = {
-        "schema": 1,
-        "name": "tiny--edge-w8a8--host-cpu",
-        "model": SIZES,
-        "recipe": {"name": "edge-w8a8", "weights": "int8", "state_dtype": "fp32"},
-        "target": {"name": "host-cpu", "runtime": "onnxruntime", "max_tokens": MAX_TOKENS},
-        "created": {"host": "bench", "versions": {"onnx": onnx.__version__}},
-        "steps": [{"step": "export", "where": "bench", "seconds": 1.5}],
-        "not_run": ["engine: to be built on the board"],
-        **changes,
-    }
-    manifest["files"] = {
-        f.relative_to(folder).as_posix(): {"sha256": sha256(f), "bytes": f.stat().st_size}
-        for f in files
-        if f.name != "manifest.json"
-    }
-    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-
-
-def make_bundle(folder: Path, state_dtype: str = "fp32", stops: bool = False) -> Path:
-    shutil.copytree(JETSON, folder, ignore=shutil.ignore_patterns("__pycache__"))
-    tokenizer = make_tokenizer()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    onnx.save_model(
-        make_graph(tokenizer, state_dtype, stops),
-        folder / "model.portable.onnx",
-        save_as_external_data=True,
-        location="weights.bin",
-        size_threshold=256,
-    )
-    make_golden(folder, state_dtype)
-    pack(folder, recipe={"name": "edge-w8a8", "state_dtype": state_dtype})
-    return folder
+import tiny_bundle  # puts jetson/ on the path, so it comes first
+from runtime.backend import BackendOptions, open_backend
+from runtime.bundle import Bundle, BundleProblem, RunFailure, open_bundle, sha256
+from runtime.generate import Conversation, Timings, generate, prefill, prefill_pieces
+from runtime.onnxruntime_backend import OnnxRuntimeBackend
+from runtime.sampling import Sampler
+from runtime.text import REPLACEMENT, TextCodec, TextStream
+from runtime.verify import relative_error
+from tiny_bundle import (
+    CHAIN,
+    MAX_TOKENS,
+    SENTENCE,
+    SIZES,
+    VOCAB,
+    assert_one_sentence,
+    make_bundle,
+    pack,
+    run_engine,
+    run_json,
+)
 
 
 @pytest.fixture(scope="module")
@@ -261,37 +66,14 @@ def codec(bundle: Bundle) -> TextCodec:
     return TextCodec(bundle)
 
 
-def run_engine(folder: Path, *arguments: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
-    command = [sys.executable, "run_engine.py", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, timeout=120, **options)
-
-
-def run_json(folder: Path, *arguments: str, exit_code: int = 0) -> dict[str, Any]:
-    result = run_engine(folder, *arguments, "--json")
-    assert result.returncode == exit_code, result.stderr.decode()
-    return json.loads(result.stdout)
-
-
-def assert_one_sentence(
-    result: subprocess.CompletedProcess[bytes], words: list[str], exit_code: int = 2
-) -> None:
-    """One line on stderr that has all of `words`, and nothing on stdout."""
-    text = result.stderr.decode()
-    assert result.returncode == exit_code, text
-    assert text.startswith("run_engine: ") and text.endswith(".\n") and text.count("\n") == 1, text
-    assert result.stdout == b""
-    for word in words:
-        assert word in text
-
-
 # --------------------------------------------------------------------------------------------------
 # parts
 
 
 def test_jetson_imports_only_what_a_board_has() -> None:
-    allowed = {*sys.stdlib_module_names, "runtime"}
+    allowed = {*sys.stdlib_module_names, "runtime", "run_engine"}
     allowed |= {"numpy", "onnxruntime", "tensorrt", "pycuda", "tokenizers"}
-    files = list(JETSON.rglob("*.py"))
+    files = list(tiny_bundle.JETSON.rglob("*.py"))
     assert files
     for file in files:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -361,6 +143,28 @@ def test_backend_failure_is_a_sentence(backend: OnnxRuntimeBackend) -> None:
         backend.forward(np.full((1, 3), VOCAB, np.int32), backend.zero_states(1))
 
 
+def test_a_conversation_goes_on_where_it_stopped(
+    backend: OnnxRuntimeBackend, bundle: Bundle
+) -> None:
+    """Two turns, the first one left early, give what one run over all of their tokens gives."""
+    first, second = np.array([[1, 2, 3]], np.int32), np.array([[7, 8]], np.int32)
+    seen: list[np.ndarray] = []
+
+    def sample(logits: np.ndarray) -> int:
+        seen.append(logits.copy())
+        return int(logits.argmax())
+
+    conversation = Conversation(backend, bundle)
+    steps = conversation.generate(first, sample, 10, None)
+    tokens = [next(steps).token for _ in range(4)]  # the fourth is sampled and not run yet
+    steps.close()
+    next(conversation.generate(second, sample, 1, None))
+    whole = np.concatenate([first, np.array([tokens], np.int32), second], axis=1)
+    expected, _ = prefill(backend, bundle, whole)
+    assert relative_error(seen[-1], expected[0, -1]) < 1e-5
+    assert relative_error(seen[-1], prefill(backend, bundle, second)[0][0, -1]) > 1e-3
+
+
 def test_generate_ends_after_the_end_token(backend: OnnxRuntimeBackend, bundle: Bundle) -> None:
     tokens = iter([5, 6, 0, 7])
     prompt = np.array([[1, 2]], np.int32)
@@ -391,6 +195,11 @@ def test_sampling() -> None:
     assert set(free) == {0, 1, 2, 3, 4}
     assert set(draw(200, logits, temperature=2.0, top_k=2)) == {1, 2}
     assert set(draw(200, logits, temperature=2.0, top_k=50)) == {0, 1, 2, 3, 4}
+    # Probabilities at temperature 1: 0.64, 0.24, 0.09, 0.03, 0.01.
+    assert set(draw(200, logits, temperature=1.0, top_p=0.8)) == {1, 2}
+    assert set(draw(200, logits, temperature=1.0, top_p=0.9)) == {1, 2, 3}
+    assert set(draw(50, logits, temperature=1.0, top_p=0.0)) == {1}
+    assert draw(400, logits, temperature=2.0, seed=3, top_p=1.0) == free
     assert draw(20, logits, temperature=1e-310) == [1] * 20
     # Frequencies follow the softmax: exp((3 - 2) / 2) between the two likeliest.
     many = draw(4000, logits, temperature=2.0, top_k=2, seed=5)
@@ -472,15 +281,17 @@ def test_text_goes_to_stdout_and_the_rest_to_stderr(packed: Path) -> None:
 def test_json_of_a_run(packed: Path) -> None:
     report = run_json(packed, "--prompt", CHAIN, "--max-new-tokens", "12", "--seed", "5")
     assert list(report) == [
-        "bundle", "recipe", "backend", "machine", "threads", "sampling", "prompt", "text", "tokens",
-        "finish", "prompt_tokens", "new_tokens", "load_s", "ttft_s", "tpot_s", "tokens_per_s",
+        "bundle", "recipe", "backend", "notes", "machine", "threads", "sampling", "prompt", "text",
+        "tokens", "finish", "prompt_tokens", "new_tokens", "load_s", "ttft_s", "tpot_s",
+        "tokens_per_s",
     ]  # fmt: skip
     assert report["bundle"] == "tiny--edge-w8a8--host-cpu"
     assert report["recipe"] == "edge-w8a8"
     assert report["backend"] == f"onnxruntime {onnxruntime.__version__} (CPU)"
-    assert set(report["machine"]) == {"platform", "cpu", "cores", "python"}
+    assert set(report["machine"]) == {"kind", "platform", "cpu", "cores", "python", "board"}
     assert report["threads"] is None
-    assert report["sampling"] == {"max_new_tokens": 12, "temperature": 0, "top_k": 0, "seed": 5}
+    sampling = {"max_new_tokens": 12, "temperature": 0, "top_k": 0, "top_p": 1, "seed": 5}
+    assert report["sampling"] == sampling
     assert (report["prompt"], report["text"]) == (CHAIN, CHAIN + " ")
     assert (report["prompt_tokens"], report["new_tokens"], len(report["tokens"])) == (10, 12, 12)
     assert report["finish"] == "length"
@@ -513,7 +324,13 @@ def test_prompt_from_a_file_and_from_stdin(packed: Path, tmp_path: Path) -> None
 
 
 def test_bundle_can_be_named_from_elsewhere(packed: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(JETSON / "run_engine.py"), str(packed), "--info", "--json"]
+    command = [
+        sys.executable,
+        str(tiny_bundle.JETSON / "run_engine.py"),
+        str(packed),
+        "--info",
+        "--json",
+    ]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=120, check=True)
     assert json.loads(result.stdout)["bundle"] == "tiny--edge-w8a8--host-cpu"
 
@@ -578,14 +395,16 @@ def test_verify_passes(tmp_path: Path, state_dtype: str) -> None:
     assert "golden vectors: 9 tensors agree" in result.stdout.decode()
     report = run_json(folder, "--verify")
     assert list(report) == [
-        "bundle", "verified", "problem", "backend", "machine", "tolerance", "comparisons",
+        "bundle", "verified", "problem", "backend", "notes", "machine", "comparisons", "suspects",
     ]  # fmt: skip
     assert report["verified"] is True and report["problem"] is None
     assert [c["name"] for c in report["comparisons"]] == [
         "conv_state.0", "ssm_state.0", "conv_state.1", "ssm_state.1", "logits",
         "decode_logits[0]", "decode_logits[1]", "decode_logits[2]", "decode_logits[3]",
     ]  # fmt: skip
-    assert all(c["agrees"] and c["relative_error"] < 1e-3 for c in report["comparisons"])
+    for entry in report["comparisons"]:
+        assert list(entry) == ["name", "relative_error", "tolerance", "agrees"]
+        assert entry["agrees"] and entry["relative_error"] < entry["tolerance"] == 1e-3
 
 
 def poison(array: np.ndarray) -> None:
@@ -637,7 +456,7 @@ def test_info(packed: Path) -> None:
     report = run_json(packed, "--info")
     assert list(report) == [
         "bundle", "model", "recipe", "target", "files", "bytes", "state_bytes_per_sequence",
-        "created", "steps", "not_run",
+        "created", "steps", "not_run", "engines",
     ]  # fmt: skip
     assert report["model"] == SIZES
     assert report["bytes"] == sum(report["files"].values())
@@ -752,7 +571,13 @@ def test_bad_bundle_is_one_sentence(copy: Path, case: str) -> None:
         (["--prompt", "a", "--temperature", "nan"], ["--temperature", "'nan'"]),
         (["--prompt", "a", "--temperature", "inf"], ["--temperature", "'inf'"]),
         (["--prompt", "a", "--top-k", "-3"], ["--top-k", "'-3'"]),
+        (["--prompt", "a", "--top-p", "1.5"], ["--top-p", "'1.5'", "from 0 to 1"]),
         (["--prompt", "a", "--seed", "-3"], ["--seed", "'-3'"]),
+        (["--bench", "--seq-lens", "256,0"], ["--seq-lens", "'0'", "at least 1"]),
+        (["--bench", "--seq-lens", "256,,512"], ["--seq-lens", "''"]),
+        (["--bench", "--repeat", "0"], ["--repeat", "'0'"]),
+        (["--bench", "--seconds", "inf"], ["--seconds", "'inf'"]),
+        (["--bench", "--profile"], ["--profile", "not allowed with"]),
         (["--prompt", "a", "--threads", "0"], ["--threads", "from 1 to 1024"]),
         (["--prompt", "a", "--backend", "abacus"], ["--backend", "abacus"]),
         (["--prompt", "a", "--verify"], ["--verify", "not allowed with"]),
@@ -783,7 +608,7 @@ def test_missing_library_is_one_sentence(packed: Path, tmp_path: Path, module: s
 
 
 def test_script_without_its_folder(tmp_path: Path) -> None:
-    shutil.copy(JETSON / "run_engine.py", tmp_path)
+    shutil.copy(tiny_bundle.JETSON / "run_engine.py", tmp_path)
     assert_one_sentence(run_engine(tmp_path, "--info"), ["runtime", "copy the whole bundle"])
 
 
@@ -792,7 +617,7 @@ def test_bundle_for_tensorrt_says_so_and_runs_its_portable_graph_when_asked(copy
     words = ["no TensorRT engine yet", "built on the board", "use --backend onnxruntime"]
     assert_one_sentence(run_engine(copy, "--prompt", CHAIN), words)
     with pytest.raises(BundleProblem, match="built on the board"):
-        open_backend(open_bundle(copy), "tensorrt", threads=None)
+        open_backend(open_bundle(copy), "tensorrt", BackendOptions())
     portable = ("--backend", "onnxruntime")
     assert run_json(copy, "--prompt", CHAIN, "--max-new-tokens", "10", *portable)["text"] == CHAIN
     assert run_json(copy, "--verify", *portable)["verified"]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,11 +16,38 @@ from runtime.bundle import Bundle, BundleProblem
 # np.asarray of it copies to the host.
 States = Mapping[str, Any]
 
+LayerTimes = list[tuple[str, float]]  # names of the library's layers, in order, and their seconds
+
+
+@dataclass(frozen=True)
+class BackendOptions:
+    """How to open a backend; what one does not have, it ignores."""
+
+    threads: int | None = None  # of onnxruntime; None leaves it the choice
+    engines: Path | None = None  # folder that build_engine.py wrote; None: engine/ in the bundle
+    plugins: Path | None = None  # plugin library; None: where the engine's build log says
+    profiling: bool = False  # collect `layer_times`
+    hash_all: bool = False  # also of an engine that is large
+
 
 class Backend(Protocol):
     """One loaded graph. It serves prefill, continued prefill and decode."""
 
     description: str  # library, version and device, for people
+    runtime: str  # its name in manifests and records
+    versions: Mapping[str, str]  # library -> version
+    engine: Mapping[str, Any] | None  # as in a bench record
+    max_keep: int | None  # the most positions that `forward` gives logits of; None: any
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What a user should know of this run, one sentence each; may grow while it runs."""
+        ...
+
+    @property
+    def gpu_bytes(self) -> int | None:
+        """GPU memory taken since it was opened."""
+        ...
 
     def zero_states(self, batch: int) -> States:
         """States that start `batch` sequences."""
@@ -28,13 +57,22 @@ class Backend(Protocol):
         """Run tokens `ids` (b, l) int32 after `states`.
 
         Returns the logits (b, keep, vocab) float32 of the last `keep` positions and the new states.
-        `states` may be overwritten by the call: go on with the ones returned.
+        Both may be overwritten by the next call, and `states` by this one: go on with the states
+        returned, and copy what has to stay.
         """
         ...
 
+    def layer_times(self) -> list[LayerTimes]:
+        """One entry per call of `forward` so far; ends the profiling."""
+        ...
 
-def open_backend(bundle: Bundle, name: str, threads: int | None) -> Backend:
-    """Load the graph of `bundle` with the runtime `name`; `threads` None leaves it the choice."""
+    def close(self) -> None:
+        """Free everything; may be called again."""
+        ...
+
+
+def open_backend(bundle: Bundle, name: str, options: BackendOptions) -> Backend:
+    """Load the graph of `bundle` with the runtime `name`."""
     if name == "onnxruntime":
         try:
             from runtime.onnxruntime_backend import OnnxRuntimeBackend
@@ -45,8 +83,7 @@ def open_backend(bundle: Bundle, name: str, threads: int | None) -> Backend:
                 f"onnxruntime cannot be imported ({error})",
                 f"install it with: {sys.executable} -m pip install onnxruntime",
             ) from error
-        return OnnxRuntimeBackend(bundle, threads)
-    raise BundleProblem(
-        f"bundle {bundle.name} has no TensorRT engine yet, it will be built on the board",
-        "use --backend onnxruntime to run the portable graph on the CPU",
-    )
+        return OnnxRuntimeBackend(bundle, options.threads, options.profiling)
+    from runtime.tensorrt_backend import TensorRtBackend
+
+    return TensorRtBackend(bundle, options)

@@ -86,6 +86,12 @@ class ModelSizes:
         }
 
 
+def output_name(state: str) -> str:
+    """conv_state.3 -> conv_state_out.3, the graph's output that is the input of the next call."""
+    kind, layer = state.split(".")
+    return f"{kind}_out.{layer}"
+
+
 @dataclass(frozen=True)
 class Bundle:
     """A folder with a manifest that this runtime understands; `check_files` looks at the rest."""
@@ -104,6 +110,11 @@ class Bundle:
     def files(self) -> Mapping[str, Mapping[str, Any]]:
         """Relative path -> {"sha256", "bytes"}, the manifest itself excepted."""
         return self.manifest["files"]
+
+    @property
+    def key(self) -> str:
+        """Of everything that the bundle was made from."""
+        return str(self.manifest.get("key", ""))
 
     def path(self, name: str) -> Path:
         """Where a listed file lies."""

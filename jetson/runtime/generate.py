@@ -56,14 +56,15 @@ def prefill_pieces(length: int, max_tokens: int, chunk_size: int) -> list[tuple[
 
 
 def prefill(
-    backend: Backend, bundle: Bundle, ids: np.ndarray, keep: int = 1
+    backend: Backend, bundle: Bundle, ids: np.ndarray, keep: int = 1, states: States | None = None
 ) -> tuple[np.ndarray, States]:
-    """Run tokens (b, l) int32 from zero states, in as many pieces as the target needs.
+    """Run tokens (b, l) int32 after `states` (None: from the start), in as many pieces as needed.
 
     Returns logits (b, keep, vocab) float32 of the last `keep` positions, and the states.
     """
     batch, length = ids.shape
-    states = backend.zero_states(batch)
+    if states is None:
+        states = backend.zero_states(batch)
     wanted = length - keep  # first position whose logits are returned
     kept = []
     for start, end in prefill_pieces(length, bundle.max_tokens, bundle.model.chunk_size):
@@ -71,8 +72,44 @@ def prefill(
         piece_keep = max(1, end - max(start, wanted))
         logits, states = backend.forward(ids[:, start:end], states, piece_keep)
         if end > wanted:
-            kept.append(logits)
-    return np.concatenate(kept, axis=1), states
+            kept.append(logits if keep == 1 else logits.copy())
+    return kept[0] if len(kept) == 1 else np.concatenate(kept, axis=1), states
+
+
+class Conversation:
+    """One sequence that grows: what was said so far is in the states, and not read again."""
+
+    def __init__(self, backend: Backend, bundle: Bundle) -> None:
+        self._backend = backend
+        self._bundle = bundle
+        self._states: States | None = None
+        # Sampled last and not run yet; it is run together with what comes next.
+        self._pending: list[int] = []
+
+    def generate(
+        self,
+        prompt: np.ndarray,
+        sample: Callable[[np.ndarray], int],
+        max_new_tokens: int,
+        end_id: int | None,
+    ) -> Iterator[Step]:
+        """Go on after `prompt` (1, l) int32 until `end_id`, yielded too, or `max_new_tokens`.
+
+        The caller may stop at any token and come back with the next prompt.
+        """
+        started = time.perf_counter()
+        pending = np.array([self._pending], np.int32)
+        ids = np.concatenate([pending, prompt], axis=1, dtype=np.int32)
+        logits, self._states = prefill(self._backend, self._bundle, ids, 1, self._states)
+        for remaining in reversed(range(max_new_tokens)):
+            token = sample(logits[0, -1])
+            self._pending = [token]
+            yield Step(token, time.perf_counter() - started)
+            if token == end_id or not remaining:
+                return
+            started = time.perf_counter()
+            step = np.array([[token]], np.int32)
+            logits, self._states = self._backend.forward(step, self._states)
 
 
 def generate(
@@ -84,12 +121,4 @@ def generate(
     end_id: int | None,
 ) -> Iterator[Step]:
     """Continue `prompt` (1, l) int32 until `end_id`, which is yielded too, or `max_new_tokens`."""
-    started = time.perf_counter()
-    logits, states = prefill(backend, bundle, prompt)
-    for remaining in reversed(range(max_new_tokens)):
-        token = sample(logits[0, -1])
-        yield Step(token, time.perf_counter() - started)
-        if token == end_id or not remaining:
-            return
-        started = time.perf_counter()
-        logits, states = backend.forward(np.array([[token]], np.int32), states)
+    return Conversation(backend, bundle).generate(prompt, sample, max_new_tokens, end_id)

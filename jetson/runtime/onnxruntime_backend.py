@@ -2,30 +2,49 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import onnxruntime
 
-from runtime.backend import States
-from runtime.bundle import Bundle, BundleProblem, RunFailure
+from runtime.backend import LayerTimes, States
+from runtime.bundle import Bundle, BundleProblem, RunFailure, output_name
 
 GRAPH = "model.portable.onnx"
 ERRORS_ONLY = 3  # onnxruntime's warnings speak to those who export a graph, not to those who run it
+MICROSECOND = 1e-6
 
 
 class OnnxRuntimeBackend:
     """A session on the portable graph; see `Backend` for the meaning of the methods."""
 
-    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+    runtime = "onnxruntime"
+    engine: Mapping[str, Any] | None = None
+    notes: tuple[str, ...] = ()
+    gpu_bytes: int | None = None
+    max_keep: int | None = None
+
+    def __init__(self, bundle: Bundle, threads: int | None = None, profiling: bool = False) -> None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = ERRORS_ONLY
         if threads is not None:
             options.intra_op_num_threads = threads
+        self._trace = Path(tempfile.mkdtemp(prefix="run_engine.")) if profiling else None
+        if self._trace:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(self._trace / "trace")
         path = bundle.path(GRAPH)
         try:
             self._session = onnxruntime.InferenceSession(
                 path, options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # onnxruntime's exceptions have no common base of their own
+            self.close()
             raise BundleProblem(
                 f"onnxruntime {onnxruntime.__version__} cannot load {path} ({error})",
                 "upgrade onnxruntime, or copy the bundle again",
@@ -33,6 +52,10 @@ class OnnxRuntimeBackend:
         self._shapes = bundle.model.state_shapes
         self._dtypes = bundle.state_dtypes()
         self._check_names()
+        self.versions: Mapping[str, str] = {
+            "numpy": np.__version__,
+            "onnxruntime": onnxruntime.__version__,
+        }
         self.description = f"onnxruntime {onnxruntime.__version__} (CPU)"
 
     def _check_names(self) -> None:
@@ -43,7 +66,7 @@ class OnnxRuntimeBackend:
             raise BundleProblem(
                 f"{GRAPH} and the manifest disagree about the input {odd}", "pack the bundle again"
             )
-        self._outputs = ["logits", *(_output_name(name) for name in self._dtypes)]
+        self._outputs = ["logits", *(output_name(name) for name in self._dtypes)]
 
     def zero_states(self, batch: int) -> States:
         """Zeros: conv_state.i (b, k-1, c) float16, ssm_state.i (b, h, p, n) as the recipe says."""
@@ -63,8 +86,40 @@ class OnnxRuntimeBackend:
             ) from error
         return logits, dict(zip(self._dtypes, new_states, strict=True))
 
+    def layer_times(self) -> list[LayerTimes]:
+        """Seconds of each graph node, without those of the nodes inside it."""
+        trace = json.loads(Path(self._session.end_profiling()).read_text(encoding="utf-8"))
+        self.close()
+        runs = sorted(
+            (event for event in trace if event.get("name") == "model_run"), key=lambda e: e["ts"]
+        )
+        nodes = [event for event in trace if event.get("cat") == "Node"]
+        return [
+            _own_times([node for node in nodes if run["ts"] <= node["ts"] <= _end(run)])
+            for run in runs
+        ]
 
-def _output_name(state: str) -> str:
-    """conv_state.3 -> conv_state_out.3"""
-    kind, layer = state.split(".")
-    return f"{kind}_out.{layer}"
+    def close(self) -> None:
+        """Remove the trace; the session holds memory alone."""
+        if self._trace:
+            shutil.rmtree(self._trace, ignore_errors=True)
+
+
+def _end(event: Mapping[str, Any]) -> int:
+    return event["ts"] + event["dur"]
+
+
+def _own_times(nodes: list[dict[str, Any]]) -> LayerTimes:
+    """Of an If or a Scan, only what its body did not take; onnxruntime runs node after node."""
+    own: list[float] = []
+    names = []
+    open_nodes: list[tuple[int, int]] = []  # (index, end) of the nodes around the current one
+    for node in sorted(nodes, key=lambda e: (e["ts"], -e["dur"])):
+        while open_nodes and node["ts"] >= open_nodes[-1][1]:
+            open_nodes.pop()
+        if open_nodes:
+            own[open_nodes[-1][0]] -= node["dur"]
+        open_nodes.append((len(own), _end(node)))
+        names.append(node["name"].removesuffix("_kernel_time"))
+        own.append(node["dur"])
+    return [(name, max(0.0, us) * MICROSECOND) for name, us in zip(names, own, strict=True)]

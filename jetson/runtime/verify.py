@@ -12,7 +12,23 @@ from runtime.bundle import Bundle, BundleProblem
 from runtime.generate import prefill
 
 GOLDEN = "golden.npz"
-TOLERANCE = 1e-3  # relative, in the Frobenius norm, for states and logits alike
+# Relative, in the Frobenius norm. Where onnxruntime runs the reference's own arithmetic, states and
+# logits agree far better than this.
+EXACT = 1e-3
+# Kernels compute in FP32 and move some INT8 values by one step, and later layers see the sum of it.
+# Measured with the graph's FP32 form in onnxruntime, on the demo model and one of 36 M parameters:
+# up to 4e-3 in what depends on one block alone, 6e-2 in deeper states, 3e-2 in logits. The first
+# three states pass through every op once.
+FIRST_BLOCK = ("conv_state.0", "ssm_state.0", "conv_state.1")
+FIRST_BLOCK_TOLERANCE = 1e-2
+DEEPER_TOLERANCE = 1e-1
+
+
+def tolerance(runtime: str, name: str) -> float:
+    """How far the tensor `name` may be from its golden twin."""
+    if runtime == "onnxruntime":
+        return EXACT
+    return FIRST_BLOCK_TOLERANCE if name in FIRST_BLOCK else DEEPER_TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -21,10 +37,11 @@ class Comparison:
 
     name: str
     relative_error: float  # infinite where a value is NaN or infinite, or the shapes differ
+    tolerance: float
 
     @property
     def agrees(self) -> bool:
-        return self.relative_error <= TOLERANCE
+        return self.relative_error <= self.tolerance
 
 
 def relative_error(got: np.ndarray, golden: np.ndarray) -> float:
@@ -45,13 +62,45 @@ def compare_with_golden(backend: Backend, bundle: Bundle) -> Iterator[Comparison
     """
     golden = _load_golden(bundle)
     expected = golden["logits"]
+    if backend.max_keep is not None:
+        expected = expected[:, -backend.max_keep :]
     logits, states = prefill(backend, bundle, golden["input_ids"], keep=expected.shape[1])
+    logits_error = relative_error(logits, expected)  # the next call may overwrite them
+
+    def comparison(name: str, error: float) -> Comparison:
+        return Comparison(name, error, tolerance(backend.runtime, name))
+
     for name in bundle.model.state_shapes(1):
-        yield Comparison(name, relative_error(np.asarray(states[name]), golden[name]))
-    yield Comparison("logits", relative_error(logits, expected))
+        yield comparison(name, relative_error(np.asarray(states[name]), golden[name]))
+    yield comparison("logits", logits_error)
     for step, expected in enumerate(golden["decode_logits"]):
         logits, states = backend.forward(golden["decode_ids"][:, step : step + 1], states)
-        yield Comparison(f"decode_logits[{step}]", relative_error(logits[0, 0], expected))
+        yield comparison(f"decode_logits[{step}]", relative_error(logits[0, 0], expected))
+
+
+def suspects(name: str, bundle: Bundle) -> list[str]:
+    """The ops that can be at fault where `name` is the first tensor to differ, in their order.
+
+    conv_state holds what in_proj gave for the last tokens; ssm_state depends on the convolution and
+    the part of SSD that makes states; what SSD gives out shows in the next layer's conv_state.
+    """
+    kind, _, number = name.partition(".")
+    if kind == "conv_state":
+        layer = int(number)
+        before = ["Embedding"] if layer == 0 else _after_the_state(layer - 1)
+        return [*before, f"layers.{layer}/RmsNorm", f"layers.{layer}/Linear (in_proj)"]
+    if kind == "ssm_state":
+        ops = ("CausalConv1d", "ChunkCumsum", "ChunkState", "StatePassing")
+        return [f"layers.{number}/{op}" for op in ops]
+    if kind == "logits":
+        head = ["head/RmsNorm", "head/Linear (lm_head)"]
+        return [*_after_the_state(bundle.model.n_layer - 1), *head]
+    return ["the decode step of any layer: CausalConv1d or SsdScan with one token, or Linear"]
+
+
+def _after_the_state(layer: int) -> list[str]:
+    ops = ("ChunkScan", "RmsNormGated", "Linear (out_proj)")
+    return [f"layers.{layer}/{op}" for op in ops]
 
 
 def _load_golden(bundle: Bundle) -> dict[str, np.ndarray]:

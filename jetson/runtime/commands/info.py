@@ -1,0 +1,82 @@
+"""--info: what the bundle is, where it was made, and which engine it has."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from typing import Any
+
+from runtime.bundle import Bundle, BundleProblem
+from runtime.console import pairs, print_json, size
+from runtime.engine_store import STORE, engines_in
+
+
+def run(bundle: Bundle, options: argparse.Namespace) -> int:
+    """Describe it; returns the exit code."""
+    bundle.check_files()
+    manifest, dtypes = bundle.manifest, bundle.state_dtypes()
+    sizes = {name: listed["bytes"] for name, listed in bundle.files.items()}
+    state_bytes = sum(
+        math.prod(shape) * dtypes[name].itemsize
+        for name, shape in bundle.model.state_shapes(batch=1).items()
+    )
+    report = {
+        "bundle": bundle.name,
+        "model": manifest["model"],
+        "recipe": manifest["recipe"],
+        "target": manifest["target"],
+        "files": sizes,
+        "bytes": sum(sizes.values()),
+        "state_bytes_per_sequence": state_bytes,
+        "created": manifest["created"],
+        "steps": manifest["steps"],
+        "not_run": manifest["not_run"],
+        "engines": _engines(bundle, options),
+    }
+    if options.json:
+        print_json(report)
+        return 0
+    largest = max(sizes, key=lambda name: sizes[name])
+    print(f"bundle   {bundle.name}")
+    print(f"model    {pairs(report['model'])}")
+    print(f"recipe   {pairs(report['recipe'])}")
+    print(f"target   {pairs(report['target'])}")
+    print(
+        f"size     {size(report['bytes'])} in {len(sizes)} files, largest {largest}"
+        f" ({size(sizes[largest])}); {size(state_bytes)} of state per sequence"
+    )
+    print(f"created  {pairs(report['created'])}")
+    for step in report["steps"]:
+        print(f"ran      {pairs(step)}")
+    for step in report["not_run"]:
+        print(f"not run  {step}")
+    for engine in report["engines"]:
+        print(f"engine   {pairs(engine)}")
+    return 0
+
+
+def _engines(bundle: Bundle, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Those built so far, newest first; whether one fits here is for the runtime to say."""
+    found = []
+    for engine in engines_in(options.engine or bundle.root / STORE):
+        try:
+            engine.check()
+            state = "whole"
+        except BundleProblem as problem:
+            state = problem.message
+        built_for = {
+            name: value
+            for part in ("requirements", "conditions")
+            for name, value in engine.log[part].items()
+            if name in ("tensorrt", "cuda", "gpu", "sms", "power_mode", "gpu_max_hz")
+        }
+        found.append(
+            {
+                "key": engine.key,
+                "built": engine.log.get("built"),
+                "bytes": engine.log["engine"]["bytes"],
+                "state": state,
+                "built_for": built_for,
+            }
+        )
+    return found

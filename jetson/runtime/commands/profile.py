@@ -1,0 +1,109 @@
+"""--profile: the time of each layer and module, in prefill and in decode.
+
+Layers are timed one by one and without a CUDA graph, so their sum is not what a run takes: --bench
+measures that.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from runtime.backend import Backend
+from runtime.bench import SEED
+from runtime.bundle import Bundle
+from runtime.commands.generate import open_timed, show_notes
+from runtime.console import print_json, table
+from runtime.generate import prefill_pieces
+from runtime.layer_times import LayerTime, median_times, module_times
+from runtime.machine import this_machine
+
+SCHEMA = 1
+LAYERS_SHOWN = 20
+
+
+def run(bundle: Bundle, options: argparse.Namespace) -> int:
+    """Time prompts of the first of --seq-lens, and tokens after each; returns the exit code."""
+    bundle.check_files()
+    length = options.seq_lens[0]
+    backend, _ = open_timed(bundle, options, profiling=True)
+    try:
+        prefill, decode = _measure(backend, bundle, length, options)
+    finally:
+        backend.close()
+    phases = [_phase("prefill", length, prefill), _phase("decode", 1, decode)]
+    if options.json:
+        print_json(
+            {
+                "schema": SCHEMA,
+                "kind": "profile",
+                "bundle": bundle.name,
+                "key": bundle.key,
+                "recipe": bundle.recipe,
+                "target": bundle.target,
+                "runtime": backend.runtime,
+                "backend": backend.description,
+                "engine": backend.engine,
+                "notes": list(backend.notes),
+                "machine": asdict(this_machine()),
+                "versions": dict(backend.versions),
+                "threads": options.threads,
+                "repeat": options.repeat,
+                "phases": phases,
+            }
+        )
+        return 0
+    print(f"{backend.description} on {this_machine()}")
+    show_notes(backend)
+    for phase in phases:
+        _show(phase)
+    return 0
+
+
+def _measure(
+    backend: Backend, bundle: Bundle, length: int, options: argparse.Namespace
+) -> tuple[list[LayerTime], list[LayerTime]]:
+    """Layers of a prefill of `length` tokens (its pieces added up), and of one decode step."""
+    ids = np.random.default_rng(SEED).integers(0, bundle.model.vocab_size, (1, length + 1))
+    ids = ids.astype(np.int32)
+    pieces = prefill_pieces(length, bundle.max_tokens, bundle.model.chunk_size)
+    rounds = options.warmup + options.repeat
+    for _ in range(rounds):
+        states = backend.zero_states(1)
+        for start, end in pieces:
+            _, states = backend.forward(ids[:, start:end], states)
+        _, states = backend.forward(ids[:, length:], states)
+    runs = backend.layer_times()
+    each = len(pieces) + 1
+    prefills, decodes = [], []
+    for i in range(options.warmup, rounds):
+        *parts, step = runs[i * each : (i + 1) * each]
+        prefills.append([layer for part in parts for layer in part])
+        decodes.append(step)
+    return median_times(prefills), median_times(decodes)
+
+
+def _phase(name: str, tokens: int, layers: list[LayerTime]) -> dict[str, Any]:
+    return {
+        "phase": name,
+        "tokens": tokens,
+        "seconds": sum(layer.seconds for layer in layers),
+        "modules": [asdict(module) for module in module_times(layers)],
+        "layers": [asdict(layer) for layer in layers],
+    }
+
+
+def _show(phase: dict[str, Any]) -> None:
+    print(f"\n{phase['phase']}, {phase['tokens']} tokens: {phase['seconds'] * 1e3:.3f} ms")
+    rows = [("module", "layers", "ms", "%")]
+    rows += [
+        (m["module"], str(m["layers"]), f"{m['seconds'] * 1e3:.3f}", f"{m['share'] * 100:.1f}")
+        for m in phase["modules"]
+    ]
+    print(table(rows))
+    longest = sorted(phase["layers"], key=lambda layer: -layer["seconds"])[:LAYERS_SHOWN]
+    names = [(layer["name"], f"{layer['seconds'] * 1e3:.3f}") for layer in longest]
+    print(table([("longest layers", "ms"), *names]))

@@ -1,0 +1,41 @@
+"""How results are shown: JSON, sizes, rows of names and values."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def print_json(report: Mapping[str, Any], indent: int | None = 2) -> None:
+    """One object on stdout; in ASCII, so that no console's encoding can spoil it."""
+    print(json.dumps(report, indent=indent, allow_nan=False), flush=True)
+
+
+def pairs(values: Mapping[str, Any]) -> str:
+    """{"a": 1, "b": {"c": 2}} -> a 1, b (c 2)"""
+    return ", ".join(
+        f"{key} ({pairs(value)})" if isinstance(value, Mapping) else f"{key} {value}"
+        for key, value in values.items()
+    )
+
+
+def size(count: float) -> str:
+    """Bytes for people: 1536 -> 1.5 KiB"""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as lines: the first column left, the others right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )

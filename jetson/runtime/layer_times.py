@@ -1,0 +1,91 @@
+"""Names of layers -> the model's modules, and their times added up.
+
+A layer is what the inference library times: with TensorRT a node of its engine, often several ONNX
+nodes fused; with onnxruntime an ONNX node, those of an op's body included.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from runtime.backend import LayerTimes
+
+# The ops of the graph; plugins carry the prefix Ssdi8. Longer names come before those that they
+# begin with.
+MODULES = (
+    "RmsNormGated", "RmsNorm", "LinearW4", "Linear", "CausalConv1d", "ChunkCumsum", "ChunkState",
+    "StatePassing", "ChunkScan", "SsdScan", "Embedding", "LastPositions", "Logits",
+)  # fmt: skip
+OTHER = "other"
+# "layers.3/Ssdi8Linear.1", "SsdScan/MatMul.7__2", "_inlfunc_Ssdi8ChunkState_Ssdi8ChunkState/Pad.3"
+_MODULE = re.compile(rf"(?<![A-Za-z0-9])(?:Ssdi8)?({'|'.join(MODULES)})(?![A-Za-z0-9])")
+_MODEL_LAYER = re.compile(r"(?<![a-z])layers\.(\d+)/")
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """A layer of the library, and its time per run."""
+
+    name: str
+    module: str
+    model_layer: int | None  # which block it belongs to, where its name says so
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ModuleTime:
+    """All layers of one module together: their time per run, and its part of the whole."""
+
+    module: str
+    layers: int
+    seconds: float
+    share: float
+
+
+def module_of(name: str) -> str:
+    """The op that a layer belongs to; the innermost one, and "A + B" where several are fused."""
+    parts = []
+    for piece in re.split(r"\s*\+\s*|,\s*", name):
+        found = _MODULE.findall(piece.replace("_", " "))
+        if found and found[-1] not in parts:
+            parts.append(found[-1])
+    return " + ".join(parts) or OTHER
+
+
+def model_layer_of(name: str) -> int | None:
+    """The block, if the name tells of exactly one."""
+    found = set(_MODEL_LAYER.findall(name))
+    return int(found.pop()) if len(found) == 1 else None
+
+
+def median_times(runs: Sequence[LayerTimes]) -> list[LayerTime]:
+    """Median over runs of the same graph, layer by layer in their order; a name may come twice.
+
+    A layer that was interrupted once by something else does not count.
+    """
+    seconds: dict[tuple[str, int], list[float]] = {}
+    for run in runs:
+        seen: dict[str, int] = {}
+        for name, value in run:
+            nth = seen[name] = seen.get(name, -1) + 1
+            seconds.setdefault((name, nth), []).append(value)
+    return [
+        LayerTime(name, module_of(name), model_layer_of(name), statistics.median(values))
+        for (name, _), values in seconds.items()
+    ]
+
+
+def module_times(layers: Sequence[LayerTime]) -> list[ModuleTime]:
+    """Longest first."""
+    whole = sum(layer.seconds for layer in layers)
+    grouped: dict[str, list[float]] = {}
+    for layer in layers:
+        grouped.setdefault(layer.module, []).append(layer.seconds)
+    rows = [
+        ModuleTime(module, len(values), sum(values), sum(values) / whole if whole else 0.0)
+        for module, values in grouped.items()
+    ]
+    return sorted(rows, key=lambda row: -row.seconds)

@@ -1,0 +1,152 @@
+#!/usr/bin/env bash
+# Makes a Jetson ready to build and run the engine of the bundle that this file lies in:
+#
+#     bash setup.sh            checks JetPack, makes .venv, installs pycuda, builds the plugins
+#     bash setup.sh --check    only says what is there and what is missing
+#
+# It may be run again at any time and does only what is still to be done. It makes .venv, build and
+# setup.log inside the bundle and changes nothing else; what has to come from apt is named, not
+# installed. Exit codes: 0 ready, 1 something failed, 2 something is missing.
+set -euo pipefail
+
+here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+venv=$here/.venv
+build=$here/build
+library=$build/libssdi8_plugins.so
+kib_per_job=1500000 # memory that one nvcc may take
+missing=()
+
+ok() { printf 'ok       %s\n' "$1"; }
+lacks() { # what, remedy
+    printf 'missing  %s: %s\n' "$1" "$2"
+    missing+=("$1")
+}
+fail() {
+    printf 'setup: %s\n' "$1" >&2
+    exit 1
+}
+
+# at_least 10.3 10.16.2: whether the second version is not before the first
+at_least() { [[ $(printf '%s\n%s\n' "$1" "$2" | sort -V | head -n 1) == "$1" ]]; }
+
+
+check_jetpack() {
+    local release
+    release=$(dpkg-query --show --showformat '${Version}' nvidia-l4t-core 2>/dev/null) || release=
+    if [[ -z $release ]]; then
+        ok "no Jetson Linux here, so this is no Jetson; what is installed is used"
+        architecture=native
+    elif at_least 36.4 "$release"; then
+        ok "Jetson Linux ${release%%-*}"
+        architecture=87-real
+    else
+        lacks "JetPack 6.1 or newer (Jetson Linux ${release%%-*} is older than 36.4)" \
+            "install JetPack 6.2 or 7.2; TensorRT 8 has no plugins of this kind"
+    fi
+}
+
+check_tools() {
+    local version
+    nvcc=$(command -v nvcc || true)
+    [[ -n $nvcc || ! -x /usr/local/cuda/bin/nvcc ]] || nvcc=/usr/local/cuda/bin/nvcc
+    if [[ -n $nvcc ]]; then ok "CUDA compiler $nvcc"; else
+        lacks "CUDA compiler" "sudo apt install nvidia-jetpack"
+    fi
+    if command -v c++ >/dev/null; then ok "C++ compiler"; else
+        lacks "C++ compiler" "sudo apt install g++"
+    fi
+    version=$(cmake --version 2>/dev/null | sed -n 's/^cmake version //p') || version=
+    if [[ -n $version ]] && at_least 3.22 "$version"; then ok "CMake $version"; else
+        lacks "CMake 3.22 or newer" "sudo apt install cmake"
+    fi
+}
+
+check_python() {
+    local version
+    if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+        lacks "Python 3.10 or newer" "install JetPack 6.2 or 7.2"
+        return
+    fi
+    if python3 -c 'import ensurepip, venv' 2>/dev/null; then ok "Python with venv"; else
+        lacks "Python's venv" "sudo apt install python3-venv"
+    fi
+    version=$(python3 -c 'import tensorrt; print(tensorrt.__version__)' 2>/dev/null) || version=
+    if [[ -n $version ]] && at_least 10.3 "$version"; then ok "TensorRT $version"; else
+        lacks "TensorRT 10.3 or newer for python3${version:+ (this is $version)}" \
+            "sudo apt install nvidia-jetpack"
+    fi
+}
+
+# Those of the virtual environment that still have to be installed.
+packages_to_install() {
+    local module
+    for module in numpy pycuda.driver tokenizers; do
+        "$venv/bin/python" -c "import $module" 2>/dev/null || printf '%s\n' "${module%%.*}"
+    done
+}
+
+check_own() {
+    local packages
+    mapfile -t packages < <(packages_to_install)
+    if ((${#packages[@]} == 0)); then ok "$venv"; else
+        lacks "${packages[*]} in $venv" "run setup.sh"
+    fi
+    if [[ -f $library ]]; then ok "$library"; else lacks "$library" "run setup.sh"; fi
+}
+
+make_venv() {
+    local packages
+    # One that was left half made has no pip.
+    "$venv/bin/python" -m pip --version >/dev/null 2>&1 ||
+        python3 -m venv --clear --system-site-packages "$venv"
+    mapfile -t packages < <(packages_to_install)
+    if ((${#packages[@]})); then
+        # pycuda is compiled here, for this CUDA.
+        PATH=$(dirname -- "$nvcc"):$PATH "$venv/bin/python" -m pip install --no-cache-dir \
+            --disable-pip-version-check --quiet "${packages[@]}" ||
+            fail "pip could not install ${packages[*]}; its messages are above."
+    fi
+    mapfile -t packages < <(packages_to_install)
+    ((${#packages[@]} == 0)) || fail "${packages[*]} was installed and cannot be imported."
+    ok "$venv"
+}
+
+build_plugins() {
+    local cores memory jobs
+    cores=$(nproc)
+    memory=$(awk '/^MemAvailable:/ { print $2 }' /proc/meminfo)
+    jobs=$((memory / kib_per_job))
+    jobs=$((jobs < 1 ? 1 : jobs > cores ? cores : jobs))
+    cmake -S "$here/plugins" -B "$build" -DCMAKE_CUDA_COMPILER="$nvcc" \
+        -DCMAKE_CUDA_ARCHITECTURES="$architecture" >"$here/setup.log" 2>&1 ||
+        fail "CMake failed; see $here/setup.log."
+    cmake --build "$build" --target ssdi8_plugins --parallel "$jobs" >>"$here/setup.log" 2>&1 ||
+        fail "the plugins do not build; see $here/setup.log (NvInfer.h comes with libnvinfer-dev)."
+    [[ -f $library ]] || fail "the build left no $library; see $here/setup.log."
+    ok "$library"
+}
+
+case ${1-} in
+    '' | --check) ;;
+    --help | -h)
+        sed -n '2,/^set -e/ { /^#/ s/^# \{0,1\}//p }' "${BASH_SOURCE[0]}"
+        exit 0
+        ;;
+    *)
+        echo "setup: unknown option $1; see setup.sh --help." >&2
+        exit 2
+        ;;
+esac
+
+check_jetpack
+check_tools
+check_python
+[[ ${1-} != --check ]] || check_own
+if ((${#missing[@]})); then
+    printf 'setup: %d thing(s) missing, named above.\n' "${#missing[@]}" >&2
+    exit 2
+fi
+[[ ${1-} != --check ]] || exit 0
+make_venv
+build_plugins
+echo "ready: $venv/bin/python $here/build_engine.py"

@@ -89,6 +89,9 @@ class GraphBuilder:
                 raise ValueError(f"{op.name} has two bodies in one graph: {known[0]} and {static}")
             return
         function = parser.parse_function(op.function_text(n_inputs, attributes, self.form, OPSET))
+        # Inference libraries keep these names, so that times can be added up by op.
+        for i, node in enumerate(nested_nodes(function.node)):
+            node.name = f"{op.name}/{node.op_type}.{i}"
         self._functions[op.name] = (static, n_inputs, function)
         for node in nested_nodes(function.node):
             if node.domain == DOMAIN:

@@ -8,15 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ssdi8_edge.artifacts import QUANTIZED
+from ssdi8_edge.board_runtime import bundle_folder, runtime_module
+from ssdi8_edge.device import require_device
 from ssdi8_edge.errors import UsageError
 from ssdi8_edge.ops import kernel_library
 from ssdi8_edge.quantize.modules import QuantizedMamba2, State
+from ssdi8_edge.quantize.saved import is_quantized_checkpoint, load_quantized
 
 
 @dataclass(frozen=True)
@@ -134,6 +139,27 @@ class GpuBackend:
             logits = self._run(tokens, keep)
         self._steps[key] = step = _Step(graph, tokens, logits)
         return step
+
+
+def run_on_gpu(run: Path, arguments: list[str], device: str) -> int:
+    """run_engine.py's `arguments` on the quantized checkpoint of a run folder; the exit code.
+
+    Raises:
+        UsageError: there is no such GPU, no kernel library, or the run folder has no checkpoint.
+    """
+    require_device(device)
+    if not is_quantized_checkpoint(run / QUANTIZED):
+        raise UsageError(
+            f"{run} has no {QUANTIZED}/ folder, which a GPU needs beside the bundle;",
+            "name the run folder of a build.",
+        )
+    kernel_library.load()
+    runtime_module("backend").BACKENDS[GpuBackend.runtime] = lambda bundle, options: GpuBackend(
+        load_quantized(run / QUANTIZED, device), device
+    )
+    command = [str(bundle_folder(run)), "--backend", GpuBackend.runtime, *arguments]
+    code: int = runtime_module("command_line").run(command, run)
+    return code
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,11 +14,12 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+import ssdi8_edge
 from ssdi8_edge.artifacts import TOKENIZER
 from ssdi8_edge.calibrate import calibrate, layer_config
 from ssdi8_edge.checkpoint import open_checkpoint
 from ssdi8_edge.errors import UsageError
-from ssdi8_edge.gpu_backend import GpuBackend
+from ssdi8_edge.gpu_backend import GpuBackend, run_on_gpu
 from ssdi8_edge.methods import find_method
 from ssdi8_edge.ops import kernel_library
 from ssdi8_edge.quantize import quantize
@@ -29,10 +34,11 @@ needs_kernels = [
 ]
 # exp, norms and FP16 sums differ from the FP64 reference in their last bit, which sends a few INT8
 # values to the other side of a rounding boundary; eight layers of rounding spread such steps over
-# everything, up to a part of the noise that quantization itself adds. Measured on an H100: logits of
-# 700 positions 1.1e-2 (W8A8) with 98 % of tokens the same, single positions and states up to 2.3e-2;
-# without INT8 4e-4. From FP32, the logits of edge-w8a8 differ by 1.7e-2 on this model.
+# everything, up to a part of the noise that quantization itself adds. Measured on an H100: logits
+# of 700 positions 1.1e-2 (W8A8) with 98 % of tokens the same, single positions and states up to
+# 2.3e-2; without INT8 4e-4. From FP32, edge-w8a8's logits differ by 1.7e-2 on this model.
 TOLERANCE = 4e-2
+DEMO = Path(ssdi8_edge.__file__).parent / "demo"
 
 
 class Tensors(dict):  # type: ignore[type-arg]
@@ -126,3 +132,30 @@ def test_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel_library, "load", lambda: None)
     with pytest.raises(UsageError, match="no CUDA GPU"):
         GpuBackend(QuantizedMamba2.__new__(QuantizedMamba2))
+
+
+def test_run_on_gpu_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="no CUDA GPU"):
+        run_on_gpu(tmp_path, ["--info"], "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UsageError, match="no quantized/ folder"):
+        run_on_gpu(tmp_path, ["--info"], "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_generates_and_verifies_from_a_run_folder(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The commands of run_engine.py, through the kernels."""
+    text = tmp_path / "text.txt"
+    text.write_text((DEMO / "evaluation.txt").read_text(encoding="utf-8")[:30_000])
+    build = ["build", "--calibration", str(text), "--out", str(tmp_path / "run")]
+    subprocess.run(
+        [sys.executable, "-c", "import ssdi8_edge.cli as c; c.main()", *build], check=True
+    )
+    arguments = ["--prompt", "The old man", "--max-new-tokens", "16", "--json"]
+    assert run_on_gpu(tmp_path / "run", arguments, "cuda") == 0
+    output = json.loads(capfd.readouterr().out)
+    assert output["new_tokens"] == 16 and "CUDA kernels" in output["backend"]
+    assert run_on_gpu(tmp_path / "run", ["--verify"], "cuda") == 0

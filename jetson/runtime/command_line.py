@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from runtime.arguments import Parser, number, numbers
-from runtime.bundle import RUNTIMES, BundleProblem, open_bundle
+from runtime.backend import BACKENDS
+from runtime.bundle import BundleProblem, open_bundle
 
 # option -> file in runtime/commands
 COMMANDS = {
@@ -94,7 +95,7 @@ def _parse(arguments: Sequence[str], default_bundle: Path) -> argparse.Namespace
     _add_sampling(parser)
     _add_measuring(parser)
     add = parser.add_argument_group("where and how it runs").add_argument
-    add("--backend", choices=RUNTIMES, help="(default: the one that the bundle is for)")
+    add("--backend", choices=tuple(BACKENDS), help="(default: the one that the bundle is for)")
     add("--threads", type=number(int, 1, 1024), metavar="N", help="(default: one per core)")
     add("--engine", type=Path, metavar="DIR", help="--out of build_engine.py")
     add("--plugins", type=Path, metavar="LIB", help="(default: the one the engine was built with)")

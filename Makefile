@@ -69,5 +69,5 @@ $(DEMO)/installed: pyproject.toml constraints.txt $(SOURCES)
 
 $(DEV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(DEV)
-	$(DEV)/bin/python $(PIP_INSTALL) --editable '.[test,check]'
+	$(DEV)/bin/python $(PIP_INSTALL) --editable '.[test,check,eval]'
 	@touch $@

@@ -14,7 +14,6 @@ import signal
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
 
@@ -22,7 +21,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ssdi8_edge.artifacts import TOKENIZER
 from ssdi8_edge.errors import Interrupted, Ssdi8Error, UsageError
+from ssdi8_edge.report import command as report_command
+from ssdi8_edge.target import commands as board_commands
+from ssdi8_edge.target import measure_commands
 
 if TYPE_CHECKING:
     from ssdi8_edge.pipeline import BuildResult
@@ -37,13 +40,15 @@ human = Console(stderr=True, highlight=False)
 # A loop that has not run this long shows no bar.
 QUIET_SECONDS = 2.0
 # Of glibc's malloc.h.
+M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
 
 Source = Annotated[str, typer.Argument(help="Bundle, run folder or checkpoint.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda or cuda:INDEX.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 TokenizerOption = Annotated[
-    Optional[Path],  # noqa: UP045  (typer reads this at run time, also on Python 3.10)
-    typer.Option(help="tokenizer.json of the model, if none lies beside the weights."),
+    Optional[str],  # noqa: UP045  (typer reads this at run time, also on Python 3.10)
+    typer.Option(help="tokenizer.json or hub id, if none lies beside the weights."),
 ]
 
 
@@ -92,45 +97,51 @@ def build(
         Optional[Path],  # noqa: UP045
         typer.Option(help="UTF-8 text to calibrate on; default: the text of the demo model."),
     ] = None,
-    tokenizer: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="tokenizer.json or hub id, if none lies beside the weights."),
-    ] = None,
+    tokenizer: TokenizerOption = None,
     out: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="Run folder; default: runs/MODEL--METHOD--TARGET."),
     ] = None,
     until: Annotated[str, typer.Option(help="Stop after this stage.")] = "bundle",
+    device: Annotated[
+        str, typer.Option(help="Where to calibrate and quantize: cpu, cuda or cuda:INDEX.")
+    ] = "cpu",
+    host: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Then deploy to user@board[:port], an ssh alias, or this-machine."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option(help="Only say which stages would run.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Calibrate, quantize, export and package a model for a target."""
+    """Calibrate, quantize, export and package a model for a target; with --host, deploy it."""
     from ssdi8_edge.methods import find_method
     from ssdi8_edge.profiles import load_target
 
     # Cheap checks first: torch takes seconds to import.
     chosen_target, recipe = load_target(target), find_method(method)
-    from ssdi8_edge.pipeline import Build, BuildRequest
+    if host is not None:
+        board_commands.check_reachable(host, until)
+    from ssdi8_edge.pipeline import Build, BuildRequest, run_name
 
-    name = f"{Path(model).name}--{method}--{chosen_target.name}"
     request = BuildRequest(
         model=model,
         recipe=recipe,
         target=chosen_target,
-        out=out or Path("runs") / name,
+        out=out or Path("runs") / run_name(model, method, chosen_target.name),
         calibration=calibration,
         tokenizer=tokenizer,
         until=until,
+        device=device,
         command=shlex.join(["ssdi8-edge", *sys.argv[1:]]),
     )
     _give_freed_memory_back()
     job = Build(request, progress, lambda line: human.print(line))
     if dry_run:
-        plan = job.plan()
+        plan = job.plan() | ({"deploy": f"bring it to {host}"} if host else {})
         _data({"out": str(request.out), "plan": plan}, as_json, lambda: _print_plan(plan))
         return
     result = job.run()
-    _report(result, as_json)
+    _report(result, as_json, host)
 
 
 def _give_freed_memory_back() -> None:
@@ -139,8 +150,22 @@ def _give_freed_memory_back() -> None:
     Otherwise it raises its threshold to the size of a layer's tensors, keeps them in its heap, and
     the peak grows with the calibration text, to more than twice as much on a 370m model.
     """
+    _mallopt({M_MMAP_THRESHOLD: 4 << 20})
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what is freed: each window asks for the same large blocks as the last.
+
+    Fetching their pages from the system anew takes as long as computing with them, and longer.
+    """
+    _mallopt({M_MMAP_THRESHOLD: 1 << 30, M_TRIM_THRESHOLD: (1 << 31) - 1})
+
+
+def _mallopt(settings: dict[int, int]) -> None:
     with contextlib.suppress(OSError, AttributeError):  # another C library manages by itself
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 4 << 20)
+        library = ctypes.CDLL(None)
+        for parameter, value in settings.items():
+            library.mallopt(parameter, value)
 
 
 def _print_plan(plan: dict[str, str]) -> None:
@@ -148,7 +173,7 @@ def _print_plan(plan: dict[str, str]) -> None:
         human.print(f"{stage}: would {action}")
 
 
-def _report(result: BuildResult, as_json: bool) -> None:
+def _report(result: BuildResult, as_json: bool, host: str | None) -> None:
     manifest = result.manifest
     summary: dict[str, Any] = {
         "out": str(result.out),
@@ -171,7 +196,12 @@ def _report(result: BuildResult, as_json: bool) -> None:
         for line in manifest["not_run"]:
             human.print(f"not done here: {line}")
 
-    _data(summary, as_json, show)
+    if host is None:
+        _data(summary, as_json, show)
+        return
+    show()
+    summary["deployed"] = board_commands.deploy_bundle(host, result.out).to_dict()
+    _data(summary, as_json, lambda: None)
 
 
 @app.command()
@@ -182,60 +212,127 @@ def run(
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
     top_k: Annotated[Optional[int], typer.Option(help="Sample among so many.")] = None,  # noqa: UP045
     seed: Annotated[int, typer.Option(help="Of the sampler.")] = 0,
+    device: DeviceOption = "cpu",
     as_json: JsonOption = False,
 ) -> None:
-    """Generate text from a bundle on this machine's CPU, with the script that runs on boards."""
-    from ssdi8_edge.board_runtime import become_engine
+    """Generate text on this machine, with the script that runs on boards.
 
-    arguments = ["--backend", "onnxruntime", f"--prompt={prompt}"]
-    arguments += [f"--max-new-tokens={max_new_tokens}", f"--temperature={temperature}"]
-    arguments += [f"--seed={seed}"]
+    On the CPU by onnxruntime from the bundle, on a GPU by the CUDA kernels from the run folder.
+    """
+    arguments = [f"--prompt={prompt}", f"--max-new-tokens={max_new_tokens}"]
+    arguments += [f"--temperature={temperature}", f"--seed={seed}"]
     if top_k is not None:
         arguments.append(f"--top-k={top_k}")
     if as_json:
         arguments.append("--json")
-    become_engine(bundle, arguments)
+    _run_engine(bundle, arguments, device)
 
 
 @app.command()
-def verify(bundle: Annotated[Path, typer.Argument(help="Bundle or run folder.")]) -> None:
-    """Check a bundle's hashes and compare it with its golden vectors on this machine's CPU."""
-    from ssdi8_edge.board_runtime import become_engine
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="Bundle or run folder.")],
+    device: DeviceOption = "cpu",
+) -> None:
+    """Check a bundle's hashes and compare it with its golden vectors on this machine."""
+    _run_engine(bundle, ["--verify"], device)
 
-    become_engine(bundle, ["--verify", "--backend", "onnxruntime"])
+
+def _run_engine(bundle: Path, arguments: list[str], device: str) -> NoReturn:
+    if device == "cpu":
+        from ssdi8_edge.board_runtime import become_engine
+
+        become_engine(bundle, ["--backend", "onnxruntime", *arguments])
+    from ssdi8_edge.gpu_backend import run_on_gpu
+
+    raise typer.Exit(run_on_gpu(bundle, arguments, device))
 
 
 @app.command()
 def evaluate(
     models: Annotated[list[str], typer.Argument(help="Bundles, run folders or checkpoints.")],
-    text: Annotated[Path, typer.Option(help="UTF-8 text to evaluate on.")],
-    limit: Annotated[Optional[int], typer.Option(help="First so many windows.")] = None,  # noqa: UP045
+    text: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option(help="UTF-8 text for perplexity; may be given several times."),
+    ] = None,
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated: wikitext2, lambada, hellaswag, piqa, arc_easy, arc_challenge, "
+            "winogrande."
+        ),
+    ] = "",
+    methods: Annotated[
+        str, typer.Option(help="Quantize the one checkpoint by each of these, comma-separated.")
+    ] = "",
+    data: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Folder with the tasks' data sets; default: they come from the hub."),
+    ] = None,
+    limit: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="First so many windows of a text and items of a task."),
+    ] = None,
+    long_context: Annotated[
+        bool, typer.Option("--long-context", help="Add windows of 512, 2048 and 8192 tokens.")
+    ] = False,
+    device: DeviceOption = "cpu",
+    calibration: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="With --methods: UTF-8 text to calibrate on."),
+    ] = None,
+    runs: Annotated[
+        Path, typer.Option(help="With --methods: where the run folders lie or will lie.")
+    ] = Path("runs"),
     tokenizer: TokenizerOption = None,
+    save: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option(help="Write the results there too, a .json or .md file; repeatable."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Perplexity in windows of 2048 tokens; the first model is the one compared with."""
-    if limit is not None and limit < 1:
-        raise UsageError(f"--limit {limit} evaluates nothing;", "give at least 1.")
-    from ssdi8_edge.evaluate import open_subject, perplexity
+    """Perplexity, zero-shot accuracy and long context; the first model is the one compared with.
 
-    results = [
-        perplexity(open_subject(model, tokenizer), text, limit, progress) for model in models
-    ]
+    With --methods that is the checkpoint itself, in FP32.
+    """
+    from ssdi8_edge.evaluate import evaluate as measure
+    from ssdi8_edge.evaluate import open_subject, plan, require_device
+    from ssdi8_edge.evaluate.table import require_writable, save_results, show
 
-    def show() -> None:
-        table = Table("model", "engine", "windows", "perplexity", "against the first")
-        for result in results:
-            change = result.perplexity / results[0].perplexity - 1
-            table.add_row(
-                result.model,
-                result.engine,
-                f"{result.windows} × {result.window_tokens}",
-                f"{result.perplexity:.4f}",
-                f"{change:+.3%}",
-            )
-        Console(highlight=False).print(table)
+    measures = plan(_names(tasks), text or [], data, limit, long_context)
+    require_device(device)
+    require_writable(save or [])
+    if methods:
+        if len(models) != 1:
+            raise UsageError(f"--methods takes one checkpoint, not {len(models)};", "name one.")
+        from ssdi8_edge.comparison import quantize_by
 
-    _data([asdict(result) for result in results], as_json, show)
+        _give_freed_memory_back()
+        names, model = _names(methods), models[0]
+        folders = quantize_by(
+            *(names, model, runs, calibration, tokenizer, device, progress, _say_of)
+        )
+        subjects = [open_subject(model, folders[0] / TOKENIZER, device)]
+        subjects += [open_subject(str(folder), None, device) for folder in folders]
+    else:
+        if calibration is not None:
+            raise UsageError("--calibration goes with --methods;", "leave it out.")
+        from ssdi8_edge.pipeline import named_tokenizer
+
+        named = None if tokenizer is None else named_tokenizer(tokenizer)
+        subjects = [open_subject(model, named, device) for model in models]
+    _keep_freed_memory()
+    rows = measure(subjects, measures, progress)
+    save_results(rows, save or [])
+    records = [record for row in rows for record in row.records()]
+    _data(records, as_json, lambda: show(rows, Console(highlight=False)))
+
+
+def _names(listed: str) -> list[str]:
+    return [name.strip() for name in listed.split(",") if name.strip()]
+
+
+def _say_of(method: str, line: str) -> None:
+    human.print(f"{method}: {line}")
 
 
 @app.command()
@@ -303,6 +400,13 @@ def methods(as_json: JsonOption = False) -> None:
         Console(highlight=False).print(table)
 
     _data([config.to_dict() for config in METHODS.values()], as_json, show)
+
+
+app.command()(board_commands.doctor)
+app.command()(board_commands.deploy)
+app.command()(measure_commands.sweep)
+app.command()(measure_commands.profile)
+app.command()(report_command.report)
 
 
 def _data(value: Any, as_json: bool, show: Any) -> None:

@@ -4,7 +4,9 @@ Ssdi8Error                 exit code 1   a stage failed
 ├── UsageError             exit code 2   an option, target, method or file that does not fit
 │   ├── CheckpointError    exit code 2   a checkpoint that cannot be read, or lacks a tensor
 │   └── BundleError        exit code 2   a bundle that is incomplete, altered or of another schema
-├── BoardError             exit code 3   a board that cannot be reached
+├── BoardError             exit code 3   a board that cannot be reached, or cannot do what was asked
+│   ├── LinkLost           exit code 3   the network to it failed; the same again may work
+│   └── BoardBusy          exit code 3   someone else holds the lock that was asked for
 └── Interrupted            exit code 130 stopped by Ctrl-C
 """
 
@@ -43,9 +45,17 @@ class BundleError(UsageError):
 
 
 class BoardError(Ssdi8Error):
-    """A board cannot be reached."""
+    """A board cannot be reached, or cannot do what was asked: its disk is full, a tool is missing."""
 
     exit_code = 3
+
+
+class LinkLost(BoardError):
+    """The network to a board failed, at once or in the middle: the same again may work later."""
+
+
+class BoardBusy(BoardError):
+    """Someone else holds a lock on the board."""
 
 
 class Interrupted(Ssdi8Error):

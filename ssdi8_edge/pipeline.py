@@ -49,11 +49,13 @@ from ssdi8_edge.artifacts import (
 from ssdi8_edge.bundle import pack
 from ssdi8_edge.calibrate import calibrate, layer_config
 from ssdi8_edge.checkpoint import DEMO_FOLDER, Checkpoint, fetch_tokenizer, open_checkpoint
+from ssdi8_edge.device import require_device
 from ssdi8_edge.errors import UsageError
 from ssdi8_edge.export import export_model
 from ssdi8_edge.lowering import lower
 from ssdi8_edge.methods import QuantConfig
 from ssdi8_edge.model import Mamba2Config
+from ssdi8_edge.ops.kernel_library import references_only
 from ssdi8_edge.profiles import Target
 from ssdi8_edge.progress import Track, silent
 from ssdi8_edge.quantize import quantize
@@ -83,6 +85,8 @@ class BuildRequest:
         tokenizer: a tokenizer.json, a folder or hub id with one; None takes the one beside the
             weights.
         out: the run folder.
+        device: where calibrate and quantize compute. Sums in another order round differently, so
+            what a GPU made is not taken for what a CPU would make.
         command: as recorded in the manifest.
     """
 
@@ -93,6 +97,7 @@ class BuildRequest:
     calibration: Path | None = None
     tokenizer: str | None = None
     until: str = "bundle"
+    device: str = "cpu"
     command: str = "build"
 
 
@@ -110,6 +115,7 @@ class Build:
     """One build of one run folder."""
 
     def __init__(self, request: BuildRequest, track: Track = silent, say: Say = lambda _: None):
+        require_device(request.device)
         self.request = request
         self._track, self._say = track, say
         self.checkpoint = open_checkpoint(request.model)
@@ -149,6 +155,7 @@ class Build:
                 "scan_tile": recipe.scan_tile,
                 "windows": [recipe.calibration_tokens, recipe.calibration_samples],
                 "quantized": recipe.quantized,
+                **({} if self.request.device == "cpu" else {"device": "cuda"}),
             }
         )
         keys["quantize"] = key_of({"calibrate": keys["calibrate"], "recipe": recipe.to_dict()})
@@ -237,7 +244,9 @@ class Build:
         """Remember when and where a stage ran, apart from its artifact: that is the same bytes
         however long it took."""
         seconds = round(time.perf_counter() - begin, 2)
-        self._steps[stage] = {"key": key, "where": "host", "seconds": seconds}
+        on_gpu = self.request.device != "cpu" and stage in ("calibrate", "quantize")
+        where = f"host, {torch.cuda.get_device_name(self.request.device)}" if on_gpu else "host"
+        self._steps[stage] = {"key": key, "where": where, "seconds": seconds}
         with whole_or_absent(self.request.out / STEPS) as path:
             write_json(path, self._steps)
 
@@ -253,8 +262,11 @@ class Build:
         statistics: dict[str, Tensor] = {}
         if self.request.recipe.quantized:
             ids = self._windows()
-            recipe, scratch = self.request.recipe, self.request.out
-            statistics = calibrate(self.checkpoint, recipe, ids, self._track, scratch=scratch)
+            request = self.request
+            statistics = calibrate(
+                *(self.checkpoint, request.recipe, ids, self._track, request.device),
+                scratch=request.out,
+            )
         with whole_or_absent(self.request.out / CALIBRATION) as path:
             # Not save_file: it reports a full disk as an error of its own kind.
             path.write_bytes(save(statistics or {"none": torch.zeros(1)}, {"key": key}))
@@ -266,7 +278,7 @@ class Build:
         ids = self._windows()
         with whole_or_absent(self.request.out / QUANTIZED) as folder:
             folder.mkdir()
-            with SafetensorsWriter(folder / WEIGHTS) as writer:
+            with SafetensorsWriter(folder / WEIGHTS) as writer, references_only():
                 saturation = quantize(
                     self.checkpoint,
                     recipe,
@@ -274,6 +286,7 @@ class Build:
                     ids,
                     writer,
                     self._track,
+                    self.request.device,
                     scratch=self.request.out,
                 )
             shutil.copyfile(self.tokenizer, folder / TOKENIZER)
@@ -327,6 +340,25 @@ def _model_name(source: str) -> str:
     return Path(source).name or "model"
 
 
+def run_name(model: str, method: str, target: str) -> str:
+    """Of the run folder, where the user names none."""
+    return f"{Path(model).name}--{method}--{target}"
+
+
+def named_tokenizer(name: str) -> Path:
+    """The tokenizer.json that `name` stands for: a file, a folder or a hub id.
+
+    Raises:
+        UsageError: there is none.
+    """
+    path = Path(name).expanduser()
+    path = path / TOKENIZER if path.is_dir() else path
+    if not path.exists() and HUB_NAME.fullmatch(name):
+        path = fetch_tokenizer(name)
+    open_tokenizer(path)
+    return path
+
+
 def _find_tokenizer(request: BuildRequest, checkpoint: Checkpoint) -> Path:
     """The tokenizer.json to use.
 
@@ -334,12 +366,7 @@ def _find_tokenizer(request: BuildRequest, checkpoint: Checkpoint) -> Path:
         UsageError: none lies beside the weights and none was named.
     """
     if request.tokenizer is not None:
-        path = Path(request.tokenizer).expanduser()
-        path = path / TOKENIZER if path.is_dir() else path
-        if not path.exists() and HUB_NAME.fullmatch(request.tokenizer):
-            path = fetch_tokenizer(request.tokenizer)
-        open_tokenizer(path)
-        return path
+        return named_tokenizer(request.tokenizer)
     if checkpoint.tokenizer_path is not None:
         open_tokenizer(checkpoint.tokenizer_path)
         return checkpoint.tokenizer_path

@@ -103,9 +103,9 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
 def test_help_of_every_command() -> None:
     """Help is on stdout and names the options that are promised."""
     promised = {
-        "build": "target model method calibration tokenizer out until dry-run json",
+        "build": "target model method calibration tokenizer out until device host dry-run json",
         "run": "prompt max-new-tokens temperature top-k seed",
-        "evaluate": "text",
+        "evaluate": "text tasks methods data limit long-context device save json",
         "inspect": "json",
         "verify": "help",
         "targets": "json",

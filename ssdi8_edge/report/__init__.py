@@ -1,0 +1,1 @@
+"""What was measured, as one page: points, profiles, evaluations in; HTML, CSV, Markdown out."""

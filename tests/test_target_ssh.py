@@ -1,0 +1,416 @@
+"""Reaching a board: ~/.ssh/config, keys, host keys, jump hosts, and one sentence per failure."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import paramiko
+import pytest
+from board_simulator.lab import Lab, needs_sshd
+from board_simulator.server import free_port
+
+from ssdi8_edge.errors import BoardError, LinkLost, UsageError
+from ssdi8_edge.target import dial
+from ssdi8_edge.target.hosts import connect
+
+pytestmark = needs_sshd
+
+
+@pytest.fixture
+def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
+    lab = Lab(tmp_path, monkeypatch)
+    yield lab
+    lab.close()
+
+
+def assert_refused(lab: Lab, host: str, pattern: str, kind: type[BoardError] = BoardError) -> str:
+    """One sentence, exit code 3; returns it."""
+    with pytest.raises(BoardError, match=pattern) as caught:
+        lab.connect(host).run(["true"])
+    assert type(caught.value) is kind and caught.value.exit_code == 3
+    assert "\n" not in str(caught.value) and "Traceback" not in str(caught.value)
+    return str(caught.value)
+
+
+# --------------------------------------------------------------------------------------------------
+# host keys
+
+
+def test_an_unknown_host_key_is_refused_with_its_fingerprint_and_what_to_do(lab: Lab) -> None:
+    server = lab.serve("board", known=False, HashKnownHosts="no")
+    said = assert_refused(lab, "board", "unknown host key")
+    listed = subprocess.run(
+        ["ssh-keygen", "-lf", server.folder / "host_key.pub"], capture_output=True, text=True
+    )
+    assert listed.stdout.split()[1] in said
+    command = re.search(r"ssdi8-edge (doctor --host board --accept-new-host-key)$", said)
+    assert command, said
+    assert not lab.known_hosts.exists()
+    code = "from ssdi8_edge.cli import main; main()"
+    run = [sys.executable, "-c", code, *command[1].split()]
+    done = subprocess.run(run, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert lab.known_hosts.read_text() == server.known_host()
+    assert lab.connect("board").run(["true"]).exit == 0
+
+
+def test_a_new_key_is_hashed_where_the_configuration_says_so(lab: Lab) -> None:
+    lab.serve("board", known=False, HashKnownHosts="yes")
+    assert lab.connect("board", accept_new_host_key=True).run(["true"]).exit == 0
+    assert lab.known_hosts.read_text().startswith("|1|")
+    assert lab.connect("board").run(["true"]).exit == 0
+
+
+@pytest.mark.parametrize("accept", [False, True])
+def test_a_changed_host_key_is_always_refused(lab: Lab, accept: bool) -> None:
+    server = lab.serve("board", StrictHostKeyChecking="no")
+    server.stop()
+    server.new_key("host_key")
+    server.start()
+    before = lab.known_hosts.read_text()
+    with pytest.raises(BoardError, match=r"not the one in .*known_hosts:1.*ssh-keygen -R"):
+        lab.connect("board", accept_new_host_key=accept).run(["true"])
+    assert lab.known_hosts.read_text() == before
+
+
+def test_the_kind_of_key_that_is_known_is_asked_for(lab: Lab) -> None:
+    """A server with several keys does not look changed because it prefers another one."""
+    rsa = lab.folder / "rsa"
+    command = ["ssh-keygen", "-q", "-t", "rsa", "-b", "2048", "-N", "", "-f", rsa]
+    subprocess.run(command, check=True)
+    server = lab.serve("board", known=False, options=[f"HostKey {rsa}"])
+    kind, key, *_ = (lab.folder / "rsa.pub").read_text().split()
+    lab.known_hosts.write_text(f"[127.0.0.1]:{server.port} {kind} {key}\n")
+    assert lab.connect("board").run(["true"]).exit == 0
+
+
+# --------------------------------------------------------------------------------------------------
+# configuration
+
+
+def test_the_configuration_is_read_as_openssh_reads_it(lab: Lab) -> None:
+    """Included files, patterns, the first value of an option, what --host says before all."""
+    server = lab.serve("real")
+    included = lab.home / ".ssh/lab.d"
+    included.mkdir()
+    (included / "boards").write_text(
+        f"Host orin-*\n  HostName 127.0.0.1\n  Port {server.port}\n  IdentityFile={server.identity}"
+    )
+    lab.config.write_text(
+        "Include lab.d/*\n# a comment\nHost orin-1\n  HostName 192.0.2.1\nHost *\n  Port 9\n"
+    )
+    assert lab.connect("orin-1").run(["echo", "here"]).stdout == "here\n"
+    assert_refused(lab, "orin-1:1", r"orin-1:1 \(127.0.0.1:1\) refuses connections", LinkLost)
+    assert_refused(lab, "nobody@orin-2", "does not let nobody in")
+
+
+def test_own_known_hosts_and_alias_for_the_key(lab: Lab) -> None:
+    server = lab.serve("board", known=False, HostKeyAlias="orin", UserKnownHostsFile="~/.ssh/lab")
+    kind, key, *_ = server.host_key.split()
+    (lab.home / ".ssh/lab").write_text(f"orin {kind} {key}\n")
+    assert lab.connect("board").run(["true"]).exit == 0
+
+
+@pytest.mark.parametrize(
+    ("config", "pattern"),
+    [
+        ("Host board\n  ProxyCommand touch hacked\n", "ProxyCommand, which is not run here"),
+        ("Host board\n  Port twenty\n", "cannot be read"),
+        ("Host board\n  ProxyJump board\n", "more than 8 jump hosts"),
+        ("=\n", "cannot be read"),
+    ],
+)
+def test_a_configuration_that_does_not_fit(lab: Lab, config: str, pattern: str) -> None:
+    lab.config.write_text(config)
+    with pytest.raises(UsageError, match=pattern):
+        lab.connect("board").run(["true"])
+
+
+def test_a_board_behind_a_jump_host_behind_another(lab: Lab) -> None:
+    """Each with its own key and host key; the link is as good as a direct one."""
+    lab.serve("gate")
+    lab.serve("second", ProxyJump="gate")
+    board = lab.serve("board", ProxyJump="second")
+    data = os.urandom(300_000)
+    connection = lab.connect("board")
+    done = connection.run(["wc", "-c"], input=data)
+    assert done.stdout.split() == ["300000"]
+    assert connection.run(["sh", "-c", "echo $SSH_CONNECTION"]).stdout.split()[3] == str(board.port)
+
+
+def test_a_jump_host_that_does_not_get_through(lab: Lab) -> None:
+    lab.serve("gate")
+    lab.add(f"Host far\n  HostName 127.0.0.1\n  Port {free_port()}\n  ProxyJump gate\n")
+    assert_refused(lab, "far", r"jump host cannot reach far", LinkLost)
+    lab.serve("closed", options=["AllowTcpForwarding no"])
+    lab.add("Host further\n  HostName 127.0.0.1\n  ProxyJump closed\n")
+    assert_refused(lab, "further", r"prohibited.*allows forwarding", LinkLost)
+
+
+def test_an_unknown_jump_host_is_refused_too(lab: Lab) -> None:
+    lab.serve("gate", known=False)
+    lab.serve("board", ProxyJump="gate")
+    assert_refused(lab, "board", "gate shows an unknown host key")
+
+
+# --------------------------------------------------------------------------------------------------
+# logging in
+
+
+def test_a_key_that_nobody_knows(lab: Lab) -> None:
+    server = lab.serve("board")
+    server.new_key("identity")
+    said = assert_refused(lab, "board", r"1 keys were offered, it takes publickey")
+    assert "ssh-copy-id" in said
+
+
+def test_a_key_with_a_passphrase_and_nobody_to_ask(lab: Lab) -> None:
+    server = lab.serve("board")
+    add_passphrase(server.identity, "open sesame")
+    assert_refused(lab, "board", r"0 keys were offered.*passphrase of .*identity is not known")
+
+
+def add_passphrase(identity: Path, phrase: str) -> None:
+    command = ["ssh-keygen", "-q", "-p", "-N", phrase, "-P", "", "-f", identity]
+    subprocess.run(command, check=True)
+
+
+def test_the_agent_holds_the_key(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that the configuration names and that has a passphrase on disk."""
+    server = lab.serve("board")
+    monkeypatch.setenv("SSH_AUTH_SOCK", str(lab.folder / "agent"))
+    command = ["ssh-agent", "-D", "-a", str(lab.folder / "agent")]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as agent:
+        try:
+            while not (lab.folder / "agent").exists():
+                time.sleep(0.01)
+            subprocess.run(["ssh-add", "-q", server.identity], check=True)
+            add_passphrase(server.identity, "open sesame")
+            assert lab.connect("board").run(["true"]).exit == 0
+            lab.config.write_text(lab.config.read_text().replace("IdentitiesOnly yes", ""))
+            server.identity.unlink()
+            assert lab.connect("board").run(["true"]).exit == 0
+        finally:
+            agent.terminate()
+
+
+class PasswordServer(paramiko.ServerInterface):
+    """Lets in by a password alone, and runs commands through a shell."""
+
+    def __init__(self, methods: str) -> None:
+        self.methods = methods
+
+    def get_allowed_auths(self, username: str) -> str:
+        return self.methods
+
+    def check_auth_password(self, username: str, password: str) -> int:
+        good = "password" in self.methods and password == "open sesame"
+        return paramiko.AUTH_SUCCESSFUL if good else paramiko.AUTH_FAILED
+
+    def check_auth_interactive(self, username: str, submethods: str) -> object:
+        if "keyboard-interactive" not in self.methods:
+            return paramiko.AUTH_FAILED
+        return paramiko.InteractiveQuery("", "", ("Password: ", False))
+
+    def check_auth_interactive_response(self, responses: list[str]) -> int:
+        good = responses == ["open sesame"]
+        return paramiko.AUTH_SUCCESSFUL if good else paramiko.AUTH_FAILED
+
+    def check_channel_request(self, kind: str, chanid: int) -> int:
+        return paramiko.OPEN_SUCCEEDED
+
+    def check_channel_exec_request(self, channel: paramiko.Channel, command: bytes) -> bool:
+        threading.Thread(target=self._run, args=(channel, command), daemon=True).start()
+        return True
+
+    def _run(self, channel: paramiko.Channel, command: bytes) -> None:
+        process = subprocess.Popen(
+            ["sh", "-c", command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        assert process.stdin is not None and process.stdout is not None
+        with process:
+            process.stdin.write(channel.recv(1 << 20))
+            process.stdin.flush()
+            channel.sendall(process.stdout.read())
+        channel.send_exit_status(process.returncode)
+        channel.close()
+
+
+@contextmanager
+def listener() -> Iterator[socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server
+
+
+@pytest.mark.parametrize("methods", ["password", "keyboard-interactive", "publickey,password"])
+def test_a_password_is_asked_for_on_the_terminal_and_shown_nowhere(lab: Lab, methods: str) -> None:
+    with listener() as server:
+        transports = []
+
+        def serve() -> None:
+            transport = paramiko.Transport(server.accept()[0])
+            transports.append(transport)
+            transport.add_server_key(paramiko.RSAKey.generate(2048))
+            transport.start_server(server=PasswordServer(methods))
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        host = f"me@127.0.0.1:{server.getsockname()[1]}"
+        code = (
+            "from ssdi8_edge.target.hosts import connect\n"
+            f"c = connect({host!r}, accept_new_host_key=True, store={str(lab.folder)!r})\n"
+            "print('said', c.call('gather', dict(files=[], names=[], tools={}, disk='/'),"
+            " what='x')['simulated'])\n"
+        )
+        said = on_a_terminal([sys.executable, "-c", code], "open sesame\n")
+        thread.join(10)
+        for transport in transports:
+            transport.close()
+    assert "password of me on" in said and "said False" in said
+    assert "sesame" not in said
+
+
+def on_a_terminal(command: list[str], answer: str) -> str:
+    """What a command says on a terminal whose user types `answer` once it asks."""
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execv(command[0], command)
+    said = b""
+    try:
+        while piece := os.read(terminal, 1024):
+            if b": " in piece and b"password" in said + piece:
+                os.write(terminal, answer.encode())
+            said += piece
+    except OSError:  # how the end of a terminal shows
+        pass
+    os.close(terminal)
+    assert os.waitpid(child, 0)[1] == 0, said.decode()
+    return said.decode()
+
+
+def test_without_a_terminal_no_password_is_asked_for(lab: Lab) -> None:
+    lab.serve("board", options=["PasswordAuthentication yes"])
+    lab.config.write_text(lab.config.read_text().replace("identity", "nothing"))
+    assert_refused(lab, "board", r"0 keys were offered, it takes publickey or password")
+
+
+# --------------------------------------------------------------------------------------------------
+# what is no board
+
+
+def test_nobody_there(lab: Lab) -> None:
+    assert_refused(lab, f"127.0.0.1:{free_port()}", "refuses connections", LinkLost)
+    assert_refused(lab, "no-such-board.invalid", "no host named no-such-board.invalid")
+
+
+@pytest.mark.parametrize(
+    "greeting",
+    [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\0" * 5000, b"SSH-2.0-x\r\n" + b"\xff" * 99],
+)
+def test_a_port_that_answers_rubbish(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, greeting: bytes
+) -> None:
+    """Also one that takes the call and says nothing: it must not be waited for."""
+    monkeypatch.setattr(dial, "STEP_S", 1.0)
+    with listener() as server:
+
+        def serve() -> None:
+            client = server.accept()[0]
+            client.sendall(greeting)
+            time.sleep(3)
+            client.close()
+
+        threading.Thread(target=serve, daemon=True).start()
+        host = f"127.0.0.1:{server.getsockname()[1]}"
+        begin = time.monotonic()
+        assert_refused(lab, host, "does not answer as an SSH server does", LinkLost)
+        assert time.monotonic() - begin < 5
+
+
+@pytest.mark.parametrize(
+    ("command", "pattern"),
+    [
+        ("echo hello", "makes no sense"),
+        ("cat /dev/zero", "makes no sense"),
+        ("true", "makes no sense"),
+        ("echo sorry >&2; exit 1", "failed on board: sorry"),
+        ("kill -9 $$", "was killed on board"),
+        ("sleep 30", "said nothing for 1 s|did not end within 1 s"),
+    ],
+)
+def test_a_board_that_runs_something_else(lab: Lab, command: str, pattern: str) -> None:
+    lab.serve("board", options=[f"ForceCommand {command}"])
+    with pytest.raises(BoardError, match=pattern) as caught:
+        lab.connect("board").run(["true"], timeout=1)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_board_without_python(lab: Lab) -> None:
+    lab.serve("board", environment={"PATH": "/nowhere"})
+    assert_refused(lab, "board", "has no python3; install it there: sudo apt install python3")
+
+
+def test_a_login_script_that_prints(lab: Lab) -> None:
+    """What it says before our mark is skipped, however it looks."""
+    lab.serve("board")
+    noise = 'echo "{}"; echo Welcome; printf "no newline"; echo to stderr >&2\n'
+    (lab.folder / "board/board/.bashrc").write_text(noise)
+    (lab.folder / "board/board/.profile").write_text(noise)
+    done = lab.connect("board").run(["echo", "mine"])
+    assert done.stdout == "mine\n"
+
+
+def test_a_full_session_limit_is_said(lab: Lab) -> None:
+    lab.serve("board", options=["MaxSessions 0"])
+    assert_refused(lab, "board", "does not let this user run commands")
+
+
+# --------------------------------------------------------------------------------------------------
+# lost links
+
+
+def test_a_lost_link_is_said_at_once_and_made_again(lab: Lab) -> None:
+    server = lab.serve("board")
+    connection = lab.connect("board")
+    assert connection.run(["true"]).exit == 0
+    threading.Timer(0.5, server.kill_sessions).start()
+    begin = time.monotonic()
+    with pytest.raises(LinkLost, match="link to board was lost"):
+        connection.run(["sleep", "20"])
+    assert time.monotonic() - begin < 5
+    assert connection.run(["echo", "back"]).stdout == "back\n"
+
+
+def test_patience_outlasts_a_restart(lab: Lab) -> None:
+    server = lab.serve("board")
+    connection = lab.connect("board")
+    said: list[str] = []
+    connection.run(["true"])
+    server.kill()
+    threading.Timer(1.5, server.start).start()
+    done = connection.patiently(lambda: connection.run(["echo", "back"]), say=said.append)
+    assert done.stdout == "back\n" and said
+
+
+def test_patience_has_an_end_and_is_for_links_alone(lab: Lab) -> None:
+    host = f"127.0.0.1:{free_port()}"
+    connection = lab.connect(host)
+    begin = time.monotonic()
+    with pytest.raises(LinkLost, match="refuses"):
+        connection.patiently(lambda: connection.run(["true"]), patience_s=2.5)
+    assert 0.9 < time.monotonic() - begin < 6
+    with pytest.raises(BoardError, match="no host"):
+        lab.connect("no-such-board.invalid").patiently(lambda: connect("x.invalid").run(["true"]))

@@ -61,7 +61,6 @@ def linear_tensors(name: str, n_in: int, n_out: int, recipe: QuantConfig) -> dic
 
 def layer_tensors(config: Mamba2Config, recipe: QuantConfig) -> dict[str, Tensor]:
     heads, groups = config.nheads, config.ngroups
-    channels = (heads, config.headdim)
     return {
         **linear_tensors("in_proj", config.d_model, config.d_in_proj, recipe),
         **linear_tensors("out_proj", config.d_inner, config.d_model, recipe),
@@ -75,7 +74,6 @@ def layer_tensors(config: Mamba2Config, recipe: QuantConfig) -> dict[str, Tensor
         "gate_norm.weight": fill(1.0, config.d_inner),
         **{name: fill(0.03, groups) for name in ("b_scale", "c_scale")},
         "cb_scale": fill(0.1, groups),
-        **{name: fill(0.03, *channels) for name in ("x_scale", "state_scale", "x_tile_scale")},
     }
 
 

@@ -1,8 +1,9 @@
 """Calibration: a text file goes through the FP model, layer by layer, under observers.
 
-Source: method §3. All statistics are running absolute maxima of the model in the rotated basis; the
-scales are made from them when a recipe is applied. One layer is in memory at a time, and the
-residual stream between layers lies in a temporary file.
+Source: method §3. Statistics are running absolute maxima of the model in the rotated basis, and of
+some tensors the range of least squared error; the scales are made from them when a recipe is
+applied. One layer is in memory at a time, and on a CPU the residual stream between layers lies in a
+temporary file.
 """
 
 from __future__ import annotations
@@ -11,18 +12,17 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ssdi8_edge.checkpoint import Checkpoint
 from ssdi8_edge.errors import CheckpointError
 from ssdi8_edge.hadamard import transform
+from ssdi8_edge.histogram import MagnitudeHistogram
 from ssdi8_edge.methods import QuantConfig
 from ssdi8_edge.model import Mamba2Block, Mamba2Config
-from ssdi8_edge.ops.chunking import LEAST_PEAK
 from ssdi8_edge.progress import Track, silent
-from ssdi8_edge.stream import Spool, batches
+from ssdi8_edge.stream import batches, open_spool
 from ssdi8_edge.transforms import (
     GATE_NORM,
     rotate_embedding,
@@ -57,25 +57,32 @@ def embed(checkpoint: Checkpoint, ids: Tensor) -> Iterator[tuple[slice, Tensor]]
         yield part, rotate_embedding(table[ids[part]].float())
 
 
+# Of |x| for the recipes that clip it so: method §3.2.
+PERCENTILE = 0.9995
+PERCENTILE_MOMENTUM = 0.01
+
+
 class Observers:
-    """Running absolute maxima of one layer; shapes as the scales they become."""
+    """Running absolute maxima and histograms of one layer; shapes as the scales they become."""
 
     def __init__(self, config: Mamba2Config, scan_tile: int, gate_norm: Tensor) -> None:
         self._config = config
         self._tile = min(scan_tile, config.chunk_size)
         self._gate_norm = gate_norm
         self._seen: dict[str, Tensor] = {}
+        self._histograms: dict[str, MagnitudeHistogram] = {}
         self.absmax: dict[str, Tensor] = {}
 
     def __call__(self, name: str, value: Tensor) -> None:
         """The `observe` callback of `Mamba2Block`; the block runs with γ_gate folded out."""
         if name == "u":
-            self._update("u", value.abs().amax())
+            self._whole("u", value)
         elif name in ("B", "C"):
-            self._update(name, value.abs().amax((0, 1, 3)))
+            self._by_group(name, value.movedim(2, 0))
             self._seen[name] = value
         elif name == "x":
             self._seen["x"] = value
+            self._channels(value)
         elif name == "dt":
             self._seen["dt"] = value
         elif name in ("chunk_state", "passed_state"):
@@ -83,8 +90,51 @@ class Observers:
         elif name == "y":
             self._chunk_tensors()
         elif name == "r":
-            self._update("r_folded", transform(value).abs().amax())
-            self._update("r", transform(value * self._gate_norm).abs().amax())
+            self._whole("r_folded", transform(value))
+            self._whole("r", transform(value * self._gate_norm))
+
+    def statistics(self) -> dict[str, Tensor]:
+        """All that was seen: maxima, and as `<name>_mse` the ranges of least squared error."""
+        best = {
+            f"{name}_mse": histogram.best_range(self.absmax[name].reshape(-1))
+            for name, histogram in self._histograms.items()
+        }
+        best = {k: v.reshape(self.absmax[k.removesuffix("_mse")].shape) for k, v in best.items()}
+        return {**self.absmax, **best}
+
+    def see_in_proj(self, output: Tensor) -> None:
+        """Maxima of the five parts of in_proj's output."""
+        config = self._config
+        sizes = in_proj_parts(config)
+        for name, part in zip(sizes, output.split(list(sizes.values()), -1), strict=True):
+            self._update(f"in_proj.{name}", part.abs().amax())
+
+    def _channels(self, x: Tensor) -> None:
+        """What recipes that keep x in INT8 ask of it, x (B, L, H, P)."""
+        self._update("x", x.abs().amax((0, 1)))
+        self._update("x_mean", x.abs().mean(1).amax(0))
+        for sample in x:
+            histogram = MagnitudeHistogram(1, x.device)
+            histogram.add(sample.reshape(1, -1))
+            now = histogram.quantile(PERCENTILE)[0]
+            old = self.absmax.get("x_percentile", now)
+            self.absmax["x_percentile"] = old + PERCENTILE_MOMENTUM * (now - old)
+
+    def _whole(self, name: str, value: Tensor) -> None:
+        """A tensor with one scale."""
+        self._update(name, value.abs().amax())
+        self._count(name, value.reshape(1, -1))
+
+    def _by_group(self, name: str, value: Tensor) -> None:
+        """A tensor (G, …) with a scale per group."""
+        value = value.flatten(1)
+        self._update(name, value.abs().amax(1))
+        self._count(name, value)
+
+    def _count(self, name: str, value: Tensor) -> None:
+        if name not in self._histograms:
+            self._histograms[name] = MagnitudeHistogram(len(value), value.device)
+        self._histograms[name].add(value)
 
     def _update(self, name: str, value: Tensor) -> None:
         value = value.float()
@@ -107,17 +157,21 @@ class Observers:
             self._weighted("x_scaled", x_k, torch.exp(a[:, -1:] - a) * dt_k)
             cb = torch.einsum("bmgn,bkgn->bgmk", c[:, part], b[:, part])
             self._update("CB_full", cb.abs().amax((0, 2, 3)))
-            self._update("CB", cb.tril().abs().amax((0, 2, 3)))
+            self._by_group("CB", cb.tril().movedim(1, 0))
             for first in range(0, x_k.shape[1], self._tile):
                 tile = slice(first, first + self._tile)
                 weight = torch.exp(a[:, tile][:, -1:] - a[:, tile]) * dt_k[:, tile]
                 self._weighted("x_tile", x_k[:, tile], weight)
 
     def _weighted(self, name: str, x: Tensor, w: Tensor) -> None:
-        """w · x of a chunk or tile, x (B, K, H, P), w (B, K, H), for either decay scale."""
+        """w · x of a chunk or tile, x (B, K, H, P), w (B, K, H)."""
         self._update(name, (x * w[..., None]).abs().amax((0, 1)))
-        relative = w / w.amax(1, keepdim=True).clamp_min(LEAST_PEAK)
-        self._update(f"{name}_peak", (x * relative[..., None]).abs().amax((0, 1)))
+
+
+def in_proj_parts(config: Mamba2Config) -> dict[str, int]:
+    """The rows of in_proj, in order."""
+    gn = config.ngroups * config.d_state
+    return {"z": config.d_inner, "x": config.d_inner, "B": gn, "C": gn, "dt": config.nheads}
 
 
 def calibrate(
@@ -134,18 +188,20 @@ def calibrate(
 
     Returns:
         `layers.{i}.<name>` -> FP32 absolute maximum: u, r, r_folded: (); B, C, CB, CB_full: (G);
-        x_scaled, x_tile (and over the peak of w: x_scaled_peak, x_tile_peak), chunk_state,
-        passed_state: (H, P). `norm_f`: (), the rotated input of lm_head.
+        x, x_scaled, x_tile, chunk_state, passed_state: (H, P); in_proj.z, .x, .B, .C, .dt: (), its
+        output. `<name>_mse` of u, r, r_folded, B, C and CB: the range of least squared error.
+        x_mean: (H, P), the largest mean of |x| over a window; x_percentile: (), a moving average
+        of the windows' percentiles. `norm_f`: (), the rotated input of lm_head.
 
     Raises:
         CheckpointError: the model computes something that is not a number.
     """
     config = layer_config(checkpoint, recipe)
-    shape = (ids.shape[1], config.d_model)
+    shape = (*ids.shape, config.d_model)
     statistics: dict[str, Tensor] = {}
     with (
         torch.inference_mode(),
-        Spool(len(ids), shape, np.dtype(np.float32), scratch) as stream,
+        open_spool(shape, torch.float32, device, scratch) as stream,
     ):
         for part, rows in embed(checkpoint, ids):
             stream[part] = rows
@@ -154,17 +210,21 @@ def calibrate(
             observers = Observers(config, recipe.scan_tile, layer[GATE_NORM])
             observers.observe_decay(-layer["mixer.A_log"].exp())
             block = load_block(rotate_layer(layer, fold_gate_norm=True), config)
+            block.mixer.in_proj.register_forward_hook(
+                lambda _, __, output, see=observers.see_in_proj: see(output)
+            )
             for part in batches(ids):
                 residual, _ = block(stream[part].to(device), None, observers)
                 stream[part] = residual
-            statistics |= {f"layers.{i}.{k}": v.cpu() for k, v in observers.absmax.items()}
+            seen = observers.statistics()
+            statistics |= {f"layers.{i}.{k}": v.cpu() for k, v in seen.items()}
             _require_numbers(checkpoint, i, observers.absmax)
-        norm_f = torch.zeros(())
+        norm_f = torch.zeros((), device=device)
         for part in batches(ids):
-            rows = stream[part]
+            rows = stream[part].to(device)
             rms = (rows.square().mean(-1, keepdim=True) + config.norm_eps).sqrt()
             norm_f = torch.maximum(norm_f, (rows / rms).abs().amax())
-    statistics["norm_f"] = norm_f
+    statistics["norm_f"] = norm_f.cpu()
     return statistics
 
 

@@ -45,7 +45,7 @@ class BundleError(UsageError):
 
 
 class BoardError(Ssdi8Error):
-    """A board cannot be reached, or cannot do what was asked: its disk is full, a tool is missing."""
+    """A board cannot be reached, or cannot do what was asked (disk full, tool missing)."""
 
     exit_code = 3
 

@@ -215,7 +215,11 @@ def export_model(
     Args:
         weights: model.safetensors of a quantized checkpoint; the graph refers to it by file name,
             so it must lie beside the graph.
+
+    Raises:
+        UsageError: no op computes what the recipe asks for.
     """
+    recipe.require_exportable()
     graph = GraphBuilder(form)
     parameters = _ExternalParameters(weights, graph)
     ids = graph.input("input_ids", TensorProto.INT32, ["batch", "tokens"])

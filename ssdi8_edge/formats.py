@@ -12,7 +12,7 @@ Rounding = Literal["half_even", "half_away"]
 # bits on an INT32 carry; ours, real states and an FP32 gate on an FP32 carry.
 Gate = Literal["q0.7", "fp32"]
 
-# What one step of an INT8 w · x is worth, where w is the decay over a chunk or tile times dt: as
-# released, the same in every chunk; ours, in proportion to the largest w of the chunk or tile, so
-# that a chunk of small w does not round to zero.
-DecayScale = Literal["static", "peak"]
+# The scales of tensors that exist only inside SSD (the weighted x, the passed states): as released,
+# calibrated and the same for every input; ours, taken from the tensor itself, one along each axis
+# that the following product sums over, so that nothing saturates and no step is wasted.
+Scaling = Literal["static", "dynamic"]

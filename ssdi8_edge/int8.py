@@ -25,6 +25,8 @@ from torch import Tensor
 from ssdi8_edge.formats import Rounding
 
 QMAX = 127
+# What is smaller counts as zero where a tensor is scaled by its own largest value.
+LEAST_MAGNITUDE = 1e-30
 # An FP32 sum of integers is exact below 2^24; 128 · 128 · 1024 reaches it.
 EXACT_FP32_TERMS = 1024
 
@@ -84,6 +86,19 @@ def round_to_int8(v: Tensor, rounding: Rounding, site: str = "") -> Tensor:
 def quantize(x: Tensor, scale: Tensor, rounding: Rounding, site: str = "") -> Tensor:
     """round(x · FP32(1 / scale)), saturating; `scale` broadcasts against `x`."""
     return round_to_int8(x.float() * scale.float().reciprocal(), rounding, site)
+
+
+def quantize_by_largest(v: Tensor, dim: int, rounding: Rounding) -> tuple[Tensor, Tensor]:
+    """INT8 `v` in units of a 127th of its largest magnitude along `dim`; nothing saturates.
+
+    Returns:
+        q like `v`, and the FP32 step with `dim` kept at size 1: v ≈ step · q. With top the largest
+        magnitude, q = round(v · FP32(127 / top)) and step = FP32(top / 127).
+    """
+    top = v.abs().amax(dim, keepdim=True).clamp_min(LEAST_MAGNITUDE)
+    # Both operands tensors: torch turns a division by, or of, a number into a product.
+    qmax = torch.full_like(top, QMAX)
+    return round_to_int8(v * (qmax / top), rounding), top / qmax
 
 
 def scale_from_absmax(absmax: Tensor, floor: float = 1e-8) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
 from ssdi8_edge.errors import UsageError
-from ssdi8_edge.formats import DecayScale, Gate, Rounding
+from ssdi8_edge.formats import Gate, Rounding, Scaling
 
 
 @dataclass(frozen=True)
@@ -18,25 +18,37 @@ class QuantConfig:
     Attributes:
         name: of the preset, or the user's own.
         about: one line for the table of methods.
-        linear: in_proj and out_proj: FP16, W8A8 with one weight scale per tensor or per output row,
-            or W4A8 with a scale per row and group.
+        linear: in_proj and out_proj: FP16, W8A8 with one weight scale per tensor, per part of
+            in_proj ("w8_block": z, x, B, C, dt) or per output row, or W4A8 with a scale per row
+            and group.
         group_size: input columns that share a W4 scale.
-        group_scales: of W4 in steps of the row: "fp16", as released, or "integer", from 1 to 16,
+        group_scales: of W4 in steps of the row: "fp16", as released, or "integer", -15 to 16,
             which a kernel applies with a fraction of the instructions (in groups of 128).
-        gptq: choose W4 values by GPTQ instead of rounding to nearest.
+        group_search: a W4 group's scale: from its largest weight ("absmax", as released), or the
+            one of least squared error ("mse"), which may be negative: -8 to 7 is not symmetric.
+        gptq: choose the values of weights by GPTQ instead of rounding to nearest.
+        descent: passes of coordinate descent over the values that GPTQ has chosen.
+        compensation: part of what in_proj's input and out_proj's output lack to the FP model's
+            that weights are changed by before they are rounded, as far as the INT8 input tells.
         lm_head: FP16, or W8A8 per row with an INT8 norm_f.
-        ssd: "fp16" leaves SSD unquantized; "int8" is SSDi8's INT8 path.
+        clip: end of the INT8 range of u, r, B, C and CB: the largest value calibrated on
+            ("absmax"), or where the squared error is least ("mse").
+        ssd: "fp16" leaves SSD unquantized; "int8" is SSDi8's INT8 path; "dequantized" keeps
+            in_proj's output, the convolution, x, B and C in INT8 but computes in FP16, as Quamba
+            does: for comparing accuracy, no op runs it.
         ssd_ops: one fused op, or the paper's modules as four.
         bc_granularity: scales of B, C and CB per group, or one per tensor.
-        x_granularity: scales of w·x and of the states per (head, channel), or one per tensor.
-        gate: how the state travels between chunks, see `ops.chunk_state.Gate`.
+        x_granularity: static scales of w·x and of the states (of x, with ssd "dequantized"): per
+            (head, channel), or one per tensor. For "dequantized" also: one from a percentile, or
+            one per cluster of channels that are alike (`quantize.clusters`).
+        gate: how the state travels between chunks, see `formats.Gate`.
         state_observer: "local" calibrates the state scale on chunk states before passing, as
             released; "passed" also on the states that are stored after it.
         scan2: "fp16", or "int8_offdiag": INT8 products left of the diagonal tiles.
         scan_tile: positions per tile of Scan2 for "int8_offdiag".
         rounding: of the SSD tensors and of the input of out_proj.
-        decay_scale: of INT8 w·x, "static" as released, or in proportion to the "peak" of w in each
-            chunk or tile; see `formats.DecayScale`.
+        scaling: of w·x and of the passed states: "static", calibrated as released, or "dynamic",
+            each in units of its own largest value; see `formats.Scaling`.
         ssm_params: "int8" stores A_log and D in INT8 per tensor, as released; "fp32" does not.
         fold_gate_norm: fold the weight of the gated norm into out_proj, before the rotation.
         correction: closed-form mean correction carried in the bias of out_proj: "none", "out" (the
@@ -49,21 +61,27 @@ class QuantConfig:
 
     name: str
     about: str = ""
-    linear: Literal["fp16", "w8_tensor", "w8_row", "w4"] = "w8_row"
+    linear: Literal["fp16", "w8_tensor", "w8_block", "w8_row", "w4"] = "w8_row"
     group_size: int = 128
     group_scales: Literal["fp16", "integer"] = "integer"
-    gptq: bool = False
+    group_search: Literal["absmax", "mse"] = "mse"
+    gptq: bool = True
+    descent: int = 4
+    compensation: float = 0.0
     lm_head: Literal["fp16", "w8_row"] = "fp16"
-    ssd: Literal["fp16", "int8"] = "int8"
+    clip: Literal["absmax", "mse"] = "mse"
+    ssd: Literal["fp16", "int8", "dequantized"] = "int8"
     ssd_ops: Literal["fused", "modular"] = "fused"
     bc_granularity: Literal["group", "tensor"] = "group"
-    x_granularity: Literal["head_channel", "tensor"] = "head_channel"
+    x_granularity: Literal["head_channel", "tensor", "tensor_percentile", "cluster"] = (
+        "head_channel"
+    )
     gate: Gate = "fp32"
     state_observer: Literal["local", "passed"] = "passed"
     scan2: Literal["fp16", "int8_offdiag"] = "int8_offdiag"
     scan_tile: int = 64
     rounding: Rounding = "half_even"
-    decay_scale: DecayScale = "peak"
+    scaling: Scaling = "dynamic"
     ssm_params: Literal["fp32", "int8"] = "fp32"
     fold_gate_norm: bool = True
     correction: Literal["none", "out", "residual"] = "residual"
@@ -88,16 +106,30 @@ class QuantConfig:
                 f"recipe {self.name}: linear {self.linear!r} with ssd {self.ssd!r}",
                 "is not a combination that exists: both are fp16, or neither.",
             )
-        if self.gate == "q0.7" and self.decay_scale == "peak":
+        stored_only = self.x_granularity in ("tensor_percentile", "cluster")
+        if stored_only and self.ssd != "dequantized":
             raise UsageError(
-                f"recipe {self.name}: gate 'q0.7' with decay_scale 'peak'",
-                "is not a combination that exists: an integer carry needs decay_scale 'static'.",
+                f"recipe {self.name}: x_granularity {self.x_granularity!r} with ssd {self.ssd!r}",
+                "is not a combination that exists: it needs ssd 'dequantized'.",
+            )
+        if self.gate == "q0.7" and self.scaling == "dynamic":
+            raise UsageError(
+                f"recipe {self.name}: gate 'q0.7' with scaling 'dynamic'",
+                "is not a combination that exists: an integer carry needs scaling 'static'.",
             )
 
     @property
     def quantized(self) -> bool:
         """Whether any part is INT8: such models are rotated."""
         return self.linear != "fp16"
+
+    def require_exportable(self) -> None:
+        """Raises UsageError for a recipe that no op computes."""
+        if self.ssd == "dequantized":
+            raise UsageError(
+                f"method {self.name} is for comparing accuracy only, no engine runs it;",
+                "use it with `evaluate`, or build it with --until quantize.",
+            )
 
     def effective_scan_tile(self, chunk_size: int) -> int:
         """The tile that ChunkScan uses; chunk_size means that all of Scan2 is FP16."""
@@ -118,25 +150,47 @@ class QuantConfig:
         return cls(**fields)
 
 
+# What all published methods share: absolute maxima, plain GPTQ for 4 bits, short calibration
+# sequences, INT8 A_log and D.
+_PUBLISHED: dict[str, Any] = {
+    "group_search": "absmax",
+    "group_scales": "fp16",
+    "descent": 0,
+    "clip": "absmax",
+    "ssm_params": "int8",
+    "fold_gate_norm": False,
+    "calibration_tokens": 512,
+    "calibration_samples": 128,
+}
+
+
 def _released(name: str, about: str, **fields: Any) -> QuantConfig:
-    """The paper as released: method §2 to §5, with its rounding, gate and calibration."""
-    return QuantConfig(
-        name=name,
-        about=about,
-        gate="q0.7",
-        state_observer="local",
-        scan2="fp16",
-        rounding="half_away",
-        decay_scale="static",
-        ssm_params="int8",
-        group_scales="fp16",
-        fold_gate_norm=False,
-        correction="out",
-        correction_strength=0.15,
-        calibration_tokens=512,
-        calibration_samples=128,
-        **fields,
-    )
+    """The paper as released: method §2 to §5, with its rounding, gate and correction."""
+    settings: dict[str, Any] = {
+        **_PUBLISHED,
+        "gate": "q0.7",
+        "state_observer": "local",
+        "scan2": "fp16",
+        "rounding": "half_away",
+        "scaling": "static",
+        "correction": "out",
+        "correction_strength": 0.15,
+    }
+    return QuantConfig(name=name, about=about, **{**settings, **fields})
+
+
+def _storage_only(name: str, about: str, **fields: Any) -> QuantConfig:
+    """INT8 tensors around an FP16 SSD: method §6; embedding and lm_head stay FP16."""
+    settings: dict[str, Any] = {**_PUBLISHED, "ssd": "dequantized", "correction": "none"}
+    return QuantConfig(name=name, about=about, **{**settings, **fields})
+
+
+# W8A8 of SSDi8, of Quamba, and W4A8 of all.
+_W8_TENSOR: dict[str, Any] = {"linear": "w8_tensor", "gptq": False}
+_W8_BLOCK: dict[str, Any] = {"linear": "w8_block", "gptq": False}
+_W4: dict[str, Any] = {"linear": "w4"}
+# One scale for each tensor inside SSD.
+_PER_TENSOR: dict[str, Any] = {"bc_granularity": "tensor", "x_granularity": "tensor"}
 
 
 DEFAULT_METHOD = "edge-w8a8"
@@ -146,25 +200,67 @@ METHODS: dict[str, QuantConfig] = {
     for config in (
         QuantConfig(
             name="edge-w8a8",
-            about="ours: INT8 weights per row, FP32 carry, states calibrated as passed, "
-            "INT8 Scan2 off the diagonal, peak decay scales, residual correction",
+            about="ours: INT8 weights per row by GPTQ, clipped activations, FP32 carry, dynamic "
+            "scales inside SSD, INT8 Scan2 off the diagonal, residual correction",
         ),
         QuantConfig(
             name="edge-w4a8",
-            about="ours with 4-bit weights in groups of 128 by GPTQ",
+            about="ours with 4-bit weights in groups of 128, searched scales, compensation",
             linear="w4",
-            gptq=True,
+            compensation=0.5,
         ),
         _released(
             "ssdi8-w8a8",
             "SSDi8 as released: one scale per weight, Q0.7 gate, FP16 Scan2",
-            linear="w8_tensor",
+            **_W8_TENSOR,
         ),
         _released(
             "ssdi8-w4a8",
             "SSDi8 as released with 4-bit GPTQ weights",
-            linear="w4",
-            gptq=True,
+            **_W4,
+        ),
+        _storage_only(
+            "quamba-w8a8",
+            "Quamba: one scale per tensor, a percentile for x, FP16 SSD (accuracy only)",
+            **{**_W8_BLOCK, **_PER_TENSOR, "x_granularity": "tensor_percentile"},
+        ),
+        _storage_only(
+            "quamba2-w8a8",
+            "Quamba2: x by sorted clusters, B and C per group, FP16 SSD (accuracy only)",
+            **_W8_BLOCK,
+            x_granularity="cluster",
+        ),
+        _storage_only(
+            "quamba2-w4a8",
+            "Quamba2 with 4-bit GPTQ weights (accuracy only)",
+            **_W4,
+            x_granularity="cluster",
+        ),
+        _released(
+            "had-w8a8",
+            "rotations, and SSDi8's INT8 SSD with one scale per tensor, no correction",
+            **_W8_TENSOR,
+            **_PER_TENSOR,
+            correction="none",
+        ),
+        _released(
+            "had-w4a8",
+            "the same with 4-bit GPTQ weights",
+            **_W4,
+            **_PER_TENSOR,
+            correction="none",
+        ),
+        _storage_only(
+            "had-io-w8a8",
+            "rotations, and INT8 tensors of one scale around an FP16 SSD (accuracy only)",
+            **_W8_BLOCK,
+            **_PER_TENSOR,
+        ),
+        _storage_only(
+            "had-io-w4a8",
+            "the same with 4-bit GPTQ weights (accuracy only)",
+            **_W4,
+            **_PER_TENSOR,
         ),
         QuantConfig(
             name="fp16",

@@ -423,8 +423,8 @@ class Mamba2LM(nn.Module):
         states: list[LayerState] | None = None,
         keep: int | None = None,
     ) -> tuple[Tensor, list[LayerState]]:
-        """input_ids (b, l) int64; returns logits (b, keep, vocab_size) of the last `keep` positions,
-        of all with None, and one state per layer."""
+        """input_ids (b, l) int64; returns logits (b, keep, vocab_size) of the last `keep` positions
+        (None: of all) and one state per layer."""
         residual = self.backbone.embedding(input_ids).float()
         new_states = []
         for i, layer in enumerate(self.backbone.layers):

@@ -124,6 +124,8 @@ class Build:
         self.text = request.calibration or DEMO_CALIBRATION
         if request.until not in STAGES:
             raise UsageError(f"unknown stage {request.until!r};", f"known: {', '.join(STAGES)}.")
+        if request.until in ("export", "bundle"):
+            request.recipe.require_exportable()
         if request.target.max_tokens < self.config.chunk_size:
             raise UsageError(
                 f"target {request.target.name} takes at most {request.target.max_tokens} tokens a "

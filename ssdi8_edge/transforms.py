@@ -1,11 +1,12 @@
 """Exact rewrites of FP weights: fold norms into linears, rotate the residual stream.
 
 Each keeps the FP output of the model (tested); they only change which tensors the quantizers see.
-Source: SSDi8 and Quamba2, method §5.1; the fold of the gated norm is ours, method §8.3.
+Source: SSDi8 and Quamba2, method §5.1 and §6; the fold of the gated norm is ours, method §8.3.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ssdi8_edge.hadamard import transform
@@ -42,6 +43,32 @@ def rotate_layer(layer: dict[str, Tensor], *, fold_gate_norm: bool) -> dict[str,
         rotated[GATE_NORM] = layer[GATE_NORM].new_ones(layer[GATE_NORM].shape)
     rotated[OUT_PROJ] = transform(out_proj.t()).t().float().contiguous()
     return rotated
+
+
+def permute_layer(layer: dict[str, Tensor], heads: Tensor, channels: Tensor) -> dict[str, Tensor]:
+    """The same block with its heads, and the channels of each, in another order.
+
+    Args:
+        heads: (H) the old index of each new head; heads must stay in their SSD group.
+        channels: (H, P) the old index inside the head of each new channel.
+    """
+    headdim = channels.shape[1]
+    inner = (heads[:, None] * headdim + channels).flatten()
+    d_inner, conv_dim = len(inner), len(layer["mixer.conv1d.bias"])
+    # z, x, then B and C as they are, then dt.
+    middle = torch.arange(2 * d_inner, d_inner + conv_dim)
+    rows = torch.cat([inner, d_inner + inner, middle, d_inner + conv_dim + heads])
+    conv = torch.cat([inner, torch.arange(d_inner, conv_dim)])
+    order = {
+        IN_PROJ: rows,
+        "mixer.conv1d.weight": conv,
+        "mixer.conv1d.bias": conv,
+        **dict.fromkeys(("mixer.A_log", "mixer.D", "mixer.dt_bias"), heads),
+        GATE_NORM: inner,
+    }
+    permuted = {k: v[order[k].to(v.device)] if k in order else v for k, v in layer.items()}
+    permuted[OUT_PROJ] = layer[OUT_PROJ][:, inner.to(layer[OUT_PROJ].device)]
+    return permuted
 
 
 def rotate_out_proj_input(weight: Tensor) -> Tensor:

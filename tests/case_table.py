@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ssdi8_edge.calibrate import calibrate, layer_config
 from ssdi8_edge.checkpoint import Checkpoint
-from ssdi8_edge.formats import DecayScale, Gate, Rounding
+from ssdi8_edge.formats import Gate, Rounding, Scaling
 from ssdi8_edge.methods import METHODS, QuantConfig
 from ssdi8_edge.model import Mamba2Config, Mamba2LM
 from ssdi8_edge.quantize import quantize
@@ -64,7 +64,7 @@ class SsdCase:
     tile: int = 4
     gate: Gate = "fp32"
     rounding: Rounding = "half_even"
-    decay_scale: DecayScale = "peak"
+    scaling: Scaling = "dynamic"
     state_dtype: torch.dtype = torch.float16
     dt_min: float = 0.0
     dt_max: float = 3.4e38
@@ -108,7 +108,7 @@ class SsdCase:
             **self.time_step,
             "gate": self.gate,
             "rounding": self.rounding,
-            "decay_scale": self.decay_scale,
+            "scaling": self.scaling,
         }
 
 
@@ -116,7 +116,7 @@ BASE = SsdCase()
 RELEASED: dict[str, Any] = {
     "gate": "q0.7",
     "rounding": "half_away",
-    "decay_scale": "static",
+    "scaling": "static",
     "tile": CHUNK,
 }
 _CHANGES: dict[str, dict[str, Any]] = {
@@ -139,10 +139,11 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "tile=8": {"tile": 8},
     "tile=1": {"tile": 1},
     "half_away": {"rounding": "half_away"},
-    "static": {"decay_scale": "static"},
-    "static saturating": {"decay_scale": "static", "data": "saturating"},
-    "static extreme": {"decay_scale": "static", "data": "extreme"},
-    "q0.7": {"gate": "q0.7", "decay_scale": "static"},
+    "static": {"scaling": "static"},
+    "static batch=2 ngroups=2": {"scaling": "static", "batch": 2, "ngroups": 2},
+    "static saturating": {"scaling": "static", "data": "saturating"},
+    "static extreme": {"scaling": "static", "data": "extreme"},
+    "q0.7": {"gate": "q0.7", "scaling": "static"},
     "released": RELEASED,
     "released batch=2 ngroups=2 L=5": {**RELEASED, "batch": 2, "ngroups": 2, "length": 5},
     "released fp32 state": {**RELEASED, "state_dtype": torch.float32},
@@ -161,6 +162,18 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "no decay": {"decay": "none"},
     "total decay": {"decay": "total"},
 }
+# Inputs that an op takes in some cases only, and in which.
+_STATIC_ONLY = ("x_scale", "state_scale")
+
+
+def takes(case: SsdCase, name: str) -> bool:
+    """Whether an SSD op is given the input `name` in this case."""
+    static = case.scaling == "static"
+    if name == "x_tile_scale":
+        return static and case.tile < case.chunk
+    return static or name not in _STATIC_ONLY
+
+
 SSD_CASES = {name: dataclasses.replace(BASE, **change) for name, change in _CHANGES.items()}
 
 
@@ -327,6 +340,42 @@ def apply_recipe(checkpoint: Checkpoint, recipe: QuantConfig, ids: Tensor) -> Qu
     saturation = quantize(checkpoint, recipe, statistics, ids, sink)
     model = QuantizedMamba2(config, recipe, sink)
     return Quantized(config, recipe, ids, statistics, sink, saturation, model)
+
+
+TINY_SAMPLES, TINY_TOKENS = 12, 48
+
+
+class Tiny:
+    """Tiny checkpoints and what recipes make of them, each made once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._sources: dict[int, tuple[Checkpoint, Mamba2LM]] = {}
+        self._made: dict[str, Quantized] = {}
+        self.ids = random_ids(TINY_SAMPLES, TINY_TOKENS)
+
+    def source(self, ngroups: int = 1) -> tuple[Checkpoint, Mamba2LM]:
+        if ngroups not in self._sources:
+            made = write_checkpoint(self._folder / f"{ngroups}", make_config(ngroups))
+            self._sources[ngroups] = made
+        return self._sources[ngroups]
+
+    def quantized(self, name: str, ngroups: int = 1, **changes: Any) -> Quantized:
+        recipe = tiny_recipe(name, **changes)
+        key = f"{ngroups} {recipe}"
+        if key not in self._made:
+            self._made[key] = apply_recipe(self.source(ngroups)[0], recipe, self.ids)
+        return self._made[key]
+
+
+def layer_of(made: Quantized, index: int = 0) -> dict[str, Tensor]:
+    prefix = f"layers.{index}."
+    return {k[len(prefix) :]: v for k, v in made.tensors.items() if k.startswith(prefix)}
+
+
+def statistics_of(made: Quantized, index: int = 0) -> dict[str, Tensor]:
+    prefix = f"layers.{index}."
+    return {k[len(prefix) :]: v for k, v in made.statistics.items() if k.startswith(prefix)}
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:

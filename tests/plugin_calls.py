@@ -101,7 +101,7 @@ SSD_FIELDS: dict[str, Value] = {
     "dt_max": 3.4e38,
     "gate": "fp32",
     "rounding": "half_even",
-    "decay_scale": "peak",
+    "scaling": "dynamic",
 }
 OTHER_FIELDS: dict[str, Value] = {
     "scale": 0.03,
@@ -134,6 +134,7 @@ def ssd_call(op: str, batch: int = 1, length: int = 300) -> Call:
         "ssm_state_out": ("FP16", (batch, heads, headdim, d_state)),
         "states": ("FP32", (batch, chunks, heads, headdim, d_state)),
         "passed": ("INT8", (batch, chunks, heads, headdim, d_state)),
+        "passed_scale": ("FP32", (batch, chunks, heads, headdim)),
         "dt": ("FP32", decay),
         "a": ("FP32", decay),
         **{name: ("FP32", (heads,)) for name in ("dt_bias", "A", "D")},

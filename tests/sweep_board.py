@@ -13,9 +13,10 @@ from board_simulator.machine import make_board
 
 from ssdi8_edge.target.board_sweep import SweepRequest
 from ssdi8_edge.target.connection import Connection, Say
-from ssdi8_edge.target.local import LocalConnection
+from ssdi8_edge.target.local import LocalConnection, _LocalChannel
 from ssdi8_edge.target.measuring import Source
 from ssdi8_edge.target.points import open_points
+from ssdi8_edge.target.process import Channel
 from ssdi8_edge.target.records import Bundle, Point, Settings
 from ssdi8_edge.target.sweep import Outcome, sweep
 from ssdi8_edge.target.sweep_commands import Installed
@@ -140,9 +141,10 @@ class NamedBoard(LocalConnection):
         self.name = name
         self.pids: list[int] = []
 
-    def open_channel(self, program: str):  # type: ignore[no-untyped-def]
+    def open_channel(self, program: str) -> Channel:
         channel = super().open_channel(program)
-        self.pids.append(channel._process.pid)  # type: ignore[attr-defined]
+        assert isinstance(channel, _LocalChannel)
+        self.pids.append(channel._process.pid)
         return channel
 
 
@@ -154,7 +156,7 @@ class Rubbish(LocalConnection):
         self.name = name
         self._text, self._after_mark = text, after_mark
 
-    def open_channel(self, program: str):  # type: ignore[no-untyped-def]
+    def open_channel(self, program: str) -> Channel:
         mark = 'print(m["mark"]);' if self._after_mark else ""
         return super().open_channel(
             "import json,sys;m=json.loads(sys.stdin.buffer.readline());"

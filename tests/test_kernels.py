@@ -87,6 +87,12 @@ def kernel_of(op: str, variant: int = 0) -> Callable[..., Any]:
     return kernel
 
 
+def reference(op: str, *inputs: Tensor, **attributes: Any) -> Any:
+    """Without kernels inside: the reference of SsdScan calls ops."""
+    with kernel_library.references_only():
+        return OPS[op].reference(*inputs, **attributes)
+
+
 def compare(
     op: str,
     *inputs: Tensor,
@@ -98,7 +104,7 @@ def compare(
     with guarded_allocations():
         got = kernel_of(op, variant)(*inputs, **attributes)
         torch.cuda.synchronize()
-    want = OPS[op].reference(*inputs, **attributes)
+    want = reference(op, *inputs, **attributes)
     pairs = zip(got, want, strict=True) if isinstance(got, tuple) else ((got, want),)
     for (g, w), fraction in zip(pairs, fractions, strict=True):
         assert_close(g, w, fraction)
@@ -245,7 +251,8 @@ def w4_weight(
 
 def integer_scales(generator: torch.Generator, n_out: int, n_in: int) -> Tensor:
     shape = (n_out, n_in // 128)
-    return torch.randint(1, 17, shape, dtype=torch.int8, device="cuda", generator=generator)
+    scales = torch.randint(-15, 16, shape, dtype=torch.int8, device="cuda", generator=generator)
+    return scales + (scales >= 0)  # from -15 to 16, not 0
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -289,7 +296,7 @@ def test_linear_w4_with_integer_scales(
         x.fill_(-128)  # the largest sums
     packed = random_int8(generator, n_out, n_in // 2)
     scales = integer_scales(generator, n_out, n_in)
-    scales[0] = 16
+    scales[0], scales[-1] = 16, -15
     epilogue = scale_and_bias(generator, n_out)
     compare("Ssdi8LinearW4", x, packed, scales, *epilogue, group_size=128, variant=variant)
 
@@ -487,18 +494,21 @@ SSD_BASE = {
     "scan_tile": 64,
     "gate": "fp32",
     "rounding": "half_even",
-    "decay_scale": "peak",
+    "scaling": "dynamic",
     "state": torch.float32,
-    "scale": 1.0,  # of every scale: below 1 saturates
+    "scale": 1.0,  # of every scale that is an input: below 1 saturates
     "dt_shift": 0.0,
 }
-RELEASED = {"gate": "q0.7", "decay_scale": "static"}
+STATIC = {"scaling": "static"}
+RELEASED = STATIC | {"gate": "q0.7"}
 SSD_ROWS: list[dict[str, Any]] = [
     {},
     *({"length": n} for n in (2, 5, 63, 64, 65, 255, 256, 257, 2048)),
     {"batch": 2},
     {"batch": 3, "length": 300, "nheads": 80},
     {"length": 2048, "nheads": 24},
+    {"length": 2048, "nheads": 80, "d_state": 64},
+    {"length": 700, "nheads": 8, "d_state": 64, "chunk_size": 128},
     *({"ngroups": n, "nheads": 8} for n in (2, 8)),
     {"headdim": 128},
     {"d_state": 64},
@@ -508,16 +518,22 @@ SSD_ROWS: list[dict[str, Any]] = [
     {"chunk_size": 64, "d_state": 64, "length": 1000},
     {"scan_tile": 256},
     {"scan_tile": 128, "chunk_size": 128},
-    {"decay_scale": "static"},
-    {"decay_scale": "static", "dt_shift": 6.0},
-    {"decay_scale": "static", "chunk_size": 64, "length": 300},
+    STATIC,
+    STATIC | {"dt_shift": 6.0},
+    STATIC | {"chunk_size": 64, "length": 300},
+    STATIC | {"chunk_size": 128, "batch": 2, "headdim": 128},
+    STATIC | {"d_state": 256, "scan_tile": 256},
+    STATIC | {"scale": 0.1},
+    STATIC | {"scale": 0.1, "rounding": "half_away"},
+    STATIC | {"length": 2048, "nheads": 40},
     RELEASED,
     RELEASED | {"rounding": "half_away", "scan_tile": 256, "length": 2048},
     RELEASED | {"scale": 0.1, "state": torch.float16, "d_state": 256},
+    {"rounding": "half_away"},
     {"rounding": "half_away", "d_state": 64},
+    {"rounding": "half_away", "d_state": 256, "length": 2048, "nheads": 80},
     {"state": torch.float16},
-    {"scale": 0.1},
-    {"scale": 0.1, "rounding": "half_away"},
+    {"scale": 0.1},  # CB alone
     {"dt_shift": 6.0},  # decays by e^-100 within a tile
     {"dt_shift": -12.0},
 ]
@@ -529,7 +545,7 @@ def ssd_case(generator: torch.Generator, row: dict[str, Any]) -> dict[str, Any]:
     if case["chunk_size"] == 64:
         case["scan_tile"] = 64
     batch, length, heads, p = (case[k] for k in ("batch", "length", "nheads", "headdim"))
-    groups, n, chunk = case["ngroups"], case["d_state"], case["chunk_size"]
+    groups, n = case["ngroups"], case["d_state"]
     dt_column = heads * p + 3
     zxbcdt = normal(generator, batch, length, dt_column + heads + 2)
     zxbcdt[..., :dt_column] = float("nan")
@@ -553,36 +569,51 @@ def ssd_case(generator: torch.Generator, row: dict[str, Any]) -> dict[str, Any]:
     }
     case["attributes"] = attributes
 
-    dt, decay = OPS["Ssdi8ChunkCumsum"].reference(
-        zxbcdt, a["dt_bias"], a["A"], **select("Ssdi8ChunkCumsum", attributes)
-    )
-    x = a["x"].float().unflatten(2, (heads, p))
-    ends = torch.arange(length, device="cuda")
-    for name, tile in (("x_scale", chunk), ("x_tile_scale", 64)):
-        last = ((ends // tile + 1) * tile).clamp_max(length) - 1
-        w = torch.exp(decay[..., last] - decay) * dt  # (B, H, L)
-        if case["decay_scale"] == "peak":
-            tiles = torch.nn.functional.pad(w, (0, -length % tile)).unflatten(2, (-1, tile))
-            w = w / tiles.amax(-1).repeat_interleave(tile, 2)[..., :length]
-        absmax = (w.transpose(1, 2)[..., None] * x).abs().amax((0, 1))
-        a[name] = scale_from_absmax(absmax) * case["scale"]
-    ones = torch.ones(heads, p, device="cuda")
-    states = OPS["Ssdi8ChunkState"].reference(
-        *(a["x"], a["b_q"], dt, decay, a["x_scale"], a["b_scale"], ones),
-        **select("Ssdi8ChunkState", attributes | {"gate": "fp32"}),
-    )
-    absmax = torch.maximum(states.abs().amax((0, 1, 4)), a["ssm_state"].float().abs().amax((0, 3)))
-    a["state_scale"] = scale_from_absmax(1.5 * absmax) * case["scale"]
     a["cb_scale"] = torch.full((groups,), 0.02 * 0.03 * 74**2 * n**0.5 / 28, device="cuda")
     a["cb_scale"] *= case["scale"]
-    if case["scan_tile"] == chunk:
-        a["x_tile_scale"] = None
+    a |= dict.fromkeys(("x_scale", "state_scale", "x_tile_scale"))
+    if case["scaling"] == "static":
+        a |= channel_scales(case, a)
     case["inputs"] = a
     return case
 
 
+def channel_scales(case: dict[str, Any], a: dict[str, Any]) -> dict[str, Any]:
+    """The inputs of scaling "static"."""
+    attributes, chunk, length = case["attributes"], case["chunk_size"], case["length"]
+    dt, decay = reference(
+        *("Ssdi8ChunkCumsum", a["zxbcdt"], a["dt_bias"], a["A"]),
+        **select("Ssdi8ChunkCumsum", attributes),
+    )
+    x = a["x"].float().unflatten(2, (case["nheads"], case["headdim"]))
+    ends = torch.arange(length, device="cuda")
+    scales: dict[str, Any] = {}
+    for name, tile in (("x_scale", chunk), ("x_tile_scale", 64)):
+        last = ((ends // tile + 1) * tile).clamp_max(length) - 1
+        w = torch.exp(decay[..., last] - decay) * dt  # (B, H, L)
+        absmax = (w.transpose(1, 2)[..., None] * x).abs().amax((0, 1))
+        scales[name] = scale_from_absmax(absmax) * case["scale"]
+    states = reference(
+        *("Ssdi8ChunkState", a["x"], a["b_q"], dt, decay, a["b_scale"]),
+        **select("Ssdi8ChunkState", attributes | {"gate": "fp32", "scaling": "dynamic"}),
+    )
+    absmax = torch.maximum(states.abs().amax((0, 1, 4)), a["ssm_state"].float().abs().amax((0, 3)))
+    scales["state_scale"] = scale_from_absmax(1.5 * absmax) * case["scale"]
+    if case["scan_tile"] == chunk:
+        scales["x_tile_scale"] = None
+    return scales
+
+
 def select(op: str, attributes: dict[str, Any]) -> dict[str, Any]:
     return {k: attributes[k] for k in OPS[op].attributes}
+
+
+# What an SSD op of its own computes, by the names that the next ones take.
+SSD_STAGES = {
+    "Ssdi8ChunkCumsum": ("dt", "a"),
+    "Ssdi8ChunkState": ("states",),
+    "Ssdi8StatePassing": ("passed", "passed_scale", "final"),
+}
 
 
 def ssd_arguments(op: str, values: dict[str, Any]) -> list[Any]:
@@ -609,28 +640,32 @@ def test_ssd_modules(generator: torch.Generator, row: dict[str, Any]) -> None:
     case = ssd_case(generator, row)
     values, attributes = case["inputs"], case["attributes"]
 
-    def reference(op: str) -> Any:
-        return OPS[op].reference(*ssd_arguments(op, values), **select(op, attributes))
+    def wanted(op: str) -> Any:
+        return reference(op, *ssd_arguments(op, values), **select(op, attributes))
 
     got = run_ssd_kernel("Ssdi8ChunkCumsum", values, attributes)
-    values["dt"], values["a"] = reference("Ssdi8ChunkCumsum")
+    values["dt"], values["a"] = wanted("Ssdi8ChunkCumsum")
     assert torch.allclose(got[0], values["dt"], rtol=1e-6, atol=0)
     assert torch.allclose(got[1], values["a"], rtol=1e-6, atol=0)
 
     states = run_ssd_kernel("Ssdi8ChunkState", values, attributes)
-    values["states"] = reference("Ssdi8ChunkState")
+    values["states"] = wanted("Ssdi8ChunkState")
     if case["gate"] == "fp32":
         assert relative_error(states, values["states"]) < 2e-4
     else:
         assert_close(states, values["states"], SSD_FRACTION)
 
-    passed, final = run_ssd_kernel("Ssdi8StatePassing", values, attributes)
-    values["passed"], want_final = reference("Ssdi8StatePassing")
+    passed, scale, final = run_ssd_kernel("Ssdi8StatePassing", values, attributes)
+    values["passed"], values["passed_scale"], want_final = wanted("Ssdi8StatePassing")
     assert_close(passed, values["passed"], SSD_FRACTION)
+    assert scale.shape == values["passed_scale"].shape
+    if case["scaling"] == "static":
+        assert torch.equal(scale, values["passed_scale"])
+    assert torch.allclose(scale, values["passed_scale"], rtol=1e-5, atol=0)
     assert relative_error(final, want_final) < 2e-4
 
     y = run_ssd_kernel("Ssdi8ChunkScan", values, attributes)
-    assert relative_error(y, reference("Ssdi8ChunkScan")) < 1e-3
+    assert relative_error(y, wanted("Ssdi8ChunkScan")) < 1e-3
 
 
 @pytest.mark.parametrize("row", [*SSD_ROWS, {"length": 1}], ids=str)
@@ -638,8 +673,8 @@ def test_ssd_scan(generator: torch.Generator, row: dict[str, Any]) -> None:
     case = ssd_case(generator, row)
     values, attributes = case["inputs"], case["attributes"]
     y, final = run_ssd_kernel("Ssdi8SsdScan", values, attributes)
-    want_y, want_final = OPS["Ssdi8SsdScan"].reference(
-        *ssd_arguments("Ssdi8SsdScan", values), **attributes
+    want_y, want_final = reference(
+        "Ssdi8SsdScan", *ssd_arguments("Ssdi8SsdScan", values), **attributes
     )
     assert relative_error(y, want_y) < 2e-3
     assert relative_error(final, want_final) < 1e-3
@@ -656,11 +691,28 @@ def test_ssd_step(
     case = ssd_case(generator, row | {"nheads": 8, "ngroups": 2})
     values, attributes = case["inputs"], case["attributes"]
     y, final = run_ssd_kernel("Ssdi8SsdScan", values, attributes)
-    want_y, want_final = OPS["Ssdi8SsdScan"].reference(
-        *ssd_arguments("Ssdi8SsdScan", values), **attributes
+    want_y, want_final = reference(
+        "Ssdi8SsdScan", *ssd_arguments("Ssdi8SsdScan", values), **attributes
     )
     assert relative_error(y, want_y) < 3e-4
     assert relative_error(final, want_final) < (3e-4 if state is torch.float16 else 1e-6)
+
+
+@pytest.mark.parametrize("magnitude", [0.0, 1e-3, 1e2])
+def test_dynamic_scales_follow_the_values(generator: torch.Generator, magnitude: float) -> None:
+    """Nothing, little or much: as accurate as any."""
+    case = ssd_case(generator, {"length": 600})
+    values, attributes = case["inputs"], case["attributes"]
+    values["ssm_state"] *= magnitude
+    values["x"] = (values["x"].float() * magnitude).half()
+    y, final = run_ssd_kernel("Ssdi8SsdScan", values, attributes)
+    want_y, want_final = reference(
+        "Ssdi8SsdScan", *ssd_arguments("Ssdi8SsdScan", values), **attributes
+    )
+    if magnitude == 0.0:
+        assert not y.any() and not final.any()
+    assert relative_error(y, want_y) < 2e-3
+    assert relative_error(final, want_final) < 1e-3
 
 
 @pytest.mark.parametrize("length", [1, 256, 700])
@@ -706,9 +758,33 @@ def test_ssd_refusals(generator: torch.Generator) -> None:
         case = ssd_case(generator, {"length": 8} | change)
         with pytest.raises(Ssdi8Error, match=match):
             run_ssd_kernel("Ssdi8SsdScan", case["inputs"], case["attributes"])
-    case = ssd_case(generator, {"length": 8})
-    with pytest.raises(Ssdi8Error, match="x_tile_scale"):
-        run_ssd_kernel("Ssdi8SsdScan", case["inputs"] | {"x_tile_scale": None}, case["attributes"])
+    case = ssd_case(generator, STATIC | {"length": 8})
+    for op, scales in (
+        ("Ssdi8SsdScan", ("x_scale", "state_scale", "x_tile_scale")),
+        ("Ssdi8ChunkState", ("x_scale", "state_scale")),
+        ("Ssdi8StatePassing", ("state_scale",)),
+        ("Ssdi8ChunkScan", ("x_tile_scale",)),
+    ):
+        values, attributes = case["inputs"], case["attributes"]
+        if op != "Ssdi8SsdScan":
+            values = module_inputs(values, attributes)
+        for name in scales:
+            with pytest.raises(Ssdi8Error, match=f"scaling static needs {name}"):
+                run_ssd_kernel(op, values | {name: None}, attributes)
+        if op != "Ssdi8ChunkScan":
+            with pytest.raises(Ssdi8Error, match=r"scaling dynamic with gate Q0\.7"):
+                choice = {"gate": "q0.7", "scaling": "dynamic"}
+                states = {"states": values["states"].to(torch.int8)} if "states" in values else {}
+                run_ssd_kernel(op, values | states, attributes | choice)
+
+
+def module_inputs(values: dict[str, Any], attributes: dict[str, Any]) -> dict[str, Any]:
+    """With what the references of the modules compute."""
+    values = dict(values)
+    for op, names in SSD_STAGES.items():
+        made = reference(op, *ssd_arguments(op, values), **select(op, attributes))
+        values |= zip(names, made if isinstance(made, tuple) else (made,), strict=True)
+    return values
 
 
 # ------------------------------------------------------------------------------------------------
@@ -728,6 +804,8 @@ def calls(generator: torch.Generator, length: int) -> dict[str, tuple[Tensor, Ca
     ones = torch.ones(1536, device="cuda")
     ssd = ssd_case(generator, {"length": length})
     ssd_inputs = ssd_arguments("Ssdi8SsdScan", ssd["inputs"])
+    static = ssd_case(generator, STATIC | {"length": length})
+    static_inputs = ssd_arguments("Ssdi8SsdScan", static["inputs"])
     norm = {"scale": 0.03, "eps": 1e-5, "rounding": "half_even"}
     return {
         "rms_norm": (hidden, lambda: kernel_of("Ssdi8RmsNorm")(hidden, residual, **norm)),
@@ -750,11 +828,24 @@ def calls(generator: torch.Generator, length: int) -> dict[str, tuple[Tensor, Ca
             ssd_inputs[0],
             lambda: kernel_of("Ssdi8SsdScan")(*ssd_inputs, **ssd["attributes"]),
         ),
+        "ssd_scan static": (
+            static_inputs[0],
+            lambda: kernel_of("Ssdi8SsdScan")(*static_inputs, **static["attributes"]),
+        ),
     }
 
 
 @pytest.mark.parametrize(
-    "op", ["rms_norm", "linear", "linear_w4", "causal_conv1d", "rms_norm_gated", "ssd_scan"]
+    "op",
+    [
+        "rms_norm",
+        "linear",
+        "linear_w4",
+        "causal_conv1d",
+        "rms_norm_gated",
+        "ssd_scan",
+        "ssd_scan static",
+    ],
 )
 @pytest.mark.parametrize("length", [1, 130])
 def test_stream_and_graph(generator: torch.Generator, op: str, length: int) -> None:

@@ -29,6 +29,7 @@ from case_table import (
     relative_error,
     session,
     ssd_inputs,
+    takes,
 )
 from torch import Tensor
 
@@ -96,9 +97,11 @@ def chunk_slices(case: SsdCase) -> Iterator[tuple[int, slice]]:
         yield c, slice(start, min(start + case.chunk, case.length))
 
 
-def slow_peak(weights: list[float], case: SsdCase) -> float:
-    """What the weights of one chunk or tile are divided by before they go into INT8."""
-    return max(1e-30, *weights) if case.decay_scale == "peak" else 1.0
+def slow_largest(v: np.ndarray, axis: int, case: SsdCase) -> tuple[np.ndarray, np.ndarray]:
+    """INT8 of `v` and its step along `axis`, by division in FP64 and one rounding to FP32."""
+    top = np.maximum(np.abs(v).max(axis), f32(1e-30)).astype(np.float64)
+    inverse = (127 / top).astype(f32)
+    return saturated(v * np.expand_dims(inverse, axis), case.rounding), (top / 127).astype(f32)
 
 
 def slow_chunk_state(
@@ -112,19 +115,22 @@ def slow_chunk_state(
     b_q = t["b_q"].reshape(case.batch, case.length, case.ngroups, case.d_state).astype(np.int64)
     for b, h in np.ndindex(case.batch, case.heads):
         g = h // (case.heads // case.ngroups)
-        inverse = f32(1) / t["x_scale"][h]
-        multiplier = t["x_scale"][h] * t["b_scale"][g]
         for c, part in chunk_slices(case):
             total = np.zeros((case.headdim, case.d_state), np.int64)
             last = float(a[b, h, part.stop - 1])
             tokens = range(part.start, part.stop)
-            weights = [math.exp(last - float(a[b, h, i])) * float(dt[b, h, i]) for i in tokens]
-            peak = slow_peak(weights, case)
-            for i, w in zip(tokens, weights, strict=True):
-                q = saturated(x[b, i, h].astype(f32) * inverse * f32(w / peak), case.rounding)
-                total += q[:, None] * b_q[b, i, g][None, :]
+            w = [f32(math.exp(last - float(a[b, h, i])) * float(dt[b, h, i])) for i in tokens]
+            x_h = x[b, part, h].astype(f32)
+            if case.scaling == "dynamic":
+                q, step = slow_largest(x_h * np.array(w)[:, None], 0, case)
+            else:
+                step = t["x_scale"][h]
+                q = saturated(x_h * (f32(1) / step) * np.array(w)[:, None], case.rounding)
+            multiplier = step * t["b_scale"][g]
+            for i in tokens:
+                total += q[i - part.start][:, None] * b_q[b, i, g][None, :]
             if case.gate == "fp32":
-                out[b, c, h] = total.astype(f32) * (multiplier * f32(peak))[:, None]
+                out[b, c, h] = total.astype(f32) * multiplier[:, None]
             else:
                 factor = multiplier / t["state_scale"][h]
                 out[b, c, h] = saturated(total.astype(f32) * factor[:, None], case.rounding)
@@ -140,9 +146,10 @@ def slow_gate(gamma: float, rounding: Rounding) -> int:
 
 def slow_passing(
     t: dict[str, np.ndarray], states: np.ndarray, a: np.ndarray, case: SsdCase
-) -> tuple[np.ndarray, np.ndarray]:
-    """passed (B, C, H, P, N) as integers, and the final state in the type of the first."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """passed (B, C, H, P, N) as integers, its steps, the final state in the type of the first."""
     passed = np.zeros(states.shape, np.int64)
+    steps = np.broadcast_to(t["state_scale"], states.shape[:-1]).copy()
     final = np.zeros_like(t["ssm_state"])
     for b, h in np.ndindex(case.batch, case.heads):
         scale = t["state_scale"][h][:, None]
@@ -154,6 +161,8 @@ def slow_passing(
             gamma = f32(math.exp(float(a[b, h, part.stop - 1])))
             if case.gate == "fp32":
                 passed[b, c, h] = saturated(real * inverse, case.rounding)
+                if case.scaling == "dynamic":
+                    passed[b, c, h], steps[b, c, h] = slow_largest(real, 1, case)
                 real = gamma * real + states[b, c, h]
             else:
                 passed[b, c, h] = np.clip(
@@ -169,27 +178,38 @@ def slow_passing(
         else:
             limit = np.clip(whole, -128 if case.rounding == "half_even" else -127, 127)
             final[b, h] = limit.astype(f32) * scale
-    return passed, final
+    return passed, steps, final
 
 
 def slow_cb(t: dict[str, np.ndarray], b: int, g: int, part: slice, case: SsdCase) -> np.ndarray:
-    """INT8 CB of one chunk and group, zero above the diagonal, entry by entry."""
+    """CB of one chunk and group, zero above the diagonal, entry by entry, in steps of cb_scale.
+
+    INT8, but with dynamic scales FP16 in the tiles on the diagonal.
+    """
     b_q, c_q = (
         t[k].reshape(case.batch, case.length, case.ngroups, -1)[b, part, g].astype(np.int64)
         for k in ("b_q", "c_q")
     )
     factor = t["c_scale"][g] * t["b_scale"][g] / t["cb_scale"][g]
     n = len(b_q)
-    cb = np.zeros((n, n), np.int64)
+    cb = np.zeros((n, n))
     for m in range(n):
         for k in range(m + 1):
-            exact = int((c_q[m] * b_q[k]).sum())
-            cb[m, k] = saturated(f32(exact) * factor, case.rounding)
+            steps = f32(int((c_q[m] * b_q[k]).sum())) * factor
+            if case.scaling == "dynamic" and m // case.tile == k // case.tile:
+                cb[m, k] = np.float16(np.clip(steps, -65504, 65504))
+            else:
+                cb[m, k] = saturated(steps, case.rounding)
     return cb
 
 
 def slow_scan(
-    t: dict[str, np.ndarray], dt: np.ndarray, a: np.ndarray, passed: np.ndarray, case: SsdCase
+    t: dict[str, np.ndarray],
+    dt: np.ndarray,
+    a: np.ndarray,
+    passed: np.ndarray,
+    passed_scale: np.ndarray,
+    case: SsdCase,
 ) -> np.ndarray:
     """y (B, L, H, P) FP16, position by position, FP64 sums."""
     x = t["x"].reshape(case.batch, case.length, case.heads, case.headdim)
@@ -197,36 +217,38 @@ def slow_scan(
     y = np.zeros(x.shape, np.float16)
     for b, h in np.ndindex(case.batch, case.heads):
         g = h // (case.heads // case.ngroups)
-        scan1_scale = (t["c_scale"][g] * t["state_scale"][h]).astype(np.float64)
-        tile_scale = t["x_tile_scale"][h]
         for c, part in chunk_slices(case):
             cb = slow_cb(t, b, g, part, case)
             # Decays continue flat to the end of a short chunk.
             a_k = a[b, h, part].astype(np.float64)
             dt_k = dt[b, h, part].astype(np.float64)
             last = [min((k // case.tile + 1) * case.tile, len(cb)) - 1 for k in range(len(cb))]
-            w = [math.exp(a_k[last[k]] - a_k[k]) * dt_k[k] for k in range(len(cb))]
-            peak = [
-                slow_peak([w[j] for j in range(len(w)) if last[j] == end], case) for end in last
-            ]
+            w = np.array([math.exp(a_k[last[k]] - a_k[k]) * dt_k[k] for k in range(len(cb))])
+            x_h, w = x[b, part, h].astype(f32), w.astype(f32)[:, None]
+            q, step = np.zeros(x_h.shape, np.int64), {}
+            for end in sorted(set(last)):
+                tile = [k for k in range(len(cb)) if last[k] == end]
+                if case.scaling == "dynamic":
+                    q[tile], step[end] = slow_largest(x_h[tile] * w[tile], 0, case)
+                else:
+                    step[end] = t["x_tile_scale"][h]
+                    q[tile] = saturated(x_h[tile] * (f32(1) / step[end]) * w[tile], case.rounding)
+            scan1_scale = (t["c_scale"][g] * passed_scale[b, c, h]).astype(np.float64)
             for m in range(len(cb)):
                 i = part.start + m
                 dot = passed[b, c, h] @ c_q[b, i, g]
                 total = dot.astype(np.float64) * scan1_scale * math.exp(a_k[m])
                 tiles: dict[int, np.ndarray] = {}
                 for k in range(m + 1):
-                    x_k = x[b, part.start + k, h].astype(f32)
                     if k // case.tile == m // case.tile:
                         real = float(cb[m, k]) * float(t["cb_scale"][g])
                         weight = f32(real * math.exp(a_k[m] - a_k[k]) * dt_k[k])
-                        total += float(np.float16(weight)) * x_k.astype(np.float64)
+                        total += float(np.float16(weight)) * x_h[k].astype(np.float64)
                         continue
-                    steps = x_k * (f32(1) / tile_scale) * f32(w[k] / peak[k])
-                    q = saturated(steps, case.rounding)
-                    tiles[last[k]] = tiles.get(last[k], 0) + cb[m, k] * q
+                    tiles[last[k]] = tiles.get(last[k], 0) + int(cb[m, k]) * q[k]
                 for end, integers in tiles.items():
-                    epilogue = float(t["cb_scale"][g]) * tile_scale.astype(np.float64)
-                    total += math.exp(a_k[m] - a_k[end]) * peak[end] * integers * epilogue
+                    epilogue = float(t["cb_scale"][g]) * step[end].astype(np.float64)
+                    total += math.exp(a_k[m] - a_k[end]) * integers * epilogue
                 total += float(t["D"][h]) * x[b, i, h].astype(np.float64)
                 y[b, i, h] = total.astype(f32).astype(np.float16)
     return y
@@ -246,7 +268,7 @@ def assert_same(got: Tensor, want: np.ndarray) -> None:
 def call(name: str, inputs: dict[str, Tensor], case: SsdCase) -> Any:
     """The reference of an SSD op; inputs by their names."""
     op = OPS[name]
-    names = [k for k in op.inputs if k != "x_tile_scale" or case.tile < case.chunk]
+    names = [k for k in op.inputs if takes(case, k)]
     attributes = {k: v for k, v in case.attributes.items() if k in op.attributes}
     return op(*(inputs[k] for k in names), **attributes)
 
@@ -256,7 +278,7 @@ def run_modules(inputs: dict[str, Tensor], case: SsdCase) -> dict[str, Tensor]:
     t = dict(inputs)
     t["dt"], t["a"] = call("Ssdi8ChunkCumsum", t, case)
     t["states"] = call("Ssdi8ChunkState", t, case)
-    t["passed"], t["final"] = call("Ssdi8StatePassing", t, case)
+    t["passed"], t["passed_scale"], t["final"] = call("Ssdi8StatePassing", t, case)
     t["y"] = call("Ssdi8ChunkScan", t, case)
     return t
 
@@ -279,17 +301,18 @@ def test_modules_against_loops(case: SsdCase) -> None:
     assert_same(got["a"], a)
     states = slow_chunk_state(t, dt, a, case)
     assert_same(got["states"], states)
-    passed, final = slow_passing(t, states, a, case)
+    passed, passed_scale, final = slow_passing(t, states, a, case)
     assert got["passed"].dtype is torch.int8
     assert_same(got["passed"], passed)
+    assert_same(got["passed_scale"], passed_scale)
     assert got["final"].dtype is case.state_dtype
     assert_same(got["final"], final)
-    assert_same(got["y"], slow_scan(t, dt, a, passed, case))
+    assert_same(got["y"], slow_scan(t, dt, a, passed, passed_scale, case))
 
 
 def test_the_rows_reach_the_ends_of_int8() -> None:
     """The saturating rows do saturate, and the base row does not: else they test the same."""
-    for name, low, high in (("base", 0.0, 0.1), ("saturating", 0.1, 1.0)):
+    for name, low, high in (("static", 0.0, 0.1), ("static saturating", 0.1, 1.0)):
         case = SSD_CASES[name]
         with int8.count_saturation() as counter:
             run_modules(ssd_inputs(case), case)
@@ -305,7 +328,9 @@ def test_cb_is_exact_integers(
     rounding: Rounding, ngroups: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """CB never leaves the op, so it is caught where it is rounded; saturating entries included."""
-    case = dataclasses.replace(BASE, ngroups=ngroups, rounding=rounding, batch=2, d_state=24)
+    case = dataclasses.replace(
+        BASE, ngroups=ngroups, rounding=rounding, batch=2, d_state=24, scaling="static"
+    )
     inputs = ssd_inputs(case)
     inputs["cb_scale"] = inputs["cb_scale"] / 2
     seen: list[Tensor] = []
@@ -356,11 +381,12 @@ def test_integer_state_passing(gate: tuple[float, int | None], rounding: Roundin
     carry = torch.arange(-300, 301, dtype=torch.float32)
     state = carry.reshape(1, 1, -1, 1)
     zeros = torch.zeros(1, 2, 1, len(carry), 1, dtype=torch.int8)
-    passed, final = OPS["Ssdi8StatePassing"](
+    passed, _, final = OPS["Ssdi8StatePassing"](
         *(zeros, a, state, torch.ones(1, len(carry))),
         chunk_size=1,
         gate="q0.7",
         rounding=rounding,
+        scaling="static",
     )
     low = -128 if rounding == "half_even" else -127
     once = [(int(v) * gate_q + 64) // 128 for v in carry.tolist()]
@@ -373,7 +399,7 @@ def test_integer_state_passing(gate: tuple[float, int | None], rounding: Roundin
 def test_shift_rounds_negative_halves_up() -> None:
     """-1 · 64 / 128 = -1/2 goes to 0, 1/2 to 1: neither half_even nor half_away does that."""
     state = torch.tensor([-3.0, -1.0, 1.0, 3.0]).reshape(1, 1, 4, 1)
-    _, final = OPS["Ssdi8StatePassing"](
+    *_, final = OPS["Ssdi8StatePassing"](
         torch.zeros(1, 1, 1, 4, 1, dtype=torch.int8),
         torch.full((1, 1, 1), math.log(0.5)),
         state,
@@ -381,6 +407,7 @@ def test_shift_rounds_negative_halves_up() -> None:
         chunk_size=1,
         gate="q0.7",
         rounding="half_away",
+        scaling="static",
     )
     assert final.flatten().tolist() == [-1, 0, 1, 2]
 
@@ -391,7 +418,7 @@ def test_integer_carry_is_not_clamped() -> None:
     Then empty chunks let it decay: a clamped carry would fall below 127 at once.
     """
     states = torch.tensor([100, 100, 100, 100, 100, 0, 0, 0], dtype=torch.int8)
-    passed, final = OPS["Ssdi8StatePassing"](
+    passed, _, final = OPS["Ssdi8StatePassing"](
         states.reshape(1, 8, 1, 1, 1),
         torch.zeros(1, 1, 8),
         torch.zeros(1, 1, 1, 1),
@@ -399,6 +426,7 @@ def test_integer_carry_is_not_clamped() -> None:
         chunk_size=1,
         gate="q0.7",
         rounding="half_away",
+        scaling="static",
     )
     carry, want = 0, []
     for s in states.tolist():
@@ -411,7 +439,7 @@ def test_integer_carry_is_not_clamped() -> None:
 
 def test_fp32_carry_is_not_quantized() -> None:
     """A state far below one step survives in the carry, though every stored copy is 0."""
-    passed, final = OPS["Ssdi8StatePassing"](
+    passed, _, final = OPS["Ssdi8StatePassing"](
         torch.full((1, 3, 1, 1, 1), 0.2),
         torch.zeros(1, 1, 3),
         torch.full((1, 1, 1, 1), 1e-3),
@@ -419,6 +447,7 @@ def test_fp32_carry_is_not_quantized() -> None:
         chunk_size=1,
         gate="fp32",
         rounding="half_even",
+        scaling="static",
     )
     assert passed.flatten().tolist() == [0, 0, 0]
     assert final.item() == pytest.approx(0.601, rel=1e-6)
@@ -688,36 +717,71 @@ def test_padding_does_not_show(length: int, released: bool) -> None:
 
 
 @pytest.mark.parametrize("name", ["Ssdi8ChunkState", "Ssdi8ChunkScan"])
-def test_peak_does_not_depend_on_the_size_of_w(name: str) -> None:
-    """With dt a thousand times smaller "static" rounds all of w · x to zero; "peak" loses nothing.
+def test_dynamic_scales_do_not_depend_on_the_size_of_w(name: str) -> None:
+    """With dt a thousand times smaller "static" rounds w · x to zero; "dynamic" loses nothing.
 
     A factor of 2^-10 in dt alone (a is given apart) is one in the result: exactly in the states; in
     Scan2 the diagonal tiles round to FP16, and hold most of the sum.
     """
     kept: dict[str, float] = {}
-    for decay_scale in ("static", "peak"):
-        case = dataclasses.replace(BASE, decay_scale=decay_scale, length=CHUNK)
+    for scaling in ("static", "dynamic"):
+        case = dataclasses.replace(BASE, scaling=scaling, length=CHUNK)
         t = run_modules(ssd_inputs(case), case)
         t |= {"D": torch.zeros_like(t["D"]), "passed": torch.zeros_like(t["passed"])}
         small = {**t, "dt": t["dt"] * 2**-10}
         want, got = call(name, t, case).float() / 2**10, call(name, small, case).float()
-        kept[decay_scale] = relative_error(got, want)
-    assert kept["peak"] == 0 if name == "Ssdi8ChunkState" else kept["peak"] < 1e-3
+        kept[scaling] = relative_error(got, want)
+    assert kept["dynamic"] == 0 if name == "Ssdi8ChunkState" else kept["dynamic"] < 1e-3
     assert kept["static"] > 0.1
 
 
-def test_integer_carry_refuses_the_peak() -> None:
+def test_dynamic_scales_use_the_whole_range_of_each_row() -> None:
+    """Each (chunk, head, channel) of the passed states reaches 127, whatever their sizes."""
+    case = dataclasses.replace(BASE, state_dtype=torch.float32)
+    inputs = ssd_inputs(case)
+    spread = 10.0 ** torch.arange(-4, 4).repeat(case.heads * case.headdim // 8)
+    inputs["ssm_state"] = inputs["ssm_state"] * spread.reshape(1, case.heads, case.headdim, 1)
+    t = run_modules(inputs, case)
+    assert bool((t["passed"].abs().amax(-1) == 127).all())
+    entering = t["passed"][:, 0].float() * t["passed_scale"][:, 0, ..., None]
+    error = (entering - inputs["ssm_state"]).abs() / t["passed_scale"][:, 0, ..., None]
+    assert float(error.max()) <= 0.5 + 1e-4
+
+
+@pytest.mark.parametrize("name", ["Ssdi8ChunkState", "Ssdi8StatePassing"])
+def test_integer_carry_refuses_dynamic_scales(name: str) -> None:
     """One scale for all chunks is what makes the INT32 carry possible; both forms say so."""
-    case = dataclasses.replace(BASE, gate="q0.7", decay_scale="peak")
-    with pytest.raises(ValueError, match=r'gate "q0\.7" needs decay_scale "static"'):
-        run_modules(ssd_inputs(case), case)
-    with pytest.raises(ValueError, match=r'gate "q0\.7" needs decay_scale "static"'):
-        OPS["Ssdi8ChunkState"].body(case.attributes, "cpu")
+    case = dataclasses.replace(BASE, scaling="static")
+    t = run_modules(ssd_inputs(case), case)
+    broken = dataclasses.replace(BASE, gate="q0.7")
+    with pytest.raises(ValueError, match=r'gate "q0\.7" needs scaling "static"'):
+        call(name, t, broken)
+    with pytest.raises(ValueError, match=r'gate "q0\.7" needs scaling "static"'):
+        OPS[name].body(broken.attributes, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "scale"),
+    [
+        ("Ssdi8ChunkState", "x_scale"),
+        ("Ssdi8StatePassing", "state_scale"),
+        ("Ssdi8ChunkScan", "x_tile_scale"),
+    ],
+)
+def test_static_scales_cannot_be_left_out(name: str, scale: str) -> None:
+    """They are optional inputs, but not with scaling "static"."""
+    case = dataclasses.replace(BASE, scaling="static")
+    t = run_modules(ssd_inputs(case), case)
+    op = OPS[name]
+    attributes = {k: v for k, v in case.attributes.items() if k in op.attributes}
+    inputs = {k: t[k] for k in op.inputs if k != scale}
+    with pytest.raises(ValueError, match=f'scaling "static" needs {scale}'):
+        op.reference(**inputs, **attributes)
 
 
 def test_one_tile_per_chunk_needs_no_tile_scale() -> None:
     """scan_tile = chunk_size is FP16 Scan2, whatever x_tile_scale holds."""
-    case = dataclasses.replace(BASE, tile=CHUNK)
+    case = dataclasses.replace(BASE, tile=CHUNK, scaling="static")
     t = run_modules(ssd_inputs(case), case)
     names = [k for k in OPS["Ssdi8ChunkScan"].inputs if k != "x_tile_scale"]
     attributes = {k: v for k, v in case.attributes.items() if k in OPS["Ssdi8ChunkScan"].attributes}
@@ -781,9 +845,7 @@ def calibrated_inputs(case: SsdCase) -> dict[str, Tensor]:
         for start in range(0, case.length, size):
             part = slice(start, start + size)
             left = a[:, part].flip(1).cumsum(1).flip(1) - a[:, part]
-            w = torch.exp(left) * seen["dt"][:, part]
-            if case.decay_scale == "peak":
-                w = w / w.amax(1, keepdim=True)
+            w = (torch.exp(left) * seen["dt"][:, part]).float()
             top = torch.maximum(top, (x[:, part] * w[..., None]).abs().amax((0, 1)))
         inputs[name] = top / 127
     states = torch.maximum(
@@ -893,7 +955,7 @@ def test_ssd_bodies(name: str, case: SsdCase) -> None:
     """Each SSD op alone under onnxruntime: every output equal to the reference, bit for bit."""
     op = OPS[name]
     t = run_modules(ssd_inputs(case), case)
-    names = [k for k in op.inputs if k != "x_tile_scale" or case.tile < case.chunk]
+    names = [k for k in op.inputs if takes(case, k)]
     attributes = {k: v for k, v in case.attributes.items() if k in op.attributes}
     compare(name, [t[k] for k in names], attributes)
 

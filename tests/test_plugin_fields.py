@@ -54,8 +54,8 @@ def test_serialized_fields_make_the_same_plugin(harness: Harness, op: str) -> No
 def test_every_choice_round_trips(harness: Harness) -> None:
     for change in (
         {"rounding": "half_away"},
-        {"gate": "q0.7", "decay_scale": "static"},
-        {"decay_scale": "static"},
+        {"gate": "q0.7", "scaling": "static"},
+        {"scaling": "static"},
         {"scan_tile": 256},
         {"dt_max": float("inf")},
     ):
@@ -129,7 +129,8 @@ def test_values_out_of_range(harness: Harness, op: str, name: str) -> None:
         ("Ssdi8RmsNormGated", {"ngroups": 7}, "not a multiple of ngroups 7"),
         ("Ssdi8ChunkCumsum", {"dt_min": 1.0, "dt_max": 0.5}, "dt_min 1 is above dt_max 0.5"),
         ("Ssdi8ChunkState", {"ngroups": 7}, "nheads 24 is not a multiple of ngroups 7"),
-        ("Ssdi8ChunkState", {"gate": "q0.7"}, "gate q0.7 needs decay_scale static"),
+        ("Ssdi8ChunkState", {"gate": "q0.7"}, "gate q0.7 needs scaling static"),
+        ("Ssdi8StatePassing", {"gate": "q0.7"}, "gate q0.7 needs scaling static"),
         ("Ssdi8ChunkScan", {"ngroups": 7}, "ngroups 7"),
         ("Ssdi8ChunkScan", {"scan_tile": 512}, "scan_tile 512 does not divide chunk_size 256"),
         ("Ssdi8SsdScan", {"scan_tile": 96}, "scan_tile 96"),

@@ -330,14 +330,21 @@ def test_shapes_that_do_not_fit_are_refused(harness: Harness, calls: list[Call])
                 assert f"input {name} is {wrong}, not" in harness.messages()
 
 
+def unread_scales(call: Call) -> int:
+    """How many of the last inputs the kernel does not read."""
+    if call.fields.get("scaling") == "dynamic":
+        return sum(n in ("x_scale", "state_scale", "x_tile_scale") for n in OPS[call.op].inputs)
+    return int(call.fields.get("scan_tile", 0) == call.fields.get("chunk_size"))
+
+
 def test_numbers_of_tensors(harness: Harness, calls: list[Call]) -> None:
     for call in {call.op: call for call in calls}.values():
         plugin = create(harness, call)
-        counts = {len(OPS[call.op].inputs)}
-        if call.fields.get("scan_tile") == call.fields.get("chunk_size", 0):
-            counts.add(len(OPS[call.op].inputs) - 1)
-        for inputs in (call.inputs[:-1], [*call.inputs, call.inputs[-1]], call.inputs * 3, []):
-            takes = len(inputs) in counts
+        names = OPS[call.op].inputs
+        fewest = len(names) - unread_scales(call)
+        padded = [*call.inputs, *[("FP32", (1,))] * (len(names) + 2 - len(call.inputs))]
+        for count in range(len(padded) + 1):
+            inputs, takes = padded[:count], fewest <= count <= len(names)
             assert (plugin.output_forms(inputs) is not None) == takes
             assert takes == ("are expected" not in harness.messages())
         assert not plugin.configure(call.inputs, call.outputs[1:])
@@ -363,7 +370,7 @@ def test_workspace_of_the_largest_shapes(harness: Harness, op: str) -> None:
         call = ssd_call(op, batch, length)
         fields = {k: v for k, v in call.fields.items() if not isinstance(v, str)}
         params = struct(batch=batch, length=length, **fields)
-        params.decay_scale = 1
+        params.scaling = 1
         wanted = getattr(library, f"ssdi8_{launcher}_workspace")(params)
         assert plugin.configure(call.inputs, call.outputs)
         assert plugin.workspace(call.inputs, call.outputs) == wanted
@@ -398,8 +405,8 @@ def enqueue_nothing(plugin: Plugin, call: Call) -> bool:
 def test_enqueue_says_why_it_refuses(harness: Harness) -> None:
     call = ssd_call("Ssdi8SsdScan")
     plugin = create(harness, call)
-    assert not enqueue_nothing(plugin, call)
-    assert "0 inputs, 14 are expected" in harness.messages()  # not configured
+    assert not enqueue_nothing(plugin, call)  # not configured
+    assert "0 inputs; with these attributes 11 to 14 are expected" in harness.messages()
     assert plugin.configure(call.inputs, call.outputs)
     longer = ssd_call(call.op, 1, 301).inputs[0]
     torn = dataclasses.replace(call, inputs=[longer, *call.inputs[1:]])

@@ -1,4 +1,4 @@
-"""Recipes end to end on a tiny model: statistics, weights, correction, and what comes out."""
+"""Recipes end to end on a tiny model: weights, correction, and what comes out."""
 
 from __future__ import annotations
 
@@ -7,18 +7,23 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from case_table import (
+    TINY_SAMPLES,
+    TINY_TOKENS,
     Quantized,
     TensorSink,
+    Tiny,
     apply_recipe,
+    layer_of,
     random_ids,
     relative_error,
+    statistics_of,
     tiny_recipe,
     write_checkpoint,
 )
@@ -29,7 +34,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ssdi8_edge import hadamard, int8, safetensors_writer
-from ssdi8_edge.calibrate import calibrate, fp32_layer
+from ssdi8_edge.calibrate import fp32_layer
 from ssdi8_edge.checkpoint import DEMO_FOLDER, Checkpoint, open_checkpoint
 from ssdi8_edge.errors import CheckpointError, UsageError
 from ssdi8_edge.methods import METHODS, QuantConfig, find_method
@@ -38,39 +43,18 @@ from ssdi8_edge.ops.linear import unpack_w4
 from ssdi8_edge.pipeline import Build, BuildRequest
 from ssdi8_edge.profiles import load_target
 from ssdi8_edge.quantize import quantize
+from ssdi8_edge.quantize.clusters import sort_and_cluster
 from ssdi8_edge.quantize.correction import SKIP_TOKENS, MeanDifference
-from ssdi8_edge.quantize.gptq import quantize_w4
+from ssdi8_edge.quantize.gptq import quantize_w4, quantize_w8
+from ssdi8_edge.quantize.linears import InputStatistics
 from ssdi8_edge.quantize.modules import QuantizedMamba2, State, run_block
 from ssdi8_edge.quantize.saved import is_quantized_checkpoint, load_quantized, read_config
 from ssdi8_edge.safetensors_writer import SafetensorsWriter
-from ssdi8_edge.stream import TOKENS_PER_BATCH, Spool, batches, read_tokens
+from ssdi8_edge.stream import read_tokens
+from ssdi8_edge.transforms import permute_layer
 
-SAMPLES, TOKENS = 12, 48
 QUANTIZED = [name for name, recipe in METHODS.items() if recipe.quantized]
 EDGE = ["edge-w8a8", "edge-w4a8"]
-
-
-class Tiny:
-    """Tiny checkpoints and what recipes make of them, each made once."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._sources: dict[int, tuple[Checkpoint, Mamba2LM]] = {}
-        self._made: dict[str, Quantized] = {}
-        self.ids = random_ids(SAMPLES, TOKENS)
-
-    def source(self, ngroups: int = 1) -> tuple[Checkpoint, Mamba2LM]:
-        if ngroups not in self._sources:
-            made = write_checkpoint(self._folder / f"{ngroups}", make_config(ngroups))
-            self._sources[ngroups] = made
-        return self._sources[ngroups]
-
-    def quantized(self, name: str, ngroups: int = 1, **changes: Any) -> Quantized:
-        recipe = tiny_recipe(name, **changes)
-        key = f"{ngroups} {recipe}"
-        if key not in self._made:
-            self._made[key] = apply_recipe(self.source(ngroups)[0], recipe, self.ids)
-        return self._made[key]
 
 
 @pytest.fixture(scope="module")
@@ -82,23 +66,32 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 # Recipes
 # ------------------------------------------------------------------------------------------------
 
-# ‖logits - FP logits‖ / ‖FP logits‖ on tokens not calibrated on. Measured, over 1 and 2 groups:
-# 0.021, 0.152, 0.024, 0.151, 0.00083; bounds are twice that. (4 bits for random weights, without
-# redundancy, cost far more than in a trained model.)
-LOGIT_BOUNDS = {
-    "edge-w8a8": 0.042,
-    "edge-w4a8": 0.31,
-    "ssdi8-w8a8": 0.049,
-    "ssdi8-w4a8": 0.31,
-    "fp16": 0.0017,
+# ‖logits - FP logits‖ / ‖FP logits‖ on tokens not calibrated on; measured, over 1 and 2 groups.
+# Bounds are twice that. (4 bits for random weights, without redundancy, cost far more than in a
+# trained model.)
+LOGIT_ERRORS = {
+    "edge-w8a8": 0.020,
+    "edge-w4a8": 0.133,
+    "ssdi8-w8a8": 0.024,
+    "ssdi8-w4a8": 0.151,
+    "quamba-w8a8": 0.032,
+    "quamba2-w8a8": 0.031,
+    "quamba2-w4a8": 0.150,
+    "had-w8a8": 0.025,
+    "had-w4a8": 0.152,
+    "had-io-w8a8": 0.038,
+    "had-io-w4a8": 0.152,
+    "fp16": 0.00083,
 }
+LOGIT_BOUNDS = {name: 2 * error for name, error in LOGIT_ERRORS.items()}
+STORAGE_ONLY = [name for name, recipe in METHODS.items() if recipe.ssd == "dequantized"]
 
 
 def logit_error(made: Quantized, model: Mamba2LM) -> float:
-    ids = random_ids(4, TOKENS, seed=9)
+    ids = random_ids(4, TINY_TOKENS, seed=9)
     with torch.inference_mode():
         want, _ = model(ids)
-    got, _ = made.model.forward(ids, None, TOKENS)
+    got, _ = made.model.forward(ids, None, TINY_TOKENS)
     return relative_error(got, want)
 
 
@@ -117,7 +110,7 @@ def test_dt_limits(tmp_path: Path, name: str, limits: tuple[float, float]) -> No
     checkpoint, model = write_checkpoint(tmp_path / "c", make_config(dt_limit=limits))
     free = Mamba2LM(make_config()).eval()
     free.load_state_dict(model.state_dict())
-    made = apply_recipe(checkpoint, tiny_recipe(name), random_ids(SAMPLES, TOKENS))
+    made = apply_recipe(checkpoint, tiny_recipe(name), random_ids(TINY_SAMPLES, TINY_TOKENS))
     error = logit_error(made, model)
     assert error < LOGIT_BOUNDS[name]
     assert logit_error(made, free) > 2 * error
@@ -136,6 +129,25 @@ def test_gptq_beats_rounding_in_the_model(tiny: Tiny) -> None:
     with_gptq = logit_error(tiny.quantized("edge-w4a8"), tiny.source()[1])
     without = logit_error(tiny.quantized("edge-w4a8", gptq=False), tiny.source()[1])
     assert with_gptq < 0.95 * without
+
+
+def test_more_heads_and_channels_share_a_scale(tiny: Tiny) -> None:
+    """The coarser the groups of x, the coarser its steps: channels, clusters, one for all."""
+    steps = [
+        layer_of(tiny.quantized("quamba2-w8a8", 2, x_granularity=granularity))["x_scale"].log()
+        for granularity in ("head_channel", "cluster", "tensor")
+    ]
+    assert float(steps[0].mean()) < float(steps[1].mean()) < float(steps[2].mean())
+    assert [len(step.unique()) for step in steps[1:]] == [32, 1]
+
+
+@pytest.mark.parametrize("name", STORAGE_ONLY)
+def test_accuracy_only_methods_cannot_be_exported(name: str) -> None:
+    """They have no ops: one sentence that says what they are for."""
+    with pytest.raises(UsageError, match=f"method {name} is for comparing accuracy only") as caught:
+        METHODS[name].require_exportable()
+    assert "--until quantize" in caught.value.hint
+    METHODS["edge-w8a8"].require_exportable()
 
 
 def test_quantize_is_deterministic(tiny: Tiny) -> None:
@@ -162,9 +174,12 @@ def test_tensor_types(tiny: Tiny, name: str) -> None:
         assert layer == {**dict.fromkeys([*small, "norm.weight"], torch.float32), **stored}
         assert "lm_head.weight" not in kinds  # tied
         return
-    scales = {f"{k}_scale" for k in ("u", "b", "c", "x", "state", "cb", "r")}
-    if recipe.scan2 == "int8_offdiag":
-        scales.add("x_tile_scale")
+    scales = {f"{k}_scale" for k in ("u", "b", "c", "r")}
+    if recipe.ssd == "dequantized":
+        scales |= {"in_proj_scale", "x_scale"}
+    else:
+        scales.add("cb_scale")
+        scales |= {"x_scale", "state_scale"} if recipe.scaling == "static" else set()
     parts: dict[str, torch.dtype] = {"scale": torch.float32, "bias": torch.float32}
     if recipe.linear == "w4":
         group_scale = torch.int8 if recipe.group_scales == "integer" else torch.float16
@@ -182,205 +197,12 @@ def test_int8_head(tiny: Tiny) -> None:
     assert made.tensors["lm_head.weight"].dtype is torch.int8
     assert made.tensors["lm_head.scale"].shape == (256,)
     assert "norm_f.weight" not in made.tensors
-    assert logit_error(made, tiny.source()[1]) < 0.045  # measured 0.022
-
-
-# ------------------------------------------------------------------------------------------------
-# Calibration
-# ------------------------------------------------------------------------------------------------
-
-
-def direct_statistics(model: Mamba2LM, ids: Tensor, tile: int) -> dict[str, Tensor]:
-    """The statistics from the unrotated FP model: one call per layer, FP64, token by token."""
-    config = model.config
-    chunk, found = config.chunk_size, {}
-    residual = model.backbone.embedding(ids).float()
-    for i, block in enumerate(model.backbone.layers):
-        seen: dict[str, Tensor] = {}
-
-        def observe(name: str, value: Tensor, seen: dict[str, Tensor] = seen) -> None:
-            seen[name] = value.double()
-
-        wide = residual.double()
-        u = wide / (wide.square().mean(-1, keepdim=True) + config.norm_eps).sqrt()
-        residual, _ = block(residual, None, observe)
-        x, dt, b, c = (seen[k] for k in ("x", "dt", "B", "C"))
-        rate = -block.mixer.A_log.double().exp()
-        heads = config.nheads // config.ngroups
-        b_h, c_h = b.repeat_interleave(heads, 2), c.repeat_interleave(heads, 2)
-        shape = (config.nheads, config.headdim)
-        top: dict[str, Tensor] = {
-            "u": hadamard.transform(u).abs().amax(),
-            "B": b.abs().amax((0, 1, 3)),
-            "C": c.abs().amax((0, 1, 3)),
-            "r": hadamard.transform(seen["r"]).abs().amax(),
-            "r_folded": hadamard.transform(seen["r"] / block.mixer.norm.weight).abs().amax(),
-        }
-        weighted = ("x_scaled", "x_tile", "x_scaled_peak", "x_tile_peak")
-        for name in (*weighted, "chunk_state", "passed_state"):
-            top[name] = torch.zeros(shape, dtype=torch.float64)
-        for name in ("CB", "CB_full"):
-            top[name] = torch.zeros(config.nheads, dtype=torch.float64)
-
-        def raise_to(name: str, value: Tensor, top: dict[str, Tensor] = top) -> None:
-            top[name] = torch.maximum(top[name], value)
-
-        for row in range(len(ids)):
-            carried = torch.zeros(*shape, config.d_state, dtype=torch.float64)
-            for start in range(0, ids.shape[1], chunk):
-                stop = min(start + chunk, ids.shape[1])
-                raise_to("passed_state", carried.abs().amax(-1))
-                local = torch.zeros_like(carried)
-                for k in range(start, stop):
-                    decay = torch.exp(dt[row, k] * rate)[:, None, None]
-                    new = torch.einsum("hp,hn->hpn", dt[row, k, :, None] * x[row, k], b_h[row, k])
-                    local, carried = decay * local + new, decay * carried + new
-                    for name, size in (("x_scaled", chunk), ("x_tile", tile)):
-                        end = min(start + ((k - start) // size + 1) * size, stop)
-                        first = start + (k - start) // size * size
-                        weights = [
-                            torch.exp((dt[row, j + 1 : end] * rate).sum(0)) * dt[row, j]
-                            for j in range(first, end)
-                        ]
-                        weight = weights[k - first][:, None]
-                        raise_to(name, (weight * x[row, k]).abs())
-                        relative = weight / torch.stack(weights).amax(0)[:, None]
-                        raise_to(f"{name}_peak", (relative * x[row, k]).abs())
-                    for m in range(start, stop):
-                        product = (c_h[row, m] * b_h[row, k]).sum(-1).abs()
-                        raise_to("CB_full", product)
-                        if k <= m:
-                            raise_to("CB", product)
-                raise_to("chunk_state", local.abs().amax(-1))
-            raise_to("passed_state", carried.abs().amax(-1))
-        for name in ("CB", "CB_full"):
-            top[name] = top[name].unflatten(0, (config.ngroups, -1)).amax(1)
-        found |= {f"layers.{i}.{k}": v for k, v in top.items()}
-    wide = residual.double()
-    normed = wide / (wide.square().mean(-1, keepdim=True) + config.norm_eps).sqrt()
-    found["norm_f"] = hadamard.transform(normed).abs().amax()
-    return found
-
-
-@pytest.mark.parametrize("ngroups", [1, 2])
-def test_statistics_by_hand(tiny: Tiny, ngroups: int) -> None:
-    """Every statistic, short last chunk included; 1e-4 relative: FP32 sums in a rotated basis."""
-    checkpoint, model = tiny.source(ngroups)
-    ids = random_ids(3, 37, seed=3)
-    got = calibrate(checkpoint, tiny_recipe("edge-w8a8"), ids)
-    with torch.inference_mode():
-        want = direct_statistics(model, ids, tile=8)
-    assert got.keys() == want.keys()
-    for name, value in want.items():
-        assert got[name].dtype is torch.float32
-        torch.testing.assert_close(
-            *(got[name].double(), value),
-            rtol=1e-4,
-            atol=1e-6,
-            msg=lambda text, name=name: f"{name}: {text}",
-        )
-
-
-def test_statistics_are_running_maxima(tiny: Tiny) -> None:
-    """Windows in one call or in two, of more than one batch: the maximum of both."""
-    checkpoint, _ = tiny.source()
-    recipe = tiny_recipe("edge-w8a8")
-    ids = random_ids(2 * TOKENS_PER_BATCH // TOKENS, TOKENS, seed=4)
-    assert len(batches(ids)) > 1
-    whole = calibrate(checkpoint, recipe, ids)
-    half = len(ids) // 2
-    parts = [calibrate(checkpoint, recipe, part) for part in (ids[:half], ids[half:])]
-    for name, value in whole.items():
-        torch.testing.assert_close(torch.maximum(*(p[name] for p in parts)), value)
+    assert logit_error(made, tiny.source()[1]) < 0.040  # measured 0.019
 
 
 # ------------------------------------------------------------------------------------------------
 # Scales and weights
 # ------------------------------------------------------------------------------------------------
-
-
-def layer_of(made: Quantized, index: int = 0) -> dict[str, Tensor]:
-    prefix = f"layers.{index}."
-    return {k[len(prefix) :]: v for k, v in made.tensors.items() if k.startswith(prefix)}
-
-
-def statistics_of(made: Quantized, index: int = 0) -> dict[str, Tensor]:
-    prefix = f"layers.{index}."
-    return {k[len(prefix) :]: v for k, v in made.statistics.items() if k.startswith(prefix)}
-
-
-def doctored(tiny: Tiny, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Statistics that are all different, and the tensors of the first layer made with them."""
-    made = tiny.quantized(name, 2)
-    factors = {
-        "u": 1.1,
-        "B": 1.2,
-        "C": 1.3,
-        "CB": 1.4,
-        "CB_full": 1.5,
-        "x_scaled": 1.6,
-        "x_scaled_peak": 1.65,
-        "x_tile": 1.7,
-        "x_tile_peak": 1.75,
-        "chunk_state": 1.8,
-        "passed_state": 1.0,
-        "r": 2.0,
-        "r_folded": 2.1,
-        "norm_f": 1.0,
-    }
-    statistics = {k: v * factors[k.rsplit(".", 1)[-1]] for k, v in made.statistics.items()}
-    sink = TensorSink()
-    quantize(tiny.source(2)[0], made.recipe, statistics, made.ids, sink)
-    changed = dataclasses.replace(made, statistics=statistics, tensors=sink)
-    return layer_of(changed), statistics_of(changed)
-
-
-def test_activation_scales(tiny: Tiny) -> None:
-    """Which statistic becomes which scale: ours takes passed states and the causal half of CB."""
-    p, s = doctored(tiny, "edge-w8a8")
-    states = torch.maximum(s["chunk_state"], s["passed_state"])
-    assert not torch.equal(states, s["chunk_state"])
-    assert not torch.equal(states, s["passed_state"])
-    want = {
-        "u_scale": s["u"],
-        "r_scale": s["r_folded"],
-        "b_scale": s["B"],
-        "c_scale": s["C"],
-        "cb_scale": s["CB"],
-        "x_scale": s["x_scaled_peak"],
-        "x_tile_scale": s["x_tile_peak"],
-        "state_scale": states,
-    }
-    for name, absmax in want.items():
-        assert torch.equal(p[name], absmax / 127), name
-
-
-def test_released_activation_scales(tiny: Tiny) -> None:
-    """The release: local states, the full square of CB, r with its weight, no tile scale."""
-    p, s = doctored(tiny, "ssdi8-w8a8")
-    want = {"state": "chunk_state", "cb": "CB_full", "r": "r", "x": "x_scaled", "b": "B", "c": "C"}
-    for name, absmax in want.items():
-        assert torch.equal(p[f"{name}_scale"], s[absmax] / 127), name
-    assert "x_tile_scale" not in p
-    gamma = fp32_layer(tiny.source(2)[0], 0, "cpu")["mixer.norm.weight"]
-    assert torch.equal(p["gate_norm.weight"], gamma)
-    folded = layer_of(tiny.quantized("edge-w8a8", 2))["gate_norm.weight"]
-    assert torch.equal(folded, torch.ones_like(folded))
-
-
-@pytest.mark.parametrize("which", ["bc", "x"])
-def test_one_scale_per_tensor(tiny: Tiny, which: str) -> None:
-    """Granularity "tensor" repeats the largest in the same shape, and in its own family only."""
-    fine = layer_of(tiny.quantized("edge-w8a8", 2))
-    coarse = layer_of(tiny.quantized("edge-w8a8", 2, **{f"{which}_granularity": "tensor"}))
-    families = {"bc": ["b", "c", "cb"], "x": ["x", "x_tile", "state"]}
-    for family, names in families.items():
-        for name in names:
-            got, was = coarse[f"{name}_scale"], fine[f"{name}_scale"]
-            assert got.shape == was.shape
-            collapsed = was.amax().expand(was.shape)
-            assert not torch.equal(was, collapsed)
-            assert torch.equal(got, collapsed if family == which else was), name
 
 
 def dequantized(p: dict[str, Tensor], name: str, input_scale: Tensor, group: int) -> Tensor:
@@ -402,19 +224,24 @@ def rotated_weights(checkpoint: Checkpoint, *, fold: bool) -> dict[str, Tensor]:
     return {"in_proj": in_proj.float(), "out_proj": (d.t() @ out @ e).float()}
 
 
-@pytest.mark.parametrize("name", ["edge-w8a8", "ssdi8-w8a8"])
-def test_w8_weights(tiny: Tiny, name: str) -> None:
-    """Half a step from the rotated weight everywhere; one scale per row, or one for all rows."""
-    made = tiny.quantized(name)
+@pytest.mark.parametrize("linear", ["w8_row", "w8_tensor", "w8_block"])
+def test_w8_weights(tiny: Tiny, linear: str) -> None:
+    """Half a step from the rotated weight everywhere; a scale per row, one for all, or per part."""
+    granularity = linear
+    made = tiny.quantized("edge-w8a8", linear=linear, gptq=False)
     p, s = layer_of(made), made.tensors
-    per_row = made.recipe.linear == "w8_row"
+    parts = {"in_proj": [128, 128, 16, 16, 8], "out_proj": [64]}
     weights = rotated_weights(tiny.source()[0], fold=made.recipe.fold_gate_norm)
     for linear, weight in weights.items():
         input_scale = s[f"layers.0.{'u' if linear == 'in_proj' else 'r'}_scale"]
         step = p[f"{linear}.scale"] / input_scale
-        absmax = weight.abs().amax(1) if per_row else weight.abs().amax().expand(len(weight))
+        sizes = {
+            "w8_row": [1] * len(weight),
+            "w8_tensor": [len(weight)],
+            "w8_block": parts[linear],
+        }[granularity]
+        absmax = torch.cat([part.abs().amax().expand(len(part)) for part in weight.split(sizes)])
         torch.testing.assert_close(step, absmax / 127, rtol=1e-5, atol=0)
-        assert (len(step.unique()) > 10) == per_row
         error = (dequantized(p, linear, input_scale, 32) - weight).abs()
         assert float((error / step[:, None]).max()) < 0.5 + 1e-3
         assert int(p[f"{linear}.weight"].to(torch.int16).abs().max()) == 127
@@ -422,13 +249,26 @@ def test_w8_weights(tiny: Tiny, name: str) -> None:
 
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_ssm_parameters(tiny: Tiny, name: str) -> None:
-    """A_log and D go through INT8 in the released recipes only; dt_bias and the conv never."""
+    """A_log and D go through INT8 in published methods, dt_bias never, the convolution in some."""
     p, source = layer_of(tiny.quantized(name)), fp32_layer(tiny.source()[0], 0, "cpu")
+    if METHODS[name].x_granularity == "cluster":
+        order = sort_and_cluster(statistics_of(tiny.quantized(name))["x_mean"], 1)
+        source = permute_layer(source, order.heads, order.channels)
     a_log, d = source["mixer.A_log"], source["mixer.D"]
-    for key in ("dt_bias", "conv1d.bias"):
-        assert torch.equal(p[key], source[f"mixer.{key}"])
-    assert torch.equal(p["conv1d.weight"], source["mixer.conv1d.weight"][:, 0])
-    if not name.startswith("ssdi8"):
+    assert torch.equal(p["dt_bias"], source["mixer.dt_bias"])
+    for key, conv in (
+        ("conv1d.bias", source["mixer.conv1d.bias"]),
+        ("conv1d.weight", source["mixer.conv1d.weight"][:, 0]),
+    ):
+        for part in (slice(0, 128), slice(128, 144), slice(144, 160)):  # x, B, C
+            if METHODS[name].ssd != "dequantized":
+                assert torch.equal(p[key][part], conv[part])
+                continue
+            step = float(conv[part].abs().max()) / 127
+            assert 0 < float((p[key][part] - conv[part]).abs().max()) < 0.51 * step
+            whole = p[key][part] / step
+            torch.testing.assert_close(whole, whole.round(), rtol=0, atol=1e-3)
+    if not name.startswith(("ssdi8", "quamba", "had")):
         assert torch.equal(p["A"], -a_log.exp())
         assert torch.equal(p["D"], d)
         return
@@ -441,7 +281,7 @@ def test_ssm_parameters(tiny: Tiny, name: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# 4-bit weights
+# Values of weights
 # ------------------------------------------------------------------------------------------------
 
 
@@ -454,8 +294,10 @@ def w4_problem(correlated: bool, seed: int = 0) -> tuple[Tensor, Tensor]:
     return weight, x
 
 
-def w4_weight(weight: Tensor, hessian: Tensor | None, group: int = 16) -> Tensor:
-    w4 = quantize_w4(weight, group, hessian)
+def w4_weight(
+    weight: Tensor, hessian: Tensor | None, group: int = 16, descent: int = 0, **options: bool
+) -> Tensor:
+    w4 = quantize_w4(weight, group, hessian, descent, **options)
     return unpack_w4(w4.packed, w4.group_scale, group).float() * w4.row_scale[:, None]
 
 
@@ -463,20 +305,99 @@ def w4_weight(weight: Tensor, hessian: Tensor | None, group: int = 16) -> Tensor
 def test_gptq_reduces_the_output_error(seed: int) -> None:
     """On correlated inputs, to a fifth of rounding's energy (measured 0.06 to 0.09)."""
     weight, x = w4_problem(correlated=True, seed=seed)
-    errors = [
-        float(((w4_weight(weight, h) - weight) @ x.t()).square().sum()) for h in (x.t() @ x, None)
-    ]
+    errors = [output_error(w4_weight(weight, h), weight, x) for h in (x.t() @ x, None)]
     assert errors[0] < 0.2 * errors[1]
 
 
-def test_gptq_of_a_diagonal_hessian_is_rounding() -> None:
-    """Uncorrelated inputs: no error can be moved, so that every nibble and scale is the same."""
+@pytest.mark.parametrize("descent", [0, 3])
+def test_gptq_of_a_diagonal_hessian_is_rounding(descent: int) -> None:
+    """Uncorrelated inputs: no error can be moved, so that every number and scale is the same."""
     weight, _ = w4_problem(correlated=False)
     diagonal = torch.diag(torch.rand(64, generator=torch.Generator().manual_seed(1)) + 0.1)
     for got, want in zip(
-        quantize_w4(weight, 16, diagonal), quantize_w4(weight, 16, None), strict=True
+        quantize_w4(weight, 16, diagonal, descent), quantize_w4(weight, 16, None), strict=True
     ):
         assert torch.equal(got, want)
+    scale = weight.abs().amax(1) / 127
+    assert torch.equal(quantize_w8(weight, scale, diagonal, descent), quantize_w8(weight, scale))
+
+
+def output_error(got: Tensor, weight: Tensor, x: Tensor) -> float:
+    return float(((got - weight) @ x.t()).square().sum())
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_w8_by_gptq(seed: int) -> None:
+    """On correlated inputs, to a third of rounding's energy, at the same scales."""
+    weight, x = w4_problem(correlated=True, seed=seed)
+    scale = weight.abs().amax(1) / 127
+    found = [quantize_w8(weight, scale, h, 2) for h in (None, x.t() @ x)]
+    assert found[0].dtype is torch.int8
+    errors = [output_error(q.float() * scale[:, None], weight, x) for q in found]
+    assert errors[1] < errors[0] / 3
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_descent_only_goes_down(seed: int) -> None:
+    """Each pass lowers the error of the output, until none of its single steps does."""
+    weight, x = w4_problem(correlated=True, seed=seed)
+    hessian = x.t() @ x
+    errors = [
+        # Integer scales: others are rounded once more after the descent.
+        output_error(w4_weight(weight, hessian, 16, passes, integer_scales=True), weight, x)
+        for passes in range(6)
+    ]
+    assert all(b <= a * (1 + 1e-5) for a, b in pairwise(errors))
+    assert errors[5] < 0.95 * errors[0]
+
+
+def test_descent_finds_the_best_single_steps() -> None:
+    """After enough passes no single weight can be set to a better number: checked one by one."""
+    weight, x = w4_problem(correlated=True)
+    hessian = (x.t() @ x).double()
+    scale = weight.abs().amax(1) / 7  # coarse: the grid is 8 bits wide, the steps are not
+    q = quantize_w8(weight, scale, hessian, 40).double()
+    error = weight.double() - q * scale[:, None]
+    gradient, diagonal = error @ hessian, hessian.diagonal()
+    step = scale[:, None].double()
+    gain = 2 * gradient.abs() * step - diagonal * step.square()
+    assert float(gain.max()) < 1e-3 * float((error @ hessian * error).sum())
+
+
+@pytest.mark.parametrize("integer", [False, True])
+def test_searched_scales_cost_less(integer: bool) -> None:
+    """The scale of least error against the one of the largest weight, and some turned round."""
+    weight, _ = w4_problem(correlated=False)
+    options = {"integer_scales": integer}
+    errors = [
+        float((w4_weight(weight, None, 16, search=search, **options) - weight).square().sum())
+        for search in (False, True)
+    ]
+    assert errors[1] < 0.85 * errors[0]
+    scales = quantize_w4(weight, 16, None, search=True, **options).group_scale
+    assert 0.2 < float((scales < 0).double().mean()) < 0.8
+    if integer:
+        assert scales.dtype is torch.int8
+        assert int(scales.min()) >= -15 and int(scales.max()) <= 16
+        assert not bool((scales == 0).any())
+
+
+def test_regression_predicts_what_is_missing() -> None:
+    """M of least ‖e - M x‖² from INT8 inputs: the matrix that made e, shrunk by 1 %."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randint(-128, 128, (3, 500, 24), generator=g, dtype=torch.int8)
+    matrix = torch.randn(10, 24, generator=g)
+    statistics = InputStatistics(24, 10, "cpu")
+    for part in x.split(1):
+        statistics.add(part, part.float() @ matrix.t())
+    torch.testing.assert_close(statistics.regression(), matrix.double(), rtol=0.03, atol=0.03)
+
+
+def test_compensation_of_an_input_never_seen() -> None:
+    """A Hessian of zeros leaves the weights as they are."""
+    statistics = InputStatistics(8, 4, "cpu")
+    statistics.add(torch.zeros(1, 5, 8, dtype=torch.int8), torch.ones(1, 5, 4))
+    assert float(statistics.regression().abs().max()) == 0
 
 
 def test_gptq_ignores_the_scale_of_its_hessian() -> None:
@@ -492,8 +413,7 @@ def test_gptq_with_an_input_that_is_always_zero() -> None:
     x[:, 5] = 0
     got = w4_weight(weight, x.t() @ x)
     assert bool(torch.isfinite(got).all())
-    rounding = float(((w4_weight(weight, None) - weight) @ x.t()).square().sum())
-    assert float(((got - weight) @ x.t()).square().sum()) < 0.5 * rounding
+    assert output_error(got, weight, x) < 0.5 * output_error(w4_weight(weight, None), weight, x)
 
 
 @pytest.mark.parametrize("group", [16, 32, 64])
@@ -638,7 +558,7 @@ def test_full_correction_makes_the_means_equal(tiny: Tiny, name: str) -> None:
     off = mean_errors(tiny.quantized(name, correction="none"), model)
     assert float(on[0].abs().max()) < 1e-4
     assert float(on[1].abs().max()) < 2.0**-10
-    assert min(float(error.abs().max()) for error in off) > 2.0**-9
+    assert min(float(error.abs().max()) for error in off) > 2.0**-10
 
 
 def test_residual_correction_makes_the_residual_mean_equal(tiny: Tiny) -> None:
@@ -745,7 +665,7 @@ def test_batch_rows_do_not_meet(tiny: Tiny, name: str, length: int) -> None:
     made = tiny.quantized(name, 2)
     ids = random_ids(3, length, seed=7)
     logits, states = made.model.forward(ids, None, length)
-    exact = made.recipe.quantized
+    exact = made.recipe.ssd == "int8"
     for row in range(3):
         own, own_states = made.model.forward(ids[row : row + 1], None, length)
         assert relative_error(own, logits[row : row + 1]) < 1e-3
@@ -777,8 +697,11 @@ EVALUATION = DEMO_FOLDER / "evaluation.txt"
 # of this model forget fast enough for the released calibration, too; see `test_passed_states_fit`
 # for heads that do not.
 SATURATION_LIMIT = 1e-3
-SSD_SITES = {"u", "B", "C", "x_scaled", "passed_state", "CB", "r"}
-SITES = {"edge-w8a8": {*SSD_SITES, "x_tile"}, "ssdi8-w8a8": {*SSD_SITES, "chunk_state"}}
+# What scales itself cannot saturate and is not counted.
+SITES = {
+    "edge-w8a8": {"u", "B", "C", "CB", "r"},
+    "ssdi8-w8a8": {"u", "B", "C", "x_scaled", "chunk_state", "passed_state", "CB", "r"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -839,7 +762,7 @@ def test_passed_states_fit(tiny: Tiny) -> None:
     """
     fractions = {}
     for observer in ("local", "passed"):
-        made = tiny.quantized("edge-w8a8", state_observer=observer)
+        made = tiny.quantized("edge-w8a8", scaling="static", state_observer=observer)
         with int8.count_saturation() as counter:
             made.model.forward(made.ids)
         fractions[observer] = counter.fractions()["passed_state"]
@@ -895,7 +818,7 @@ def test_recipe_refuses_an_unknown_field() -> None:
     [
         *("linear", "lm_head", "ssd", "ssd_ops", "bc_granularity", "x_granularity", "gate"),
         *("state_observer", "scan2", "rounding", "ssm_params", "correction", "state_dtype"),
-        "decay_scale",
+        *("scaling", "clip", "group_search", "group_scales"),
     ],
 )
 def test_recipe_refuses_a_bad_value(field: str) -> None:
@@ -912,10 +835,17 @@ def test_recipe_refuses_half_fp16() -> None:
             QuantConfig(name="x", **fields)
 
 
-def test_recipe_refuses_the_peak_of_an_integer_carry() -> None:
+def test_recipe_refuses_dynamic_scales_of_an_integer_carry() -> None:
     """The gate of the release needs chunk states in one unit."""
-    with pytest.raises(UsageError, match=r"gate 'q0.7' with decay_scale 'peak'"):
+    with pytest.raises(UsageError, match=r"gate 'q0.7' with scaling 'dynamic'"):
         QuantConfig(name="x", gate="q0.7")
+
+
+@pytest.mark.parametrize("granularity", ["cluster", "tensor_percentile"])
+def test_recipe_refuses_scales_of_an_x_that_is_not_stored(granularity: str) -> None:
+    """SSDi8 quantizes w · x, never x: clusters and percentiles of x say nothing about it."""
+    with pytest.raises(UsageError, match=f"x_granularity '{granularity}' with ssd 'int8'"):
+        QuantConfig(name="x", x_granularity=granularity)  # type: ignore[arg-type]
 
 
 def test_unknown_method() -> None:
@@ -946,17 +876,22 @@ W4 = {"linear": "w4"}
 FIELDS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "linear": ("w8_tensor", {}, "tensors"),
     "group_size": (16, W4, "tensors"),
-    "gptq": (True, W4, "tensors"),
+    "group_scales": ("fp16", W4, "tensors"),
+    "group_search": ("absmax", W4, "tensors"),
+    "gptq": (True, {}, "tensors"),
+    "descent": (0, {"gptq": True}, "tensors"),
+    "compensation": (0.5, {}, "tensors"),
+    "clip": ("absmax", {}, "tensors"),
     "lm_head": ("w8_row", {}, "tensors"),
     "ssd_ops": ("modular", {}, "outputs"),
     "bc_granularity": ("tensor", {}, "tensors"),
-    "x_granularity": ("tensor", {}, "tensors"),
-    "gate": ("q0.7", {"decay_scale": "static"}, "outputs"),
-    "state_observer": ("local", {}, "tensors"),
-    "scan2": ("fp16", {}, "tensors"),
+    "x_granularity": ("tensor", {"scaling": "static"}, "tensors"),
+    "gate": ("q0.7", {"scaling": "static"}, "outputs"),
+    "state_observer": ("local", {"scaling": "static"}, "tensors"),
+    "scan2": ("fp16", {}, "outputs"),
     "scan_tile": (4, {}, "statistics"),
     "rounding": ("half_away", {}, "outputs"),
-    "decay_scale": ("static", {}, "tensors"),
+    "scaling": ("static", {}, "tensors"),
     "ssm_params": ("int8", {}, "tensors"),
     "fold_gate_norm": (False, {}, "tensors"),
     "correction": ("out", {}, "tensors"),
@@ -977,7 +912,7 @@ def test_every_field_is_in_the_table() -> None:
 def test_no_field_is_dead(tiny: Tiny, field: str) -> None:
     """Changing one field changes its stage, and no stage before it."""
     value, needed, first = FIELDS[field]
-    base = tiny_recipe("edge-w8a8", **{"correction": "none", **needed})
+    base = tiny_recipe("edge-w8a8", **{"correction": "none", "gptq": False, **needed})
     assert getattr(base, field) != value
     before = stages(tiny, base)
     after = stages(tiny, dataclasses.replace(base, **{field: value}))
@@ -1009,7 +944,7 @@ def test_calibration_is_reused_exactly_when_it_may_be(tmp_path: Path) -> None:
 
     Otherwise a build would reuse stale scales, or recalibrate for nothing.
     """
-    base = tiny_recipe("edge-w8a8", correction="none")
+    base = tiny_recipe("edge-w8a8", correction="none", gptq=False)
     key = demo_build(tmp_path, base).keys["calibrate"]
     for field, (value, needed, first) in FIELDS.items():
         changes = {**needed, field: value}
@@ -1018,112 +953,6 @@ def test_calibration_is_reused_exactly_when_it_may_be(tmp_path: Path) -> None:
             changes = {field: value}
         other = demo_build(tmp_path, dataclasses.replace(base, **changes)).keys["calibrate"]
         assert (other != key) == (first == "statistics"), field
-
-
-# ------------------------------------------------------------------------------------------------
-# Files and streams
-# ------------------------------------------------------------------------------------------------
-
-
-def test_spool_keeps_its_samples() -> None:
-    """Written in any order and overwritten, read in other pieces; FP16 values go in as FP32."""
-    values = torch.randn(7, 3, 5, generator=torch.Generator().manual_seed(0))
-    spool = Spool(7, (3, 5), np.dtype(np.float32))
-    spool[4:7] = values[4:7].transpose(1, 2).contiguous().transpose(1, 2)  # strided
-    spool[0:4] = torch.zeros(4, 3, 5)
-    spool[0:4] = values[0:4]
-    assert torch.equal(spool[0:7], values)
-    assert torch.equal(spool[2:5], values[2:5])
-    spool[2:3] = values[2:3].half()
-    assert torch.equal(spool[2:3], values[2:3].half().float())
-    assert spool.samples == 7
-    spool.close()
-    with pytest.raises(ValueError, match="closed"):
-        _ = spool[0:1]
-
-
-def test_spool_of_int8_and_its_independence() -> None:
-    """What was read may be written to without changing the spool."""
-    spool = Spool(2, (4,), np.dtype(np.int8))
-    spool[0:2] = torch.tensor([[-128, 127, 0, 1], [2, 3, 4, 5]], dtype=torch.int8)
-    read = spool[0:2]
-    assert read.dtype is torch.int8
-    read.zero_()
-    assert spool[0:1].tolist() == [[-128, 127, 0, 1]]
-    spool.close()
-
-
-@pytest.mark.parametrize(
-    ("samples", "tokens", "sizes"),
-    [(5, 1024, [2, 2, 1]), (3, 5000, [1, 1, 1]), (4, 10, [4]), (1, 2048, [1])],
-)
-def test_batches(samples: int, tokens: int, sizes: list[int]) -> None:
-    """All samples once, in order, at most TOKENS_PER_BATCH tokens unless one sample is longer."""
-    parts = batches(torch.zeros(samples, tokens))
-    assert [part.stop - part.start for part in parts] == sizes
-    assert [i for part in parts for i in range(part.start, part.stop)] == list(range(samples))
-
-
-TOKENIZER = DEMO_FOLDER / "tokenizer.json"
-
-
-def encode(text: str) -> list[int]:
-    from tokenizers import Tokenizer
-
-    ids: list[int] = Tokenizer.from_file(str(TOKENIZER)).encode(text, add_special_tokens=False).ids
-    return ids
-
-
-def test_read_tokens(tmp_path: Path) -> None:
-    """Windows in the order of the text; the rest that fills no window is left out."""
-    text = "It was the best of times, it was the worst of times.\n" * 10
-    path = tmp_path / "text.txt"
-    path.write_text(text)
-    ids = encode(text)
-    windows = read_tokens(path, TOKENIZER, 20, 100)
-    assert windows.dtype is torch.int64
-    assert windows.shape == (len(ids) // 20, 20)
-    assert windows.flatten().tolist() == ids[: windows.numel()]
-    assert torch.equal(read_tokens(path, TOKENIZER, 20, 2), windows[:2])
-
-
-def test_read_tokens_of_more_than_one_block(tmp_path: Path) -> None:
-    """Three times the block: as if tokenized at once, and reading stops when it has enough."""
-    lines = [f"Line {i} of a book, with ünïcödé and a number {i * i}.\n" for i in range(5000)]
-    path = tmp_path / "text.txt"
-    path.write_text("".join(lines), encoding="utf-8")
-    assert path.stat().st_size > 3 << 16
-    ids = encode("".join(lines))
-    windows = read_tokens(path, TOKENIZER, 512, 1 << 40)
-    assert windows.shape[0] == len(ids) // 512
-    assert windows.flatten().tolist() == ids[: windows.numel()]
-    with path.open("ab") as file:
-        file.write(b"\xff\xfe")  # beyond what two windows need
-    assert torch.equal(read_tokens(path, TOKENIZER, 512, 2), windows[:2])
-
-
-def test_read_tokens_of_a_short_text(tmp_path: Path) -> None:
-    """Shorter than a window: one shorter sample. Shorter than 16 tokens: refused."""
-    path = tmp_path / "text.txt"
-    text = "a b c d e f g h i j k l m n o p q r s t"
-    path.write_text(text)
-    assert read_tokens(path, TOKENIZER, 2048, 32).tolist() == [encode(text)]
-    for short in ("only a few words", ""):
-        path.write_text(short)
-        with pytest.raises(UsageError, match=r"holds \d+ tokens; .* at least 16"):
-            read_tokens(path, TOKENIZER, 2048, 32)
-
-
-def test_read_tokens_refuses(tmp_path: Path) -> None:
-    """A missing file, a folder and bytes that are no UTF-8: each named with its remedy."""
-    binary = tmp_path / "binary.txt"
-    binary.write_bytes(b"abc \xff\xfe\x00 def" * 100)
-    with pytest.raises(UsageError, match=r"binary\.txt is not UTF-8 text"):
-        read_tokens(binary, TOKENIZER, 16, 1)
-    with pytest.raises(UsageError, match=r"cannot read .*absent\.txt: No such file"):
-        read_tokens(tmp_path / "absent.txt", TOKENIZER, 16, 1)
-    with pytest.raises(UsageError, match="Is a directory"):
-        read_tokens(tmp_path, TOKENIZER, 16, 1)
 
 
 def writer_tensors() -> dict[str, Tensor]:

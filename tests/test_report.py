@@ -28,6 +28,7 @@ from ssdi8_edge.report.page import render
 from ssdi8_edge.report.reference import SSD_LATENCY_MS
 from ssdi8_edge.report.sources import Measurements, load
 from ssdi8_edge.report.tables import Table, Tables
+from ssdi8_edge.report.values import ssd_seconds
 from ssdi8_edge.target.records import Point, Profile
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -616,3 +617,14 @@ def test_records_survive_their_own_file(tmp_path: Path) -> None:
     assert Point.model_validate_json(json.dumps(record.to_json())) == record
     found = Profile.model_validate_json(json.dumps(profile()))
     assert Profile.model_validate_json(json.dumps(found.to_json())) == found
+
+
+def test_a_profile_that_cannot_name_its_layers_gives_no_ssd_time() -> None:
+    """Time that belongs to no module may be the SSD's: a part of it would look like speed."""
+    record = profile()
+    assert ssd_seconds(Profile.model_validate(record)) == pytest.approx(0.006)
+    other = {"module": "other", "layers": 5, "seconds": 0.001}
+    record["phases"][0]["modules"].append(other)
+    assert ssd_seconds(Profile.model_validate(record)) == pytest.approx(0.006)
+    other["seconds"] = 0.1
+    assert ssd_seconds(Profile.model_validate(record)) is None

@@ -13,6 +13,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,7 @@ from tiny_bundle import make_bundle, pack
 from ssdi8_edge.errors import BoardBusy, BoardError, LinkLost, Ssdi8Error, UsageError
 from ssdi8_edge.target import board_sweep, measuring, points, sweep_commands
 from ssdi8_edge.target.hosts import connect
-from ssdi8_edge.target.points import PointId, open_points, read_points
+from ssdi8_edge.target.points import PointFile, PointId, open_points, read_points
 from ssdi8_edge.target.profile import profile
 
 # How many seeded runs with faults there are; 50 by hand, fewer with every push.
@@ -337,7 +338,7 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
         assert out.read_text() == f"{damage}\n{lines[1]}\n"
 
 
-def _open(out: Path):  # type: ignore[no-untyped-def]
+def _open(out: Path) -> AbstractContextManager[PointFile]:
     return open_points(out, SETTINGS)
 
 
@@ -379,8 +380,9 @@ def test_a_full_disk_leaves_no_half_line(tmp_path: Path, monkeypatch: pytest.Mon
         monkeypatch.setattr(points.os, "write", broken)
         outcome = run_sweep(out, [make_source(tmp_path / "a")], [board], lengths=(8, 16))
         monkeypatch.undo()
-        assert "cannot write" in str(outcome.errors["desk"])
-        assert outcome.errors["desk"].exit_code == 2  # type: ignore[attr-defined]
+        error = outcome.errors["desk"]
+        assert isinstance(error, Ssdi8Error) and error.exit_code == 2
+        assert "cannot write" in str(error)
         assert out.read_bytes() == before
 
 
@@ -511,7 +513,8 @@ def test_rubbish_in_the_middle_of_a_sweep(tmp_path: Path, monkeypatch: pytest.Mo
         out = tmp_path / "out.jsonl"
         board = NamedBoard("desk", tmp_path / "store")
         outcome = run_sweep(out, [make_source(tmp_path / "a")], [board], lengths=(8,))
-        assert "desk" in outcome.errors or outcome.measured == 1, answer
+        error = outcome.errors.get("desk")
+        assert isinstance(error, BoardError) or outcome.measured == 1, (answer, error)
         monkeypatch.setattr(connection, "_program_text", real)
         assert run_sweep(out, [make_source(tmp_path / "a")], [board], lengths=(8,)).kept <= 1
         assert len(ids_in(out)) == 1

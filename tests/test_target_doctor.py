@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +17,7 @@ from board_simulator.lab import Lab, needs_sshd
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssdi8_edge.errors import BoardError
+from ssdi8_edge.errors import BoardError, LinkLost
 from ssdi8_edge.profiles import load_target
 from ssdi8_edge.target.board_facts import BoardFacts, read_facts
 from ssdi8_edge.target.doctor import check_for_engines, examine, profile_toml, report
@@ -220,3 +223,37 @@ def test_sms_follow_the_mask_of_the_power_mode(lab: Lab) -> None:
     (root / "proc/meminfo").write_text("")
     facts = read_facts(connection)
     assert facts.sms is None and facts.power_modes == [] and facts.memory_mb is None
+
+
+def test_a_simulated_board_can_be_started_by_hand(lab: Lab) -> None:
+    """As its page says: one command prints the configuration and the next command."""
+    command = [sys.executable, "-m", "tests.board_simulator", "--folder", str(lab.folder / "sim")]
+    here = Path(__file__).parents[1]
+    with subprocess.Popen(command, cwd=here, stdout=subprocess.PIPE, text=True) as board:
+        assert board.stdout is not None
+        lines = []
+        while not lines or not lines[-1].startswith("ssdi8-edge"):
+            lines.append(board.stdout.readline())
+        start = lines.index("Host simulated-board\n")
+        lab.add("".join(lines[start:-1]))
+        said = cli(*lines[-1].split()[1:], "--json")
+        board.send_signal(signal.SIGINT)
+    assert json.loads(said.stdout)["simulated"] is True and board.returncode == 0
+
+
+def test_a_simulated_board_changes_mode_and_reboots(lab: Lab) -> None:
+    """A mode with other SMs wants a reboot, which the board survives; without root nothing goes."""
+    lab.simulate("board")
+    connection = lab.connect("board")
+    refused = connection.run(["nvpmodel", "-m", "1"])
+    assert refused.exit != 0 and "Permission denied" in refused.stderr
+    asked = connection.run(["sudo", "-n", "nvpmodel", "-m", "1"])
+    assert asked.exit != 0 and "Reboot required" in asked.stdout
+    assert read_facts(connection).power_mode == "MAXN_SUPER"
+    with contextlib.suppress(LinkLost):  # it may go down before it answers
+        connection.run(["sudo", "-n", "nvpmodel", "-m", "1"], input=b"yes\n")
+    time.sleep(0.5)
+    facts = connection.patiently(lambda: read_facts(connection), patience_s=30)
+    assert (facts.power_mode, facts.sms, facts.gpu_max_mhz) == ("10W", 4, 612.0)
+    pinned = connection.run(["sudo", "-n", "jetson_clocks"])
+    assert pinned.exit == 0 and read_facts(connection).gpu_mhz == 612.0

@@ -31,7 +31,7 @@ from tiny_bundle import make_bundle
 
 from ssdi8_edge.errors import LinkLost
 from ssdi8_edge.target import connection as connection_module
-from ssdi8_edge.target import dial, process, ssh
+from ssdi8_edge.target import dial, process, ssh_link
 from ssdi8_edge.target.connection import Connection
 from ssdi8_edge.target.deploy import deploy
 from ssdi8_edge.target.jobs import start_job
@@ -189,8 +189,8 @@ def test_a_power_cut_at_random_moments_of_an_upload(lab: Lab, run_folder: Path) 
 
 def test_a_peer_that_falls_silent_is_given_up(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """The wire stays up and nothing comes: no error of the network would ever tell."""
-    monkeypatch.setattr(ssh, "LOST_S", 1.5)
-    monkeypatch.setattr(ssh, "PULSE_S", 0.3)
+    monkeypatch.setattr(ssh_link, "LOST_S", 1.5)
+    monkeypatch.setattr(ssh_link, "PULSE_S", 0.3)
     server = lab.serve("board")
     proxy = Proxy(server.port, [Fault(8_000, "silence")])
     lab.config.write_text(lab.config.read_text().replace(str(server.port), str(proxy.port)))
@@ -268,8 +268,8 @@ def test_a_pulled_cable_is_noticed_and_the_work_goes_on(
     lab: Lab, network: Network, run_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Pulled in the middle of an upload, which goes on where it was once the cable is back."""
-    monkeypatch.setattr(ssh, "LOST_S", 2.0)
-    monkeypatch.setattr(ssh, "PULSE_S", 0.5)
+    monkeypatch.setattr(ssh_link, "LOST_S", 2.0)
+    monkeypatch.setattr(ssh_link, "PULSE_S", 0.5)
     monkeypatch.setattr(dial, "STEP_S", 1.0)
     connection = lab.connect("far")
     pulled: list[float] = []
@@ -306,8 +306,8 @@ def test_a_silent_cut_frees_the_board(
     sooner = lambda name: text(name).replace("SILENCE_S = 30", "SILENCE_S = 3")  # noqa: E731
     monkeypatch.setattr(connection_module, "_program_text", sooner)
     monkeypatch.setattr(process, "HEARTBEAT_S", 0.5)
-    monkeypatch.setattr(ssh, "LOST_S", 3.0)
-    monkeypatch.setattr(ssh, "PULSE_S", 0.5)
+    monkeypatch.setattr(ssh_link, "LOST_S", 3.0)
+    monkeypatch.setattr(ssh_link, "PULSE_S", 0.5)
     connection = lab.connect("far")
     seconds = f"77.{os.getpid()}"
     outcome: list[Exception] = []

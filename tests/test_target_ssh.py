@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -177,7 +178,7 @@ def test_a_key_that_nobody_knows(lab: Lab) -> None:
 def test_a_key_with_a_passphrase_and_nobody_to_ask(lab: Lab) -> None:
     server = lab.serve("board")
     add_passphrase(server.identity, "open sesame")
-    assert_refused(lab, "board", r"0 keys were offered.*passphrase of .*identity is not known")
+    assert_refused(lab, "board", r"0 keys were offered, .*identity cannot be opened.*ssh-add")
 
 
 def add_passphrase(identity: Path, phrase: str) -> None:
@@ -337,6 +338,23 @@ def test_a_port_that_answers_rubbish(
         host = f"127.0.0.1:{server.getsockname()[1]}"
         begin = time.monotonic()
         assert_refused(lab, host, "does not answer as an SSH server does", LinkLost)
+        assert time.monotonic() - begin < 5
+
+
+def test_ctrl_c_ends_the_wait_for_a_board_that_says_nothing(lab: Lab) -> None:
+    """At once, with its own exit code: it is not taken for a network that failed."""
+    with listener() as server:
+        code = "from ssdi8_edge.cli import main; main()"
+        host = f"127.0.0.1:{server.getsockname()[1]}"
+        command = [sys.executable, "-c", code, "doctor", "--host", host]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            client = server.accept()[0]
+            client.recv(10)
+            begin = time.monotonic()
+            process.send_signal(signal.SIGINT)
+            said = process.communicate(timeout=20)[1]
+            client.close()
+        assert process.returncode == 130 and "stopped" in said
         assert time.monotonic() - begin < 5
 
 

@@ -13,11 +13,13 @@ from torch import Tensor
 from ssdi8_edge import hadamard
 from ssdi8_edge.calibrate import embed
 from ssdi8_edge.model import Mamba2LM
+from ssdi8_edge.quantize.clusters import sort_and_cluster
 from ssdi8_edge.transforms import (
     GATE_NORM,
     IN_PROJ,
     NORM,
     OUT_PROJ,
+    permute_layer,
     rotate_embedding,
     rotate_head,
     rotate_layer,
@@ -125,3 +127,44 @@ def test_fold_is_the_diagonal(tmp_path: Path) -> None:
     rotated = rotate_layer(layer, fold_gate_norm=True)
     torch.testing.assert_close(rotated[IN_PROJ], layer[IN_PROJ] * layer[NORM] @ h4)
     torch.testing.assert_close(rotated[OUT_PROJ], h4.t() @ (layer[OUT_PROJ] * layer[GATE_NORM]))
+
+
+@pytest.mark.parametrize("ngroups", [1, 2])
+def test_permuted_model_is_the_model(tmp_path: Path, ngroups: int) -> None:
+    """Heads of each group and channels of each head in any order: the FP32 logits are the same."""
+    _, model = write_checkpoint(tmp_path / "c", make_config(ngroups))
+    ids = random_ids(2, 37)
+    tensors = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    for i in range(model.config.n_layer):
+        prefix = f"backbone.layers.{i}."
+        layer = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+        g = torch.Generator().manual_seed(i)
+        group = 8 // ngroups  # heads must stay in their SSD group
+        heads = torch.cat(
+            [first + torch.randperm(group, generator=g) for first in range(0, 8, group)]
+        )
+        channels = torch.stack([torch.randperm(16, generator=g) for _ in range(8)])
+        permuted = permute_layer(layer, heads, channels)
+        assert not torch.equal(permuted[IN_PROJ], layer[IN_PROJ])
+        tensors |= {prefix + k: v for k, v in permuted.items()}
+    other = Mamba2LM(model.config).eval()
+    other.load_state_dict(tensors)
+    with torch.inference_mode():
+        want, _ = model(ids)
+        got, _ = other(ids)
+    assert relative_error(got, want) < TOLERANCE
+
+
+def test_clusters_of_known_groups() -> None:
+    """Four shapes of heads and four sizes of channels, in disorder: each is found again."""
+    g = torch.Generator().manual_seed(0)
+    curves = torch.tensor([[1.0, 1, 1, 1], [1, 1, 1, 9], [1, 1, 9, 9], [1, 9, 9, 9]])
+    kind = torch.randperm(16, generator=g) % 4
+    size = curves[kind].repeat_interleave(4, 1)
+    shuffled = torch.stack([row[torch.randperm(16, generator=g)] for row in size])
+    order = sort_and_cluster(shuffled, 1)
+    assert len({tuple(kind[order.heads[i : i + 4]].tolist()) for i in range(0, 16, 4)}) == 4
+    values = order.of_channels(shuffled)
+    for cluster in order.clusters.unique():
+        assert len(values[order.clusters == cluster].unique()) == 1
+    assert torch.equal(order.share_largest(values), values)

@@ -45,6 +45,7 @@ struct Scan {
   const float* dt;
   const float* a;
   const int8_t* passed;
+  const float* passed_scale;
   ssd::Scales scales;
   const uint4* c_units;
   const uint4* cb8;
@@ -69,9 +70,18 @@ __global__ __launch_bounds__(P::kThreads, P::kBlocksPerSm) void chunk_scan_kerne
         ((size_t(it.b) * shape.chunks + it.c) * shape.nheads + it.h) * shape.headdim +
         it.pt * ssd::kTileP;
     load_passed<P>(p.passed + state * P::kN, r_units);
-    ssd::fill_tables<P, false, true>(shape, it, p.dt, p.a, shape.length, p.scales, false, tables);
+    ssd::fill_tables<P, false, true>(shape, it, p.dt, p.a, p.scales, false, tables);
+    if (threadIdx.x < ssd::kTileP) {
+      tables.scan1_scale[threadIdx.x] =
+          __fmul_rn(p.scales.c_scale[it.group], p.passed_scale[state + threadIdx.x]);
+    }
     __syncthreads();
-    ssd::quantize_x<P, false, true>(shape, raw, tables, nullptr, xt, x16);
+    if (shape.dynamic && shape.tiled) {
+      ssd::find_scales<P, false, true>(shape, raw, reinterpret_cast<float*>(xt), tables);
+      __syncthreads();
+    }
+    ssd::quantize_x<P, false, true>(shape, raw, tables, nullptr, xt);
+    ssd::copy_x<P>(raw, x16);
   }
   const Item it = ssd::make_item(shape, ssd::lane_of_work(), blockIdx.y);
   ssd::RowScan<P> rows;
@@ -108,16 +118,16 @@ cudaError_t launch_chunk_scan(const Shape& shape, const Ssdi8ChunkScanParams& p,
   cb_kernel<P::kN><<<ceil_div(warps, ssd::kWarps), ssd::kThreads, 0, stream>>>(shape, prepare);
   if (cudaError_t error = cudaGetLastError()) return error;
 
-  const Scan scan = {
-      static_cast<const __half*>(p.x),
-      p.dt,
-      p.a,
-      p.passed,
-      {nullptr, p.x_tile_scale, p.state_scale, p.b_scale, p.c_scale, p.cb_scale, p.d_skip},
-      w.c_units,
-      w.cb8,
-      w.cb16,
-      static_cast<__half*>(p.y)};
+  const Scan scan = {static_cast<const __half*>(p.x),
+                     p.dt,
+                     p.a,
+                     p.passed,
+                     p.passed_scale,
+                     {nullptr, p.x_tile_scale, nullptr, p.b_scale, p.c_scale, p.cb_scale, p.d_skip},
+                     w.c_units,
+                     w.cb8,
+                     w.cb16,
+                     static_cast<__half*>(p.y)};
   constexpr size_t kWords = P::kRWords + P::kX16Words + P::kXtWords;
   constexpr size_t kMostBytes = sizeof(Tables) + kWords * sizeof(uint4);
   static_assert(kMostBytes <= kMaxSharedBytes);
@@ -137,7 +147,7 @@ cudaError_t launch_chunk(const Shape& shape, const Ssdi8ChunkScanParams& p, cuda
 
 int make_shape(const Ssdi8ChunkScanParams& p, Shape* shape) {
   return ssd::make_shape("chunk_scan", p.batch, p.length, p.nheads, p.headdim, p.ngroups, p.d_state,
-                         p.chunk_size, p.scan_tile, p.rounding, p.decay_scale, shape);
+                         p.chunk_size, p.scan_tile, p.rounding, p.scaling, shape);
 }
 
 }  // namespace
@@ -151,8 +161,10 @@ int ssdi8_chunk_scan(const Ssdi8ChunkScanParams* p, void* stream) {
   using namespace ssdi8;
   ssd::Shape shape;
   if (int code = make_shape(*p, &shape)) return code;
-  if (shape.tiled && p->x_tile_scale == nullptr) {
-    return refuse("chunk_scan: scan_tile %d needs x_tile_scale", p->scan_tile);
+  if (shape.tiled) {
+    if (int code = ssd::check_scale("chunk_scan", shape, "x_tile_scale", p->x_tile_scale)) {
+      return code;
+    }
   }
   auto* launch = shape.d_state == 64    ? launch_chunk<64>
                  : shape.d_state == 128 ? launch_chunk<128>

@@ -37,9 +37,13 @@ __global__ __launch_bounds__(P::kThreads, P::kBlocksPerSm) void chunk_state_kern
   const Item it = ssd::make_item(shape, blockIdx.x, blockIdx.y);
   uint4 raw[P::kRowTiles][4];
   ssd::load_x<P>(shape, it, x, raw);
-  ssd::fill_tables<P, true, false>(shape, it, dt, a, shape.length, scales, integer_states, tables);
+  ssd::fill_tables<P, true, false>(shape, it, dt, a, scales, integer_states, tables);
   __syncthreads();
-  ssd::quantize_x<P, true, false>(shape, raw, tables, xs, nullptr, nullptr);
+  if (shape.dynamic) {
+    ssd::find_scales<P, true, false>(shape, raw, reinterpret_cast<float*>(xs), tables);
+    __syncthreads();
+  }
+  ssd::quantize_x<P, true, false>(shape, raw, tables, xs, nullptr);
   const uint4* own_b = b_units + it.group_chunk * shape.b_units() * 32;
   ssd::StateOperands<P> operands;
   operands.load_first(own_b);
@@ -59,7 +63,7 @@ __global__ __launch_bounds__(P::kThreads, P::kBlocksPerSm) void chunk_state_kern
              it.pt * ssd::kTileP + p) *
                 P::kN +
             P::column(step);
-        const float multiplier = __fmul_rn(tables.state_multiplier[p], tables.state_peak);
+        const float multiplier = tables.state_multiplier[p];
         float v[8];
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
@@ -114,7 +118,7 @@ cudaError_t launch_chunk(const Shape& shape, const Ssdi8ChunkStateParams& p, cud
 
 int make_shape(const Ssdi8ChunkStateParams& p, Shape* shape) {
   return ssd::make_shape("chunk_state", p.batch, p.length, p.nheads, p.headdim, p.ngroups,
-                         p.d_state, p.chunk_size, p.chunk_size, p.rounding, p.decay_scale, shape);
+                         p.d_state, p.chunk_size, p.chunk_size, p.rounding, p.scaling, shape);
 }
 
 }  // namespace
@@ -129,6 +133,8 @@ int ssdi8_chunk_state(const Ssdi8ChunkStateParams* p, void* stream) {
   ssd::Shape shape;
   if (int code = make_shape(*p, &shape)) return code;
   if (int code = ssd::check_gate("chunk_state", p->gate, shape)) return code;
+  if (int code = ssd::check_scale("chunk_state", shape, "x_scale", p->x_scale)) return code;
+  if (int code = ssd::check_scale("chunk_state", shape, "state_scale", p->state_scale)) return code;
   auto* launch = shape.d_state == 64    ? launch_chunk<64>
                  : shape.d_state == 128 ? launch_chunk<128>
                                         : launch_chunk<256>;

@@ -31,7 +31,7 @@
 extern "C" {
 #endif
 
-#define SSDI8_ABI_VERSION 2
+#define SSDI8_ABI_VERSION 3
 
 enum { SSDI8_OK = 0, SSDI8_UNSUPPORTED = 1, SSDI8_CUDA_ERROR = 2 };
 
@@ -79,9 +79,9 @@ size_t ssdi8_sizeof_linear(void);
 
 // The same with the INT8 weight round_half_even((q4 - 8) * group_scale), made on the fly.
 typedef struct Ssdi8LinearW4Params {
-  const int8_t* x;          // (T, In)
-  const int8_t* packed;     // (Out, In / 2): byte 4i + j plus 128 = 16 * q4[8i + 4 + j] + q4[8i + j]
-  const void* group_scale;  // (Out, In / group_size) FP16, or INT8 from 1 to 16
+  const int8_t* x;       // (T, In)
+  const int8_t* packed;  // (Out, In / 2): byte 4i + j plus 128 = 16 * q4[8i + 4 + j] + q4[8i + j]
+  const void* group_scale;  // (Out, In / group_size) FP16, or INT8 from -15 to 16, not 0
   const float* scale;       // (Out)
   const float* bias;        // (Out)
   void* y;                  // (T, Out) FP16
@@ -146,10 +146,10 @@ size_t ssdi8_sizeof_rms_norm_gated(void);
 // How the state travels from chunk to chunk: ops/state_passing.py.
 enum { SSDI8_GATE_FP32 = 0, SSDI8_GATE_Q0_7 = 1 };
 
-// Units of the decay weights w that x is multiplied with before it is quantized: as they are, or
-// divided by the largest one of their chunk or tile, which the epilogue multiplies with. The latter
-// with gate FP32 only.
-enum { SSDI8_DECAY_STATIC = 0, SSDI8_DECAY_PEAK = 1 };
+// Where the scales of w * x and of the states between chunks come from: inputs, or the largest
+// values of each channel in its chunk or tile, over 127. The latter with gate FP32 only; inputs
+// "static only" are then not read and may be null.
+enum { SSDI8_SCALING_STATIC = 0, SSDI8_SCALING_DYNAMIC = 1 };
 
 // dt = clamp(softplus(dt_raw + dt_bias)); a = cumulative sum of A * dt inside each chunk.
 typedef struct Ssdi8ChunkCumsumParams {
@@ -176,9 +176,9 @@ typedef struct Ssdi8ChunkStateParams {
   const int8_t* b_q;         // (B, L, G * N)
   const float* dt;           // (B, H, L)
   const float* a;            // (B, H, L)
-  const float* x_scale;      // (H, P)
   const float* b_scale;      // (G)
-  const float* state_scale;  // (H, P)
+  const float* x_scale;      // (H, P), static only
+  const float* state_scale;  // (H, P), static only
   void* states;              // (B, C, H, P, N) FP32, with gate Q0.7 INT8
   void* workspace;
   int32_t batch;    // B
@@ -190,19 +190,20 @@ typedef struct Ssdi8ChunkStateParams {
   int32_t chunk_size;
   int32_t gate;
   int32_t rounding;
-  int32_t decay_scale;
+  int32_t scaling;
 } Ssdi8ChunkStateParams;
 int ssdi8_chunk_state(const Ssdi8ChunkStateParams* params, void* stream);
 size_t ssdi8_chunk_state_workspace(const Ssdi8ChunkStateParams* params);
 size_t ssdi8_sizeof_chunk_state(void);
 
-// R_0 = ssm_state; R_{c+1} = exp(a_last of c) * R_c + S_c; passed = Q(R_c / state_scale).
+// R_0 = ssm_state; R_{c+1} = exp(a_last of c) * R_c + S_c; passed = Q(R_c / passed_scale).
 typedef struct Ssdi8StatePassingParams {
   const void* states;        // (B, C, H, P, N) FP32, with gate Q0.7 INT8
   const float* a;            // (B, H, L)
   const void* ssm_state;     // (B, H, P, N)
-  const float* state_scale;  // (H, P)
+  const float* state_scale;  // (H, P), static only
   int8_t* passed;            // (B, C, H, P, N)
+  float* passed_scale;       // (B, C, H, P); static: state_scale
   void* ssm_state_out;       // (B, H, P, N), may be `ssm_state`
   int32_t batch;             // B
   int32_t length;            // L
@@ -212,6 +213,7 @@ typedef struct Ssdi8StatePassingParams {
   int32_t chunk_size;
   int32_t gate;
   int32_t rounding;
+  int32_t scaling;
   int32_t state_fp32;  // type of ssm_state: 0 FP16, 1 FP32
 } Ssdi8StatePassingParams;
 int ssdi8_state_passing(const Ssdi8StatePassingParams* params, void* stream);
@@ -225,12 +227,12 @@ typedef struct Ssdi8ChunkScanParams {
   const float* dt;            // (B, H, L)
   const float* a;             // (B, H, L)
   const int8_t* passed;       // (B, C, H, P, N)
+  const float* passed_scale;  // (B, C, H, P)
   const float* d_skip;        // (H), the model's D
   const float* b_scale;       // (G)
   const float* c_scale;       // (G)
-  const float* state_scale;   // (H, P)
   const float* cb_scale;      // (G)
-  const float* x_tile_scale;  // (H, P), null if scan_tile = chunk_size
+  const float* x_tile_scale;  // (H, P), static only, null if scan_tile = chunk_size
   void* y;                    // (B, L, H * P) FP16
   void* workspace;
   int32_t batch;    // B
@@ -242,7 +244,7 @@ typedef struct Ssdi8ChunkScanParams {
   int32_t chunk_size;
   int32_t scan_tile;  // 64 or chunk_size
   int32_t rounding;
-  int32_t decay_scale;
+  int32_t scaling;
 } Ssdi8ChunkScanParams;
 int ssdi8_chunk_scan(const Ssdi8ChunkScanParams* params, void* stream);
 size_t ssdi8_chunk_scan_workspace(const Ssdi8ChunkScanParams* params);
@@ -260,10 +262,10 @@ typedef struct Ssdi8SsdScanParams {
   const float* d_skip;        // (H), the model's D
   const float* b_scale;       // (G)
   const float* c_scale;       // (G)
-  const float* x_scale;       // (H, P)
-  const float* state_scale;   // (H, P)
   const float* cb_scale;      // (G)
-  const float* x_tile_scale;  // (H, P), null if scan_tile = chunk_size
+  const float* x_scale;       // (H, P), static only
+  const float* state_scale;   // (H, P), static only
+  const float* x_tile_scale;  // (H, P), static only, null if scan_tile = chunk_size
   void* y;                    // (B, L, H * P) FP16
   void* ssm_state_out;        // (B, H, P, N), may be `ssm_state`
   void* workspace;
@@ -279,7 +281,7 @@ typedef struct Ssdi8SsdScanParams {
   int32_t dt_column;
   int32_t gate;
   int32_t rounding;
-  int32_t decay_scale;
+  int32_t scaling;
   int32_t state_fp32;  // type of ssm_state: 0 FP16, 1 FP32
   float dt_min;
   float dt_max;

@@ -53,8 +53,8 @@ __device__ __forceinline__ uint32_t as_bits(__half2 v) {
   return reinterpret_cast<const uint32_t&>(v);
 }
 
-// Eight weights in a word of W4: the low nibbles are those of k 0-3, the high ones those of k 4-7, the
-// latter with their highest bit flipped by the offset 128.
+// Eight weights in a word of W4: the low nibbles are those of k 0-3, the high ones those of k 4-7,
+// the latter with their highest bit flipped by the offset 128.
 
 // Two nibbles that sit in bits 0-3 and 16-19 of `word` to their INT8 weights in bytes 0 and 2.
 // `bias` makes the half 1024 + q4 of a nibble (and mends the sign bit that the offset 128 flips in
@@ -90,21 +90,24 @@ __device__ __forceinline__ void expand_w4(uint32_t packed, __half2 sigma, uint32
   high = __byte_perm(k46, k57, 0x6240);
 }
 
-// An integer scale from 1 to 16, ready for expand_w4: multiplies four nibbles at once, since no
-// product plus 128 - 8 * scale leaves its byte.
+// An integer scale s from -15 to 16, ready for expand_w4: multiplies four nibbles at once, since no
+// product plus 128 - 8 s leaves its byte. With s < 0, (q4 - 8) s is ((15 - q4) - 7) |s|, and
+// `flip` makes 15 - q4 of q4.
 struct IntegerScale {
   uint32_t scale;
   uint32_t offset;
+  uint32_t flip;
 };
 
 __device__ __forceinline__ IntegerScale integer_scale(int scale) {
-  return {uint32_t(scale), 0x80808080u - uint32_t(scale) * 0x08080808u};
+  const uint32_t size = abs(scale), zero = scale < 0 ? 0x07070707u : 0x08080808u;
+  return {size, 0x80808080u - size * zero, scale < 0 ? 0x0f0f0f0fu : 0u};
 }
 
 __device__ __forceinline__ void expand_w4(uint32_t packed, const IntegerScale& s, uint32_t& low,
                                           uint32_t& high) {
-  const uint32_t q0123 = packed & 0x0f0f0f0fu;
-  const uint32_t q4567 = ((packed >> 4) & 0x0f0f0f0fu) ^ 0x08080808u;
+  const uint32_t q0123 = (packed & 0x0f0f0f0fu) ^ s.flip;
+  const uint32_t q4567 = ((packed >> 4) & 0x0f0f0f0fu) ^ (s.flip ^ 0x08080808u);
   low = (q0123 * s.scale + s.offset) ^ 0x80808080u;
   high = (q4567 * s.scale + s.offset) ^ 0x80808080u;
 }
@@ -206,7 +209,7 @@ __global__ void __launch_bounds__(kVectorMaxWarps* kWarp, kFormat == kW8 ? 3 : 2
       if constexpr (kW4) {
         const uint32_t packed[2][4] = {{a.x, a.y, a.z, a.w}, {b.x, b.y, b.z, b.w}};
         int of_group[4] = {};
-        int(&sum)[4] = kFormat == kW4Integer ? of_group : acc;
+        int (&sum)[4] = kFormat == kW4Integer ? of_group : acc;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           uint32_t low[2], high[2];

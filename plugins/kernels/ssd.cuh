@@ -2,7 +2,8 @@
 //
 // A work item is one chunk of 64 channels of one head. The warps of a block compute, in this order,
 //   quantize_x     x (K, 64) -> shared memory, in the operand order of the matrix instructions:
-//                  Q(w . x) for the state, Q(w' . x) for INT8 Scan2, x itself for FP16 Scan2
+//                  Q(w . x) for the state, Q(w' . x) for INT8 Scan2, x itself for FP16 Scan2;
+//                  scaling "dynamic": after find_scales, which takes the scales from the maxima
 //   state_product  Q(w . x)^T . B_q, the chunk state, in registers
 //   (passing)      the state entering the chunk -> INT8 operand in shared memory
 //   RowScan        y = Scan1 + INT8 Scan2 left of the diagonal tiles + FP16 Scan2 on them + D . x
@@ -46,6 +47,7 @@ constexpr int kMaxTiles = kMaxChunk / kScanTile;
 constexpr int kUnitBytes = 512;
 constexpr int kFlags = 16;  // of progress per lane of work: one per warp
 constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kMaxFp16 = 65504.0f;
 constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23
 constexpr int kMagicInt = 0x4B400000;  // its bits
 
@@ -91,6 +93,50 @@ __device__ __forceinline__ int round_product(float v, float w) {
 template <bool kAway>
 __device__ __forceinline__ int round_value(float v) {
   return kAway ? round_int<true>(v) : round_product<false>(v, __int_as_float(1));
+}
+
+// The scale of values of which the largest is `top`: 1 / scale, and the scale.
+struct DynamicScale {
+  float inverse;
+  float step;
+};
+constexpr float kLeastTop = 1e-30f;
+constexpr float kMostSteps = 127.0f;
+
+__device__ __forceinline__ DynamicScale dynamic_scale(float top) {
+  top = fmaxf(top, kLeastTop);
+  return {__fdiv_rn(kMostSteps, top), __fdiv_rn(top, kMostSteps)};
+}
+
+// v * inverse rounded to an integer in the lowest byte, for values that need no saturation: their
+// scale is dynamic.
+template <bool kAway>
+__device__ __forceinline__ int round_byte(float v, float inverse) {
+  if (kAway) return round_int<true>(__fmul_rn(v, inverse));
+  return __float_as_int(__fmaf_rn(v, inverse, kMagic));
+}
+
+// The largest value of each entry over the lanes of a quad: lane t ends with entries t * n / 4 and
+// following, with n = 2 with entry t / 2.
+template <int n>
+__device__ __forceinline__ void quad_max(float (&v)[n]) {
+  static_assert(n == 2 || n == 4 || n == 8);
+  const bool upper = threadIdx.x & 2;
+  [[maybe_unused]] const bool odd = threadIdx.x & 1;
+#pragma unroll
+  for (int i = 0; i < n / 2; ++i) {
+    const float other = __shfl_xor_sync(kAllLanes, upper ? v[i] : v[n / 2 + i], 2);
+    v[i] = fmaxf(upper ? v[n / 2 + i] : v[i], other);
+  }
+  if constexpr (n == 2) {
+    v[0] = fmaxf(v[0], __shfl_xor_sync(kAllLanes, v[0], 1));
+  } else {
+#pragma unroll
+    for (int i = 0; i < n / 4; ++i) {
+      const float other = __shfl_xor_sync(kAllLanes, odd ? v[i] : v[n / 4 + i], 1);
+      v[i] = fmaxf(odd ? v[n / 4 + i] : v[i], other);
+    }
+  }
 }
 
 // Four results of round_product or round_value.
@@ -160,9 +206,9 @@ struct Shape {
   int d_state;
   int chunk;
   int chunks;
-  int tiled;  // Scan2 left of the diagonal tiles in INT8
-  int away;   // rounding half_away
-  int peak;   // decay_scale "peak": weights in units of their largest one
+  int tiled;    // Scan2 left of the diagonal tiles in INT8
+  int away;     // rounding half_away
+  int dynamic;  // scaling "dynamic"
 
   __host__ __device__ int p_tiles() const { return headdim / kTileP; }
   __host__ __device__ int lanes() const { return batch * nheads * p_tiles(); }  // (b, h, P tile)
@@ -264,8 +310,9 @@ __device__ __forceinline__ uint4 row_bytes(const int8_t* base, int row, int vali
   return load16_global(base + size_t(row) * pitch + column);
 }
 
-// One warp: CB of rows 16i .. 16i + 15 and columns 32s .. 32s + 31 as one INT8 unit (left of the
-// diagonal tile) or as FP16 units of 16 columns each, in steps of cb_scale.
+// One warp: CB of rows 16i .. 16i + 15 and columns 32s .. 32s + 31, in units of cb_scale: as one
+// INT8 unit (left of the diagonal tile) or as FP16 units of 16 columns each, rounded to integers
+// with scaling "static".
 template <int kN, bool kAway>
 __device__ __forceinline__ void prepare_cb_unit(const Shape& shape, const int8_t* b_rows,
                                                 const int8_t* c_rows, int valid, int i, int s,
@@ -292,15 +339,19 @@ __device__ __forceinline__ void prepare_cb_unit(const Shape& shape, const int8_t
       mma_int8(acc[v], make_uint4(a0.z, a1.z, a0.w, a1.w), b.z, b.w);
     }
   }
-  int q[4][4];
+  float cb[4][4];
 #pragma unroll
   for (int v = 0; v < 4; ++v) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      q[v][e] = round_int<kAway>(__fmul_rn(static_cast<float>(acc[v][e]), requantizer));
-    }
+    for (int e = 0; e < 4; ++e) cb[v][e] = __fmul_rn(static_cast<float>(acc[v][e]), requantizer);
   }
   if (shape.tiled && s / 2 < i / 4) {
+    int q[4][4];
+#pragma unroll
+    for (int v = 0; v < 4; ++v) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) q[v][e] = round_int<kAway>(cb[v][e]);
+    }
     cb8[(size_t(i) * (shape.chunk / 32) + s) * 32 + lane] =
         make_uint4(saturate4(q[0][0], q[0][1], q[1][0], q[1][1]),
                    saturate4(q[0][2], q[0][3], q[1][2], q[1][3]),
@@ -308,7 +359,10 @@ __device__ __forceinline__ void prepare_cb_unit(const Shape& shape, const int8_t
                    saturate4(q[2][2], q[2][3], q[3][2], q[3][3]));
     return;
   }
-  const int low = kAway ? -127 : -128;
+  const auto to_fp16 = [&](float v) {
+    if (shape.dynamic) return fmaxf(-kMaxFp16, fminf(v, kMaxFp16));
+    return static_cast<float>(max(kAway ? -127 : -128, min(round_int<kAway>(v), 127)));
+  };
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     if (2 * s + half > i) break;
@@ -316,8 +370,7 @@ __device__ __forceinline__ void prepare_cb_unit(const Shape& shape, const int8_t
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
       const int v = 2 * half + w / 2, e = 2 * (w % 2);
-      const __half2 pair = __floats2half2_rn(static_cast<float>(max(low, min(q[v][e], 127))),
-                                             static_cast<float>(max(low, min(q[v][e + 1], 127))));
+      const __half2 pair = __floats2half2_rn(to_fp16(cb[v][e]), to_fp16(cb[v][e + 1]));
       word[w] = *reinterpret_cast<const uint32_t*>(&pair);
     }
     cb16[(size_t(i) * (shape.chunk / 16) + 2 * s + half) * 32 + lane] =
@@ -445,32 +498,39 @@ __device__ __forceinline__ void prepare_group(const Shape& shape, const PrepareG
 
 struct alignas(16) Tables {
   int4 magic;  // four times kMagicInt: from memory, or the compiler sets it anew for each product
-  // Of the decay, in the order of DecayTables.
-  float w_state[kMaxChunk];  // exp(a_last - a_k) * dt_k / peak, times kTinyW if half-even
-  float w_tile[kMaxChunk];   // likewise, with the decay r at the end of k's tile for a_last
-  float a2[kMaxChunk];       // a * log2(e)
-  float a2_less[kMaxChunk];  // a2 - log2(dt * cb_scale)
-  float tile_end[kMaxTiles];  // r * log2(e) - log2(peak) of each tile
+  // Of the decay, in the order of PreparedTables.
+  float w_state[kMaxChunk];   // exp(a_last - a_k) * dt_k, times kTinyW if static and half-even
+  float w_tile[kMaxChunk];    // likewise, with the decay r at the end of k's tile for a_last
+  float a2[kMaxChunk];        // a * log2(e)
+  float a2_less[kMaxChunk];   // a2 - log2(dt * cb_scale)
+  float tile_end[kMaxTiles];  // r * log2(e) of each tile
   float gate;                 // exp(a_last)
-  float state_peak;
-  float unused[2];
-  // Of the channels, in the order of ChannelTables.
-  float x_inverse[kTileP];         // 1 / x_scale, times kTinyV if half-even
-  float x_tile_inverse[kTileP];    // likewise
-  float state_inverse[kTileP];
-  float state_multiplier[kTileP];  // accumulator -> state, but for the peak
+  float b_scale, c_scale, cb_scale;
+  // Of the channels, in the order of PreparedTables; only what "static" prepares: the first of
+  // `tiles`, which is all of them, and all else.
+  float x_inverse[kTileP];         // 1 / scale, times kTinyV if static and half-even
+  float state_inverse[kTileP];     // static only
+  float state_multiplier[kTileP];  // accumulator -> state
   float scan1_scale[kTileP];
-  float tile_scale[kTileP];  // INT8 Scan2 accumulator -> y
+  struct Tile {
+    float x_inverse[kTileP];
+    float scale[kTileP];  // INT8 Scan2 accumulator -> y
+  } tiles[kMaxTiles - 1];
   // Of the item.
   float d_skip;
   int group_chunk;
-  size_t y_offset;                     // of its first row and channel
-  float warp_peak[2][kMaxChunk / 32];  // of the 32 weights of a warp: of the state, of a tile
+  size_t y_offset;  // of its first row and channel
+
+  // From one tile to the next.
+  __device__ static int tile_pitch(const Shape& shape) {
+    return shape.dynamic ? sizeof(Tile) / sizeof(float) : 0;
+  }
 };
 
+// Those that an op has; of the channels, null with scaling "dynamic".
 struct Scales {
   const float* x_scale;       // (H, P)
-  const float* x_tile_scale;  // (H, P) or null
+  const float* x_tile_scale;  // (H, P)
   const float* state_scale;   // (H, P)
   const float* b_scale;       // (G)
   const float* c_scale;       // (G)
@@ -478,105 +538,35 @@ struct Scales {
   const float* d_skip;        // (H)
 };
 
-constexpr float kLeastPeak = 1e-30f;
-
-// The largest of the 32 positive values of a warp: as integers their bits are in the same order.
-__device__ __forceinline__ float warp_max(float positive) {
-  return __uint_as_float(__reduce_max_sync(kAllLanes, __float_as_uint(positive)));
-}
-
 __device__ __forceinline__ float decay_weight(float end, float a_k, float dt_k) {
   return __fmul_rn(expf(__fsub_rn(end, a_k)), dt_k);
 }
 
-template <bool kState, bool kScan>
-__device__ __forceinline__ void fill_channel(const Shape&, int hp, int group, const Scales&,
-                                             bool integer_gate, float* first);
-__device__ __forceinline__ void finish_tables(const Shape&, const Item&, const Scales&, Tables&);
-
-// dt and a of a head: `pitch` floats from one head to the next. Synchronises the block once, in its
-// middle.
-template <typename P, bool kState, bool kScan>
-__device__ __forceinline__ void fill_tables(const Shape& shape, const Item& it, const float* dt,
-                                            const float* a, int pitch, const Scales& scales,
-                                            bool integer_gate, Tables& tables) {
-  const float tiny_w = shape.away ? 1.0f : kTinyW;
-  const size_t first = (size_t(it.b) * shape.nheads + it.h) * pitch + it.start;
-  const int last = it.valid - 1;
-  static_assert(P::kChunk <= P::kThreads, "a position per thread");
-  const int k = threadIdx.x;
-  float w_state = 0.0f, w_tile = 0.0f, r2 = 0.0f;
-  if (k < P::kChunk) {  // whole warps
-    const float a_k = a[first + min(k, last)];
-    const float dt_k = k < it.valid ? dt[first + k] : 0.0f;
-    if (kState) {
-      const float a_last = a[first + last];
-      w_state = decay_weight(a_last, a_k, dt_k);
-      if (k == 0) tables.gate = expf(a_last);
-      const float peak = warp_max(w_state);
-      if (k % 32 == 0) tables.warp_peak[0][k / 32] = peak;
-    }
-    if (kScan) {
-      const float r = a[first + min(k | (kScanTile - 1), last)];
-      w_tile = decay_weight(r, a_k, dt_k);
-      const float peak = warp_max(w_tile);
-      if (k % 32 == 0) tables.warp_peak[1][k / 32] = peak;
-      const float a2 = a_k * kLog2e;
-      tables.a2[k] = a2;
-      tables.a2_less[k] = a2 - __log2f(dt_k * scales.cb_scale[it.group]);
-      r2 = r * kLog2e;
-    }
-  }
-  __syncthreads();
-  float state_peak = 1.0f;
-  if (kState && shape.peak) {
-    state_peak = kLeastPeak;
-#pragma unroll
-    for (int i = 0; i < P::kChunk / 32; ++i) state_peak = fmaxf(state_peak, tables.warp_peak[0][i]);
-  }
-  if (k < P::kChunk) {
-    if (kState) tables.w_state[k] = __fdividef(w_state, state_peak) * tiny_w;
-    if (kScan) {
-      const int tile = k / kScanTile;
-      const float peak = shape.peak ? fmaxf(fmaxf(tables.warp_peak[1][2 * tile],
-                                                  tables.warp_peak[1][2 * tile + 1]),
-                                            kLeastPeak)
-                                    : 1.0f;
-      tables.w_tile[k] = __fdividef(w_tile, peak) * tiny_w;
-      if (k % kScanTile == 0) tables.tile_end[tile] = r2 - __log2f(peak);
-    }
-  }
-  if (kState && k == 0) tables.state_peak = state_peak;
-  // The scales go to the last warps: the first have more to do elsewhere.
-  const int p = threadIdx.x - (P::kThreads - kTileP);
-  if (p < 0) return;
-  fill_channel<kState, kScan>(shape, it.p0 + p, it.group, scales, integer_gate,
-                              tables.x_inverse + p);
-  if (p == 0) finish_tables(shape, it, scales, tables);
+// Weights are multiplied last with "static", whose tiny factor they carry in part; first with
+// "dynamic".
+__device__ __forceinline__ float weight_factor(const Shape& shape) {
+  return shape.away || shape.dynamic ? 1.0f : kTinyW;
 }
 
 // Writes the constants of channel hp at `first` and every kTileP floats from there, in the order of
-// Tables.
+// Tables. Of scaling "static".
 template <bool kState, bool kScan>
 __device__ __forceinline__ void fill_channel(const Shape& shape, int hp, int group,
                                              const Scales& scales, bool integer_gate,
                                              float* first) {
   const float tiny_v = shape.away ? 1.0f : kTinyV;
-  const float state_scale = scales.state_scale[hp];
   if (kState) {
-    const float x_scale = scales.x_scale[hp];
+    const float x_scale = scales.x_scale[hp], state_scale = scales.state_scale[hp];
     const float multiplier = __fmul_rn(x_scale, scales.b_scale[group]);
     first[0] = __frcp_rn(x_scale) * tiny_v;
-    first[2 * kTileP] = __frcp_rn(state_scale);
-    first[3 * kTileP] = integer_gate ? __fdiv_rn(multiplier, state_scale) : multiplier;
+    first[kTileP] = __frcp_rn(state_scale);
+    first[2 * kTileP] = integer_gate ? __fdiv_rn(multiplier, state_scale) : multiplier;
+    if (kScan) first[3 * kTileP] = __fmul_rn(scales.c_scale[group], state_scale);
   }
-  if (kScan) {
-    first[4 * kTileP] = __fmul_rn(scales.c_scale[group], state_scale);
-    if (shape.tiled) {
-      const float tile_scale = scales.x_tile_scale[hp];
-      first[kTileP] = __frcp_rn(tile_scale) * tiny_v;
-      first[5 * kTileP] = tile_scale * scales.cb_scale[group];
-    }
+  if (kScan && shape.tiled) {
+    const float tile_scale = scales.x_tile_scale[hp];
+    first[4 * kTileP] = __frcp_rn(tile_scale) * tiny_v;
+    first[5 * kTileP] = tile_scale * scales.cb_scale[group];
   }
 }
 
@@ -589,8 +579,47 @@ __device__ __forceinline__ void finish_tables(const Shape& shape, const Item& it
   tables.y_offset = (size_t(it.b) * shape.length + it.start) * shape.nheads * shape.headdim + it.p0;
 }
 
-// Tables that a kernel before has written, for all items: the decay of (batch, chunk, head) and the
-// constants of 64 channels of a head.
+// From dt and a (B, H, L).
+template <typename P, bool kState, bool kScan>
+__device__ __forceinline__ void fill_tables(const Shape& shape, const Item& it, const float* dt,
+                                            const float* a, const Scales& scales, bool integer_gate,
+                                            Tables& tables) {
+  const size_t first = (size_t(it.b) * shape.nheads + it.h) * shape.length + it.start;
+  const int last = it.valid - 1;
+  static_assert(P::kChunk <= P::kThreads, "a position per thread");
+  const int k = threadIdx.x;
+  if (k < P::kChunk) {
+    const float a_k = a[first + min(k, last)];
+    const float dt_k = k < it.valid ? dt[first + k] : 0.0f;
+    if (kState) {
+      const float a_last = a[first + last];
+      tables.w_state[k] = decay_weight(a_last, a_k, dt_k) * weight_factor(shape);
+      if (k == 0) tables.gate = expf(a_last);
+    }
+    if (kScan) {
+      const float r = a[first + min(k | (kScanTile - 1), last)];
+      const float a2 = a_k * kLog2e;
+      tables.w_tile[k] = decay_weight(r, a_k, dt_k) * weight_factor(shape);
+      tables.a2[k] = a2;
+      tables.a2_less[k] = a2 - __log2f(dt_k * scales.cb_scale[it.group]);
+      if (k % kScanTile == 0) tables.tile_end[k / kScanTile] = r * kLog2e;
+    }
+  }
+  // The scales go to the last warps: the first have more to do elsewhere.
+  const int p = threadIdx.x - (P::kThreads - kTileP);
+  if (p < 0) return;
+  if (!shape.dynamic) {
+    fill_channel<kState, kScan>(shape, it.p0 + p, it.group, scales, integer_gate,
+                                tables.x_inverse + p);
+  }
+  if (p > 0) return;
+  if (kState) tables.b_scale = scales.b_scale[it.group];
+  if (kScan) tables.cb_scale = scales.cb_scale[it.group];
+  finish_tables(shape, it, scales, tables);
+}
+
+// Tables that a kernel before has written, for all items: the decay of (batch, chunk, head) and,
+// with scaling "static", the constants of 64 channels of a head.
 struct PreparedTables {
   float* decay;
   float* channels;
@@ -615,13 +644,14 @@ __device__ __forceinline__ void copy_tables(const Shape& shape, const Item& it,
   constexpr int kWords = kDecayWords + PreparedTables::kChannelFloats / 4;
   const float* decay = prepared.decay_of(shape, it.b, it.c, it.h);
   const float* channels = prepared.channels_of(shape, it.h, it.pt);
-  for (int i = threadIdx.x; i < kWords; i += P::kThreads) {
+  const int words = shape.dynamic ? kDecayWords : kWords;
+  for (int i = threadIdx.x; i < words; i += P::kThreads) {
     const bool of_decay = i < kDecayWords;
     const float* from = of_decay ? decay + 4 * i : channels + 4 * (i - kDecayWords);
     const int array = i / kPerArray;
-    float* to = !of_decay            ? tables.x_inverse + 4 * (i - kDecayWords)
+    float* to = !of_decay           ? tables.x_inverse + 4 * (i - kDecayWords)
                 : i < 4 * kPerArray ? tables.w_state + array * kMaxChunk + 4 * (i % kPerArray)
-                                     : tables.tile_end + 4 * (i - 4 * kPerArray);
+                                    : tables.tile_end + 4 * (i - 4 * kPerArray);
     cp_async_16(shared_address(to), from);
   }
   cp_async_commit();
@@ -648,9 +678,91 @@ __device__ __forceinline__ void load_x(const Shape& shape, const Item& it, const
   }
 }
 
+// The largest |x . w| of each channel over the positions of a warp, weights being positive: a row
+// of 64 channels per warp in `tops`, those of the state and then those of the tiles.
+template <typename P, bool kState, bool kTile>
+__device__ __forceinline__ void store_tops(const uint4 (&raw)[P::kRowTiles][4],
+                                           const Tables& tables, float* tops) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  float state[8] = {}, tile[8] = {};
+#pragma unroll
+  for (int j = 0; j < P::kRowTiles; ++j) {
+    const int first = 16 * (P::kRowTiles * warp + j) + 4 * t;
+    const float4 w_state = *reinterpret_cast<const float4*>(tables.w_state + first);
+    const float4 w_tile = *reinterpret_cast<const float4*>(tables.w_tile + first);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t bits = reinterpret_cast<const uint32_t*>(&raw[j][k])[i];
+        const float2 v = __half22float2(*reinterpret_cast<const __half2*>(&bits));
+        if (kState) {
+          const float w = reinterpret_cast<const float*>(&w_state)[k];
+          state[2 * i] = fmaxf(state[2 * i], fabsf(__fmul_rn(v.x, w)));
+          state[2 * i + 1] = fmaxf(state[2 * i + 1], fabsf(__fmul_rn(v.y, w)));
+        }
+        if (kTile) {
+          const float w = reinterpret_cast<const float*>(&w_tile)[k];
+          tile[2 * i] = fmaxf(tile[2 * i], fabsf(__fmul_rn(v.x, w)));
+          tile[2 * i + 1] = fmaxf(tile[2 * i + 1], fabsf(__fmul_rn(v.y, w)));
+        }
+      }
+    }
+  }
+  float2* own = reinterpret_cast<float2*>(tops + warp * kTileP + 8 * (g / 2 + 4 * (g % 2)) + 2 * t);
+  if (kState) {
+    quad_max(state);
+    *own = make_float2(state[0], state[1]);
+  }
+  if (kTile) {
+    quad_max(tile);
+    own[P::kWarps * kTileP / 2] = make_float2(tile[0], tile[1]);
+  }
+}
+
+// Whether a warp's positions are in INT8 tiles: the last tile has no rows below its diagonal tile.
+template <typename P>
+__device__ __forceinline__ bool has_tile(const Shape& shape) {
+  return shape.tiled && 16 * P::kRowTiles * int(threadIdx.x / 32) < P::kChunk - kScanTile;
+}
+
+// The scales of x in a chunk and in its tiles, scaling "dynamic". `tops` is scratch memory of two
+// rows of 64 floats per warp, free after the next synchronisation. Synchronises once.
+template <typename P, bool kState, bool kScan>
+__device__ __forceinline__ void find_scales(const Shape& shape, const uint4 (&raw)[P::kRowTiles][4],
+                                            float* tops, Tables& tables) {
+  if (kScan && has_tile<P>(shape)) {
+    store_tops<P, kState, true>(raw, tables, tops);
+  } else if (kState) {
+    store_tops<P, true, false>(raw, tables, tops);
+  }
+  __syncthreads();
+  constexpr int kWarpsOfTile = kScanTile / (16 * P::kRowTiles);
+  const int tiles = kScan && shape.tiled ? P::kChunk / kScanTile - 1 : 0;
+  for (int i = threadIdx.x; i < (kState + tiles) * kTileP; i += P::kThreads) {
+    const int p = i % kTileP, tile = i / kTileP - kState;
+    if (kState && tile < 0) {
+      float top = 0.0f;
+#pragma unroll
+      for (int warp = 0; warp < P::kWarps; ++warp) top = fmaxf(top, tops[warp * kTileP + p]);
+      const DynamicScale scale = dynamic_scale(top);
+      tables.x_inverse[p] = scale.inverse;
+      tables.state_multiplier[p] = __fmul_rn(scale.step, tables.b_scale);
+    } else {
+      const float* own = tops + (P::kWarps + tile * kWarpsOfTile) * kTileP + p;
+      float top = 0.0f;
+#pragma unroll
+      for (int warp = 0; warp < kWarpsOfTile; ++warp) top = fmaxf(top, own[warp * kTileP]);
+      const DynamicScale scale = dynamic_scale(top);
+      tables.tiles[tile].x_inverse[p] = scale.inverse;
+      tables.tiles[tile].scale[p] = __fmul_rn(scale.step, tables.cb_scale);
+    }
+  }
+}
+
 // Four positions of the same 8 channels, times a weight per position, as INT8 operand words:
 // words[i] belongs to channels 2i and 2i + 1.
-template <bool kAway>
+template <bool kAway, bool kDynamic>
 __device__ __forceinline__ void quantize_words(const uint4 (&raw)[4], const float* inverse,
                                                const float4& w, uint2 (&words)[4]) {
 #pragma unroll
@@ -662,11 +774,18 @@ __device__ __forceinline__ void quantize_words(const uint4 (&raw)[4], const floa
       const uint32_t bits = reinterpret_cast<const uint32_t*>(&raw[k])[i];
       const float2 v = __half22float2(*reinterpret_cast<const __half2*>(&bits));
       const float weight = reinterpret_cast<const float*>(&w)[k];
-      q0[k] = round_product<kAway>(__fmul_rn(v.x, scale.x), weight);
-      q1[k] = round_product<kAway>(__fmul_rn(v.y, scale.y), weight);
+      if (kDynamic) {
+        q0[k] = round_byte<kAway>(__fmul_rn(v.x, weight), scale.x);
+        q1[k] = round_byte<kAway>(__fmul_rn(v.y, weight), scale.y);
+      } else {
+        q0[k] = round_product<kAway>(__fmul_rn(v.x, scale.x), weight);
+        q1[k] = round_product<kAway>(__fmul_rn(v.y, scale.y), weight);
+      }
     }
-    words[i] = make_uint2(saturate_rounded<kAway>(q0[0], q0[1], q0[2], q0[3]),
-                          saturate_rounded<kAway>(q1[0], q1[1], q1[2], q1[3]));
+    words[i] =
+        kDynamic ? make_uint2(pack4(q0[0], q0[1], q0[2], q0[3]), pack4(q1[0], q1[1], q1[2], q1[3]))
+                 : make_uint2(saturate_rounded<kAway>(q0[0], q0[1], q0[2], q0[3]),
+                              saturate_rounded<kAway>(q1[0], q1[1], q1[2], q1[3]));
   }
 }
 
@@ -683,10 +802,16 @@ __device__ __forceinline__ void quantize_units(const Shape& shape,
 #pragma unroll
   for (int j = 0; j < kJobs; ++j) {
     const float4 w = *reinterpret_cast<const float4*>(weights + 16 * (kJobs * warp + j) + 4 * t);
-    if (shape.away) {
-      quantize_words<true>(raw[j], own_inverse, w, words[j]);
+    if (shape.dynamic) {
+      if (shape.away) {
+        quantize_words<true, true>(raw[j], own_inverse, w, words[j]);
+      } else {
+        quantize_words<false, true>(raw[j], own_inverse, w, words[j]);
+      }
+    } else if (shape.away) {
+      quantize_words<true, false>(raw[j], own_inverse, w, words[j]);
     } else {
-      quantize_words<false>(raw[j], own_inverse, w, words[j]);
+      quantize_words<false, false>(raw[j], own_inverse, w, words[j]);
     }
   }
   uint4* unit = units + kJobs * warp / 2 * 4 * 32 + lane;
@@ -705,17 +830,24 @@ __device__ __forceinline__ void quantize_units(const Shape& shape,
   }
 }
 
-// xs, xt: units [step of 32][pair of column blocks], A and B operands; x16 likewise in steps of 16.
+// xs, xt: units [step of 32][pair of column blocks], A and B operands.
 template <typename P, bool kState, bool kScan>
 __device__ __forceinline__ void quantize_x(const Shape& shape, const uint4 (&raw)[P::kRowTiles][4],
-                                           const Tables& tables, uint4* xs, uint4* xt, uint4* x16) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+                                           const Tables& tables, uint4* xs, uint4* xt) {
+  const int warp = threadIdx.x / 32;
   if (kState) quantize_units<P, true>(shape, raw, tables.x_inverse, tables.w_state, xs);
   if (!kScan) return;
-  // The last tile has no rows below its diagonal tile.
-  if (shape.tiled && 16 * P::kRowTiles * warp < P::kChunk - kScanTile) {
-    quantize_units<P, false>(shape, raw, tables.x_tile_inverse, tables.w_tile, xt);
+  if (has_tile<P>(shape)) {
+    const int tile = 16 * P::kRowTiles * warp / kScanTile;
+    const float* inverse = tables.tiles[0].x_inverse + tile * Tables::tile_pitch(shape);
+    quantize_units<P, false>(shape, raw, inverse, tables.w_tile, xt);
   }
+}
+
+// x16: units [step of 16][pair of column blocks], B operand.
+template <typename P>
+__device__ __forceinline__ void copy_x(const uint4 (&raw)[P::kRowTiles][4], uint4* x16) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
   for (int j = 0; j < P::kRowTiles; ++j) {
 #pragma unroll
@@ -935,6 +1067,7 @@ struct RowScan {
       const uint4* unit8 = unit8_of(cb8, group_chunk, tile);
       const uint4* x_unit = xt + lane;
       const float* end = tables.tile_end;
+      const float* tile_scale = tables.tiles[0].scale + 8 * t;
 #pragma unroll 1
       for (int k64 = 0; k64 < left; ++k64) {
         unit8 += 2 * 32;
@@ -950,9 +1083,8 @@ struct RowScan {
           mma_int8_first(acc[1], a_0, x_0.z, x_0.w, magic);
           mma_int8(acc[0], a_1, x_1.x, x_1.y);
           mma_int8(acc[1], a_1, x_1.z, x_1.w);
-          const float2 s0 = *reinterpret_cast<const float2*>(tables.tile_scale + 8 * t + 2 * pair);
-          const float2 s1 =
-              *reinterpret_cast<const float2*>(tables.tile_scale + 32 + 8 * t + 2 * pair);
+          const float2 s0 = *reinterpret_cast<const float2*>(tile_scale + 2 * pair);
+          const float2 s1 = *reinterpret_cast<const float2*>(tile_scale + 32 + 2 * pair);
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
             const RowFactor& f = e < 2 ? f0 : f1;
@@ -965,6 +1097,7 @@ struct RowScan {
         }
         x_unit += 8 * 32;
         ++end;
+        tile_scale += Tables::tile_pitch(shape);
       }
 
       // Scan2 on the diagonal tile: FP16, the decay element by element; D on the diagonal itself.
@@ -1138,7 +1271,7 @@ struct DecaySink {
 struct TableSink {
   const Shape& shape;
   const PreparedTables& tables;
-  const float* cb_scale;
+  const Scales& scales;
 
   template <int kPerLane>
   __device__ __forceinline__ void operator()(int b, int c, int h, const float (&dt)[kPerLane],
@@ -1147,25 +1280,9 @@ struct TableSink {
     const int lane = threadIdx.x % 32;
     const float a_last = __shfl_sync(kAllLanes, a[kPerLane - 1], 31);
     const float r = __shfl_sync(kAllLanes, a[kPerLane - 1], lane | (kLanesOfTile - 1));
-    float w_state[kPerLane], w_tile[kPerLane];
-    float state_peak = kLeastPeak, tile_peak = kLeastPeak;
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      w_state[i] = decay_weight(a_last, a[i], dt[i]);
-      w_tile[i] = decay_weight(r, a[i], dt[i]);
-      state_peak = fmaxf(state_peak, w_state[i]);
-      tile_peak = fmaxf(tile_peak, w_tile[i]);
-    }
-#pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) {
-      state_peak = fmaxf(state_peak, __shfl_xor_sync(kAllLanes, state_peak, distance));
-      if (distance < kLanesOfTile) {
-        tile_peak = fmaxf(tile_peak, __shfl_xor_sync(kAllLanes, tile_peak, distance));
-      }
-    }
-    if (!shape.peak) state_peak = tile_peak = 1.0f;
-    const float tiny_w = shape.away ? 1.0f : kTinyW;
-    const float scale = cb_scale[h / (shape.nheads / shape.ngroups)];
+    const float factor = weight_factor(shape);
+    const int group = h / (shape.nheads / shape.ngroups);
+    const float cb_scale = scales.cb_scale[group];
     float* to = tables.decay_of(shape, b, c, h);
     float4 row;  // an array of four, or a half of it, at a time
 #pragma unroll
@@ -1173,10 +1290,10 @@ struct TableSink {
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) {
         const float a2 = a[i] * kLog2e;
-        const float v = array == 0   ? __fdividef(w_state[i], state_peak) * tiny_w
-                        : array == 1 ? __fdividef(w_tile[i], tile_peak) * tiny_w
+        const float v = array == 0   ? decay_weight(a_last, a[i], dt[i]) * factor
+                        : array == 1 ? decay_weight(r, a[i], dt[i]) * factor
                         : array == 2 ? a2
-                                     : a2 - __log2f(dt[i] * scale);
+                                     : a2 - __log2f(dt[i] * cb_scale);
         reinterpret_cast<float*>(&row)[i % 4] = v;
         float* at = to + array * kChunk + lane * kPerLane + i;
         if (i % 4 == 3) *reinterpret_cast<float4*>(at - 3) = row;
@@ -1184,10 +1301,10 @@ struct TableSink {
       }
     }
     to += 4 * kChunk;
-    if (lane % kLanesOfTile == 0) to[lane / kLanesOfTile] = r * kLog2e - __log2f(tile_peak);
+    if (lane % kLanesOfTile == 0) to[lane / kLanesOfTile] = r * kLog2e;
     if (lane == 0) {
-      to[kMaxTiles] = expf(a_last);
-      to[kMaxTiles + 1] = state_peak;
+      *reinterpret_cast<float4*>(to + kMaxTiles) =
+          make_float4(expf(a_last), scales.b_scale[group], scales.c_scale[group], cb_scale);
     }
   }
 };
@@ -1277,7 +1394,7 @@ __device__ __forceinline__ void store_state8(void* base, size_t index, bool fp32
 
 // Fills `shape`, or refuses. scan_tile = chunk stands for an op without tiles.
 inline int make_shape(const char* op, int batch, int length, int nheads, int headdim, int ngroups,
-                      int d_state, int chunk, int scan_tile, int rounding, int decay_scale,
+                      int d_state, int chunk, int scan_tile, int rounding, int scaling,
                       Shape* shape) {
   if (batch < 1 || length < 1 || nheads < 1 || ngroups < 1 || nheads % ngroups != 0) {
     return refuse("%s: batch %d, length %d, %d heads in %d groups", op, batch, length, nheads,
@@ -1296,8 +1413,8 @@ inline int make_shape(const char* op, int batch, int length, int nheads, int hea
   if (rounding != SSDI8_HALF_EVEN && rounding != SSDI8_HALF_AWAY) {
     return refuse("%s: rounding %d", op, rounding);
   }
-  if (decay_scale != SSDI8_DECAY_STATIC && decay_scale != SSDI8_DECAY_PEAK) {
-    return refuse("%s: decay_scale %d", op, decay_scale);
+  if (scaling != SSDI8_SCALING_STATIC && scaling != SSDI8_SCALING_DYNAMIC) {
+    return refuse("%s: scaling %d", op, scaling);
   }
   *shape = {batch,
             length,
@@ -1309,16 +1426,22 @@ inline int make_shape(const char* op, int batch, int length, int nheads, int hea
             static_cast<int>(ceil_div(length, chunk)),
             scan_tile < chunk,
             rounding == SSDI8_HALF_AWAY,
-            decay_scale == SSDI8_DECAY_PEAK};
+            scaling == SSDI8_SCALING_DYNAMIC};
   return SSDI8_OK;
 }
 
 inline int check_gate(const char* op, int gate, const Shape& shape) {
-  if (gate == SSDI8_GATE_Q0_7 && shape.peak) {
-    return refuse("%s: decay_scale peak with gate Q0.7", op);
+  if (gate == SSDI8_GATE_Q0_7 && shape.dynamic) {
+    return refuse("%s: scaling dynamic with gate Q0.7", op);
   }
   if (gate == SSDI8_GATE_FP32 || gate == SSDI8_GATE_Q0_7) return SSDI8_OK;
   return refuse("%s: gate %d", op, gate);
+}
+
+// Scaling "static" needs its inputs.
+inline int check_scale(const char* op, const Shape& shape, const char* name, const float* scale) {
+  if (shape.dynamic || scale != nullptr) return SSDI8_OK;
+  return refuse("%s: scaling static needs %s", op, name);
 }
 
 // Grants `kernel` its dynamic shared memory; call before each launch.

@@ -34,12 +34,9 @@ using ssd::Shape;
 using ssd::Tables;
 
 template <int kN>
-__global__ __launch_bounds__(ssd::kThreads) void prepare_kernel(Shape shape, ssd::Cumsum cumsum,
-                                                                ssd::PrepareGroup group,
-                                                                ssd::Scales scales,
-                                                                bool integer_gate,
-                                                                ssd::PreparedTables tables,
-                                                                int cumsum_blocks, int* progress) {
+__global__ __launch_bounds__(ssd::kThreads) void prepare_kernel(
+    Shape shape, ssd::Cumsum cumsum, ssd::PrepareGroup group, ssd::Scales scales, bool integer_gate,
+    ssd::PreparedTables tables, int cumsum_blocks, int* progress) {
   __shared__ alignas(16) __half raw[ssd::kCumsumHeads][ssd::kMaxChunk + 8];
   const int block = blockIdx.x;
   if (block < cumsum_blocks) {
@@ -48,7 +45,7 @@ __global__ __launch_bounds__(ssd::kThreads) void prepare_kernel(Shape shape, ssd
     for (int i = block * ssd::kThreads + threadIdx.x; i < flags; i += stride) {
       progress[i] = 0;
     }
-    ssd::cumsum_block(shape, cumsum, block, raw, ssd::TableSink{shape, tables, scales.cb_scale});
+    ssd::cumsum_block(shape, cumsum, block, raw, ssd::TableSink{shape, tables, scales});
     return;
   }
   const int jobs =
@@ -61,7 +58,7 @@ __global__ __launch_bounds__(ssd::kThreads) void prepare_kernel(Shape shape, ssd
   }
   const int head_tile = index - group_jobs;  // 64 channels of a head
   const int h = head_tile / shape.p_tiles(), pt = head_tile % shape.p_tiles();
-  if (h >= shape.nheads) return;
+  if (shape.dynamic || h >= shape.nheads) return;
   for (int p = threadIdx.x % 32; p < ssd::kTileP; p += 32) {
     ssd::fill_channel<true, true>(shape, h * shape.headdim + pt * ssd::kTileP + p,
                                   h / (shape.nheads / shape.ngroups), scales, integer_gate,
@@ -103,14 +100,21 @@ __device__ __forceinline__ void publish(int* progress, int chunks) {
   asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(progress), "r"(chunks) : "memory");
 }
 
+// The state that enters the chunk, as a lane has it: of each run both channels of a row.
+template <typename P>
+using Entering = float[P::kRows * P::kSteps][2][8];
+
 // A warp's part of the carry: runs of eight state values per lane. Read from ssm_state before the
 // first chunk and written to ssm_state_out after the last, else kept in the slot.
 template <typename P, bool kInteger>  // gate Q0.7: INT32 carries, as their bits
 struct Carry {
+  static constexpr int kRuns = P::kRows * P::kSteps;
+  static constexpr int kChannels = 2 * P::kRows;  // of a lane, side by side
+
   const Scan& p;
   const Shape& shape;
   const Item& it;
-  const Tables& tables;
+  Tables& tables;
   uint4* slot;
 
   __device__ __forceinline__ size_t index(int channel, int step) const {
@@ -161,7 +165,7 @@ struct Carry {
   // The carry after the chunk; acc holds the chunk's state, as state_product leaves it.
   __device__ __forceinline__ void advance(const float (&before)[8], const int (&acc)[4][4], int r,
                                           int channel, float (&after)[8]) const {
-    const float multiplier = __fmul_rn(tables.state_multiplier[channel], tables.state_peak);
+    const float multiplier = tables.state_multiplier[channel];
     const float gate = tables.gate;
     const int gate_q = kInteger ? ssd::integer_gate(gate, shape.away) : 0;
 #pragma unroll
@@ -179,9 +183,8 @@ struct Carry {
 
   // The stored copy of the carry: two operand words.
   template <bool kAway>
-  __device__ __forceinline__ uint2 quantized(const float (&v)[8], int channel) const {
+  __device__ __forceinline__ uint2 quantized(const float (&v)[8], float inverse) const {
     int q[8];
-    const float inverse = tables.state_inverse[channel];
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       q[i] = kInteger ? max(__float_as_int(v[i]), kAway ? -127 : -128)
@@ -195,51 +198,115 @@ struct Carry {
                       ssd::saturate_rounded<kAway>(q[4], q[5], q[6], q[7]));
   }
 
-  // Quantizes the state entering the chunk into r_units and moves the carry one chunk on, the
-  // latter first: the next chunk of the head waits for it. No warp needs the part of another.
+  // Moves the carry one chunk on, as early as it can be: the next chunk of the head waits for it.
+  // No warp needs the part of another.
   __device__ __forceinline__ void pass(const ssd::StateInt<P>& acc, int* progress,
-                                       uint4* r_units) const {
+                                       Entering<P>& entering) const {
     const int lane = threadIdx.x % 32;
     int* flag = progress + threadIdx.x / 32;
     if (it.c > 0) {
       if (lane == 0) wait_for(flag, it.c);
       __syncwarp();
     }
-    constexpr int kRuns = P::kRows * P::kSteps;        // of both channels of a row
     constexpr int kTogether = kRuns <= 2 ? kRuns : 1;  // as registers allow
 #pragma unroll
     for (int first = 0; first < kRuns; first += kTogether) {
-      float before[kTogether][2][8];
 #pragma unroll
       for (int k = 0; k < 2 * kTogether; ++k) {
         const int run = first + k / 2, row = run / P::kSteps, step = run % P::kSteps;
-        load(2 * run + k % 2, P::channel(row) + k % 2, step, before[k / 2][k % 2]);
+        load(2 * run + k % 2, P::channel(row) + k % 2, step, entering[run][k % 2]);
       }
 #pragma unroll
       for (int k = 0; k < 2 * kTogether; ++k) {
         const int run = first + k / 2, row = run / P::kSteps, step = run % P::kSteps;
         const int channel = P::channel(row) + k % 2;
         float after[8];
-        advance(before[k / 2][k % 2], acc[row][step], k % 2, channel, after);
+        advance(entering[run][k % 2], acc[row][step], k % 2, channel, after);
         store(2 * run + k % 2, channel, step, after);
       }
-      if (first + kTogether == kRuns && it.c + 1 < shape.chunks) {
-        __syncwarp();
-        if (lane == 0) publish(flag, it.c + 1);
-      }
+    }
+    if (it.c + 1 < shape.chunks) {
+      __syncwarp();
+      if (lane == 0) publish(flag, it.c + 1);
+    }
+  }
+
+  // Where the warps leave their largest values: a row of 64 channels for each that shares a row of
+  // the state. The weights have been used by now.
+  __device__ __forceinline__ float* tops() const {
+    static_assert(P::kWarpColumns * ssd::kTileP <= ssd::kMaxChunk);
+    return tables.w_state;
+  }
+
+  // Of scaling "dynamic", before the block synchronises and quantize runs.
+  __device__ __forceinline__ void store_tops(const Entering<P>& entering) const {
+    float top[kChannels] = {};
 #pragma unroll
-      for (int k = 0; k < kTogether; ++k) {
-        const int run = first + k, row = run / P::kSteps, step = run % P::kSteps;
-        const int channel = P::channel(row);
-        uint2 words[2];
+    for (int run = 0; run < kRuns; ++run) {
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          words[r] = shape.away ? quantized<true>(before[k][r], channel + r)
-                                : quantized<false>(before[k][r], channel + r);
-        }
-        r_units[((P::first_step() + step) * 4 + P::first_row() + row) * 32 + lane] =
-            make_uint4(words[0].x, words[0].y, words[1].x, words[1].y);
+      for (int r = 0; r < 2; ++r) {
+        float& largest = top[run / P::kSteps * 2 + r];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) largest = fmaxf(largest, fabsf(entering[run][r][i]));
       }
+    }
+    ssd::quad_max(top);
+    float* row = tops() + threadIdx.x / 32 % P::kWarpColumns * ssd::kTileP + P::channel(0);
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) row[own_channel() + i] = top[i];
+  }
+
+  // The channels whose scale a lane computes for its quad: as quad_max leaves them.
+  static constexpr int kOwn = kChannels == 8 ? 2 : 1;
+  __device__ __forceinline__ static int own_channel() {
+    const int t = threadIdx.x % 4;
+    return kChannels == 2 ? t / 2 : t * kOwn;
+  }
+
+  // 1 / scale of the state in each channel of the lane; writes the scales of Scan1.
+  __device__ __forceinline__ void dynamic_inverses(float (&inverse)[kChannels]) const {
+    float own[kOwn];
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      const int channel = P::channel(0) + own_channel() + i;
+      float top = 0.0f;
+#pragma unroll
+      for (int w = 0; w < P::kWarpColumns; ++w) {
+        top = fmaxf(top, tops()[w * ssd::kTileP + channel]);
+      }
+      const ssd::DynamicScale scale = ssd::dynamic_scale(top);
+      own[i] = scale.inverse;
+      if (P::first_step() == 0) {
+        tables.scan1_scale[channel] = __fmul_rn(tables.c_scale, scale.step);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kChannels; ++i) {
+      const int t = kChannels == 2 ? 2 * i : i / kOwn;
+      inverse[i] = __shfl_sync(kAllLanes, own[i % kOwn], t, 4);
+    }
+  }
+
+  // The state that enters the chunk as operand of Scan1.
+  __device__ __forceinline__ void quantize(const Entering<P>& entering, uint4* r_units) const {
+    float inverse[kChannels];
+    if (!kInteger && shape.dynamic) {
+      dynamic_inverses(inverse);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kChannels; ++i) inverse[i] = tables.state_inverse[P::channel(0) + i];
+    }
+#pragma unroll
+    for (int run = 0; run < kRuns; ++run) {
+      const int row = run / P::kSteps, step = run % P::kSteps;
+      uint2 words[2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        words[r] = shape.away ? quantized<true>(entering[run][r], inverse[2 * row + r])
+                              : quantized<false>(entering[run][r], inverse[2 * row + r]);
+      }
+      r_units[((P::first_step() + step) * 4 + P::first_row() + row) * 32 + threadIdx.x % 32] =
+          make_uint4(words[0].x, words[0].y, words[1].x, words[1].y);
     }
   }
 };
@@ -263,29 +330,42 @@ __global__ __launch_bounds__(P::kThreads, P::kBlocksPerSm) void scan_kernel(Shap
     ssd::copy_tables<P>(shape, it, p.tables, p.scales, tables);
     cp_async_wait<0>();
     __syncthreads();
-    ssd::quantize_x<P, true, true>(shape, raw, tables, xs, xt, x16);
+    if (shape.dynamic) {
+      ssd::find_scales<P, true, true>(shape, raw, reinterpret_cast<float*>(xs), tables);
+      __syncthreads();
+    }
+    ssd::quantize_x<P, true, true>(shape, raw, tables, xs, xt);
+    ssd::copy_x<P>(raw, x16);
   }
   {
     const int lane = ssd::lane_of_work();
     const Item it = ssd::make_item(shape, lane, blockIdx.y);
     const uint4* b_units = p.b_units + it.group_chunk * shape.b_units() * 32;
     ssd::StateOperands<P> operands;
-    if (kAllPass || threadIdx.x / 32 < P::kStateWarps) operands.load_first(b_units);
+    const bool passes = kAllPass || threadIdx.x / 32 < P::kStateWarps;
+    if (passes) operands.load_first(b_units);
     __syncthreads();
-    if (kAllPass || threadIdx.x / 32 < P::kStateWarps) {
+    uint4* slot = p.carries + size_t(lane) * (P::kN * ssd::kTileP / 4);
+    const Carry<P, true> integer_carry = {p, shape, it, tables, slot};
+    const Carry<P, false> carry = {p, shape, it, tables, slot};
+    Entering<P> entering;
+    if (passes) {
       ssd::StateInt<P> acc;
       ssd::state_product<P>(xs, b_units, operands, acc);
       rows.load_first(shape, it.group_chunk, p.c_units, p.cb8, p.cb16);
       int* progress = p.progress + lane * ssd::kFlags;
-      uint4* slot = p.carries + size_t(lane) * (P::kN * ssd::kTileP / 4);
       if (p.integer_gate) {
-        Carry<P, true>{p, shape, it, tables, slot}.pass(acc, progress, r_units);
+        integer_carry.pass(acc, progress, entering);
+        integer_carry.quantize(entering, r_units);
       } else {
-        Carry<P, false>{p, shape, it, tables, slot}.pass(acc, progress, r_units);
+        carry.pass(acc, progress, entering);
+        if (shape.dynamic) carry.store_tops(entering);
       }
     } else {
       rows.load_first(shape, it.group_chunk, p.c_units, p.cb8, p.cb16);
     }
+    if (shape.dynamic) __syncthreads();
+    if (passes && !p.integer_gate) carry.quantize(entering, r_units);
   }
   const Item it = ssd::make_item(shape, ssd::lane_of_work(), blockIdx.y);
   __syncthreads();
@@ -434,26 +514,25 @@ cudaError_t launch_scan(const Shape& shape, const Ssdi8SsdScanParams& p, int pro
   const size_t warps =
       shape.group_chunks() *
           (ssd::cb_jobs(shape.chunk) + ssd::c_jobs(shape.chunk) + ssd::b_jobs(shape.chunk, P::kN)) +
-      size_t(shape.nheads) * shape.p_tiles();
+      (shape.dynamic ? 0 : size_t(shape.nheads) * shape.p_tiles());
   prepare_kernel<P::kN><<<cumsum_blocks + ceil_div(warps, ssd::kWarps), ssd::kThreads, 0, stream>>>(
       shape, cumsum, prepare, scales, integer_gate, w.tables, cumsum_blocks, w.progress);
   if (cudaError_t error = cudaGetLastError()) return error;
 
-  const Scan scan = {
-      static_cast<const __half*>(p.x),
-      w.tables,
-      scales,
-      p.ssm_state,
-      p.ssm_state_out,
-      w.b_units,
-      w.c_units,
-      w.cb8,
-      w.cb16,
-      w.carries,
-      w.progress,
-      static_cast<__half*>(p.y),
-      integer_gate,
-      p.state_fp32 != 0};
+  const Scan scan = {static_cast<const __half*>(p.x),
+                     w.tables,
+                     scales,
+                     p.ssm_state,
+                     p.ssm_state_out,
+                     w.b_units,
+                     w.c_units,
+                     w.cb8,
+                     w.cb16,
+                     w.carries,
+                     w.progress,
+                     static_cast<__half*>(p.y),
+                     integer_gate,
+                     p.state_fp32 != 0};
   constexpr size_t kWords = P::kRWords + P::kXsWords + P::kX16Words + P::kXtWords;
   constexpr size_t kMostBytes = sizeof(Tables) + kWords * sizeof(uint4);
   static_assert(kMostBytes <= kMaxSharedBytes);
@@ -513,7 +592,7 @@ cudaError_t launch_step(const Ssdi8SsdScanParams& p, cudaStream_t stream) {
 
 int make_shape(const Ssdi8SsdScanParams& p, Shape* shape) {
   return ssd::make_shape("ssd_scan", p.batch, p.length, p.nheads, p.headdim, p.ngroups, p.d_state,
-                         p.chunk_size, p.scan_tile, p.rounding, p.decay_scale, shape);
+                         p.chunk_size, p.scan_tile, p.rounding, p.scaling, shape);
 }
 
 }  // namespace
@@ -528,8 +607,11 @@ int ssdi8_ssd_scan(const Ssdi8SsdScanParams* p, void* stream) {
     return refuse("ssd_scan: columns %d to %d of %d", p->dt_column, p->dt_column + p->nheads,
                   p->row_stride);
   }
-  if (shape.tiled && p->x_tile_scale == nullptr) {
-    return refuse("ssd_scan: scan_tile %d needs x_tile_scale", p->scan_tile);
+  if (int code = ssd::check_scale("ssd_scan", shape, "x_scale", p->x_scale)) return code;
+  if (int code = ssd::check_scale("ssd_scan", shape, "state_scale", p->state_scale)) return code;
+  if (shape.tiled) {
+    if (int code = ssd::check_scale("ssd_scan", shape, "x_tile_scale", p->x_tile_scale))
+      return code;
   }
   const auto enqueue = static_cast<cudaStream_t>(stream);
   if (shape.length == 1) {

@@ -12,7 +12,6 @@ using P = Ssdi8ChunkScanParams;
 constexpr char kName[] = "Ssdi8ChunkScan";
 
 bool consistent(const P& p) { return check_groups(kName, p) && check_tile(kName, p); }
-bool has_tiles(const P& p) { return p.scan_tile < p.chunk_size; }
 
 Description<P> describe() {
   Description<P> op;
@@ -22,7 +21,7 @@ Description<P> describe() {
   op.fields = geometry_fields<P>() + std::vector<Field<P>>{
                                          size_field("scan_tile", &P::scan_tile),
                                          choice_field("rounding", &P::rounding, kRoundings),
-                                         choice_field("decay_scale", &P::decay_scale, kDecayScales),
+                                         choice_field("scaling", &P::scaling, kScalings),
                                      };
   op.consistent = consistent;
   op.inputs = {
@@ -32,14 +31,14 @@ Description<P> describe() {
       {"dt", kFloat, bind<&P::dt>, decay_shape<P>()},
       {"a", kFloat, bind<&P::a>, decay_shape<P>()},
       {"passed", kInt8, bind<&P::passed>, chunk_shape<P>()},
+      {"passed_scale", kFloat, bind<&P::passed_scale>, chunk_scale_shape<P>()},
       {"D", kFloat, bind<&P::d_skip>, {&P::nheads}},
       {"b_scale", kFloat, bind<&P::b_scale>, {&P::ngroups}},
       {"c_scale", kFloat, bind<&P::c_scale>, {&P::ngroups}},
-      {"state_scale", kFloat, bind<&P::state_scale>, channel_shape<P>()},
       {"cb_scale", kFloat, bind<&P::cb_scale>, {&P::ngroups}},
       {"x_tile_scale", kFloat, bind<&P::x_tile_scale>, channel_shape<P>()},
   };
-  op.last_input_needed = has_tiles;
+  op.optional_inputs = unread_scales_with_tiles<P, 1>;
   op.outputs = {{"y", kHalf, bind<&P::y>, inner_shape<P>()}};
   op.workspace = ssdi8_chunk_scan_workspace;
   op.workspace_pointer = &P::workspace;

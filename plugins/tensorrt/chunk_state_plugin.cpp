@@ -21,7 +21,7 @@ Description<P> describe() {
   op.fields = geometry_fields<P>() + std::vector<Field<P>>{
                                          choice_field("gate", &P::gate, kGates),
                                          choice_field("rounding", &P::rounding, kRoundings),
-                                         choice_field("decay_scale", &P::decay_scale, kDecayScales),
+                                         choice_field("scaling", &P::scaling, kScalings),
                                      };
   op.consistent = consistent;
   op.inputs = {
@@ -29,10 +29,11 @@ Description<P> describe() {
       {"b_q", kInt8, bind<&P::b_q>, group_shape<P>()},
       {"dt", kFloat, bind<&P::dt>, decay_shape<P>()},
       {"a", kFloat, bind<&P::a>, decay_shape<P>()},
-      {"x_scale", kFloat, bind<&P::x_scale>, channel_shape<P>()},
       {"b_scale", kFloat, bind<&P::b_scale>, {&P::ngroups}},
+      {"x_scale", kFloat, bind<&P::x_scale>, channel_shape<P>()},
       {"state_scale", kFloat, bind<&P::state_scale>, channel_shape<P>()},
   };
+  op.optional_inputs = unread_scales<P, 2>;
   op.outputs = {{"states", chunk_type<P>, bind<&P::states>, chunk_shape<P>()}};
   op.workspace = ssdi8_chunk_state_workspace;
   op.workspace_pointer = &P::workspace;

@@ -124,8 +124,8 @@ struct Description {
   std::vector<Field<P>> fields;
   std::vector<Tensor<P>> inputs;
   std::vector<Tensor<P>> outputs;
-  bool (*consistent)(const P&) = nullptr;         // between attributes; logs what is not
-  bool (*last_input_needed)(const P&) = nullptr;  // null: always
+  bool (*consistent)(const P&) = nullptr;          // between attributes; logs what is not
+  int32_t (*optional_inputs)(const P&) = nullptr;  // how many of the last; null: none
   size_t (*workspace)(const P*) = nullptr;
   void* P::* workspace_pointer = nullptr;
 

@@ -18,13 +18,13 @@ namespace ssdi8::plugin {
 
 template <typename P>
 bool check_count(const Description<P>& op, const P& params, int32_t n_inputs, int32_t n_outputs) {
-  const bool optional = op.last_input_needed && !op.last_input_needed(params);
+  const int32_t optional = op.optional_inputs ? op.optional_inputs(params) : 0;
   if (n_inputs > op.n_inputs() || n_inputs < op.n_inputs() - optional) {
-    return log_error("%s: %d inputs, %d are expected%s%s", op.name, n_inputs, op.n_inputs(),
-                     op.last_input_needed ? "; with these attributes the last one is " : "",
-                     !op.last_input_needed ? ""
-                     : optional            ? "optional"
-                                           : "needed");
+    if (!op.optional_inputs) {
+      return log_error("%s: %d inputs, %d are expected", op.name, n_inputs, op.n_inputs());
+    }
+    return log_error("%s: %d inputs; with these attributes %d to %d are expected", op.name,
+                     n_inputs, op.n_inputs() - optional, op.n_inputs());
   }
   if (n_outputs != op.n_outputs()) {
     return log_error("%s: %d outputs, %d are expected", op.name, n_outputs, op.n_outputs());

@@ -49,6 +49,14 @@ Shape<P> state_shape() {
   return {Size<P>::kBatch, &P::nheads, &P::headdim, &P::d_state};
 }
 
+// (B, C, H, P)
+template <typename P>
+Shape<P> chunk_scale_shape() {
+  Shape<P> shape = chunk_shape<P>();
+  shape.pop_back();
+  return shape;
+}
+
 // (H, P)
 template <typename P>
 Shape<P> channel_shape() {
@@ -103,10 +111,22 @@ bool check_tile(const char* op, const P& p) {
   return log_error("%s: scan_tile %d does not divide chunk_size %d", op, p.scan_tile, p.chunk_size);
 }
 
+// The scales that come last are read with scaling static only; the very last one, with `tiles`,
+// only where Scan2 has INT8 tiles.
+template <typename P, int32_t kScales>
+int32_t unread_scales(const P& p) {
+  return p.scaling == SSDI8_SCALING_DYNAMIC ? kScales : 0;
+}
+template <typename P, int32_t kScales>
+int32_t unread_scales_with_tiles(const P& p) {
+  if (p.scaling == SSDI8_SCALING_DYNAMIC) return kScales;
+  return p.scan_tile < p.chunk_size ? 0 : 1;
+}
+
 template <typename P>
 bool check_gate(const char* op, const P& p) {
-  if (p.gate == SSDI8_GATE_FP32 || p.decay_scale == SSDI8_DECAY_STATIC) return true;
-  return log_error("%s: gate q0.7 needs decay_scale static, not peak", op);
+  if (p.gate == SSDI8_GATE_FP32 || p.scaling == SSDI8_SCALING_STATIC) return true;
+  return log_error("%s: gate q0.7 needs scaling static, not dynamic", op);
 }
 
 template <typename P>

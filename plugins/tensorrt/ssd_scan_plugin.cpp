@@ -16,7 +16,6 @@ bool consistent(const P& p) {
   return check_groups(kName, p) && check_tile(kName, p) && check_gate(kName, p) &&
          check_time_step(kName, p);
 }
-bool has_tiles(const P& p) { return p.scan_tile < p.chunk_size; }
 
 Description<P> describe() {
   Description<P> op;
@@ -28,7 +27,7 @@ Description<P> describe() {
                   size_field("scan_tile", &P::scan_tile),
                   choice_field("gate", &P::gate, kGates),
                   choice_field("rounding", &P::rounding, kRoundings),
-                  choice_field("decay_scale", &P::decay_scale, kDecayScales),
+                  choice_field("scaling", &P::scaling, kScalings),
               };
   op.consistent = consistent;
   op.inputs = {
@@ -42,12 +41,12 @@ Description<P> describe() {
       {"D", kFloat, bind<&P::d_skip>, {&P::nheads}},
       {"b_scale", kFloat, bind<&P::b_scale>, {&P::ngroups}},
       {"c_scale", kFloat, bind<&P::c_scale>, {&P::ngroups}},
+      {"cb_scale", kFloat, bind<&P::cb_scale>, {&P::ngroups}},
       {"x_scale", kFloat, bind<&P::x_scale>, channel_shape<P>()},
       {"state_scale", kFloat, bind<&P::state_scale>, channel_shape<P>()},
-      {"cb_scale", kFloat, bind<&P::cb_scale>, {&P::ngroups}},
       {"x_tile_scale", kFloat, bind<&P::x_tile_scale>, channel_shape<P>()},
   };
-  op.last_input_needed = has_tiles;
+  op.optional_inputs = unread_scales_with_tiles<P, 3>;
   op.outputs = {
       {"y", kHalf, bind<&P::y>, inner_shape<P>()},
       {"ssm_state_out", state_type<P>(), bind<&P::ssm_state_out>, state_shape<P>()},

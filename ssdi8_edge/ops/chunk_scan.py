@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ssdi8_edge.formats import DecayScale, Rounding
-from ssdi8_edge.int8 import round_to_int8
+from ssdi8_edge.formats import Rounding, Scaling
+from ssdi8_edge.int8 import quantize_by_largest, round_to_int8
 from ssdi8_edge.ops import onnx_text as t
 from ssdi8_edge.ops.chunk_state import decay_lines
-from ssdi8_edge.ops.chunking import chunks_of_decay, chunks_of_tokens, per_head, split_peak
+from ssdi8_edge.ops.chunking import chunks_of_decay, chunks_of_tokens, given, per_head
 from ssdi8_edge.ops.op import Attributes, BodyForm, Op
 
 # exp of this is zero in every format used; masks decays that would otherwise overflow.
@@ -23,10 +23,10 @@ def chunk_scan_reference(
     dt: Tensor,
     a: Tensor,
     passed: Tensor,
+    passed_scale: Tensor,
     D: Tensor,
     b_scale: Tensor,
     c_scale: Tensor,
-    state_scale: Tensor,
     cb_scale: Tensor,
     x_tile_scale: Tensor | None = None,
     *,
@@ -37,7 +37,7 @@ def chunk_scan_reference(
     ngroups: int,
     d_state: int,
     rounding: Rounding,
-    decay_scale: DecayScale,
+    scaling: Scaling,
 ) -> Tensor:
     """y = exp(a_m)·C·R (Scan1) + Σ_{k ≤ m} CB · exp(a_m - a_k) · dt_k · x_k (Scan2) + D·x.
 
@@ -45,19 +45,20 @@ def chunk_scan_reference(
     the weighted CB is rounded to FP16 and multiplied with the FP16 x. Left of it, with r the decay
     at the end of the tile of k, exp(a_m - a_k) = exp(a_m - r) · exp(r - a_k): the second factor
     goes into an INT8 x once per tile, the first into the epilogue of an INT8 product. With
-    decay_scale "peak" the largest exp(r - a_k) · dt_k of a tile and head moves from the INT8 x to
-    the epilogue. With scan_tile = chunk_size all of Scan2 is FP16, as released.
+    scan_tile = chunk_size all of Scan2 is FP16, as released.
+
+    With scaling "dynamic" each (tile, head, channel) of the INT8 x has its own scale, from its
+    largest value, and CB on the diagonal, which no INT8 product takes, is rounded to FP16 instead.
 
     Args:
         x: (B, L, H·P) FP16.
         b_q, c_q: (B, L, G·N) INT8.
         dt, a: (B, H, L) FP32.
-        passed: (B, C, H, P, N) INT8.
+        passed: (B, C, H, P, N) INT8, and passed_scale: (B, C, H, P) FP32.
         D: (H) FP32.
         b_scale, c_scale, cb_scale: (G) FP32.
-        state_scale: (H, P) FP32.
-        x_tile_scale: (H, P) FP32, of exp(r - a_k) · dt_k · x_k, with decay_scale "peak" over the
-            peak; needed if scan_tile < chunk_size.
+        x_tile_scale: (H, P) FP32, of exp(r - a_k) · dt_k · x_k; for scaling "static" with
+            scan_tile < chunk_size only.
 
     Returns:
         y (B, L, H·P) FP16; the sums are evaluated in FP64 and rounded once.
@@ -68,20 +69,24 @@ def chunk_scan_reference(
     dt_c = chunks_of_decay(dt, chunk_size, edge=False).double()
     a_c = chunks_of_decay(a, chunk_size, edge=True).double()
     requantizer = (c_scale * b_scale / cb_scale)[:, None, None]
-    scan1_scale = (per_head(c_scale, nheads)[:, None] * state_scale).double()
+    scan1_scale = (per_head(c_scale, nheads)[:, None] * passed_scale).double()  # (B, C, H, P)
     cb_real = per_head(cb_scale, nheads).double()[:, None, None]
+    tile_of = torch.arange(chunk_size, device=x.device) // scan_tile
+    in_fp16 = (tile_of[:, None] == tile_of) & (scaling == "dynamic")
     above_diagonal = torch.ones(scan_tile, scan_tile, dtype=torch.bool, device=x.device).triu(1)
 
     y = torch.empty(x_c.shape, dtype=torch.float16, device=x.device)
     for c in range(x_c.shape[1]):  # one chunk at a time: CB of all heads is the largest tensor here
         x_k, a_k, dt_k = x_c[:, c].float(), a_c[:, c], dt_c[:, c]
         cb = (c_c[:, c] @ b_c[:, c].transpose(-1, -2)).tril()  # (B, G, K, K)
-        cb_q = round_to_int8(cb * requantizer, rounding, "CB")
-        cb_h = cb_q.repeat_interleave(nheads // ngroups, 1).double()  # (B, H, K, K)
+        cb = cb * requantizer
+        cb_q = round_to_int8(cb.masked_fill(in_fp16, 0), rounding, "CB").double()
+        cb_h = torch.where(in_fp16, to_fp16(cb).double(), cb_q)
+        cb_h = cb_h.repeat_interleave(nheads // ngroups, 1)  # (B, H, K, K)
 
         state = passed[:, c].float().unflatten(1, (ngroups, -1)).transpose(-1, -2)
         scan1 = (c_c[:, c, :, None] @ state).flatten(1, 2).double()  # (B, H, K, P)
-        total = scan1 * scan1_scale[:, None, :] * torch.exp(a_k)[..., None]
+        total = scan1 * scan1_scale[:, c, :, None, :] * torch.exp(a_k)[..., None]
 
         for start in range(0, chunk_size, scan_tile):
             m = slice(start, min(start + scan_tile, chunk_size))
@@ -91,21 +96,28 @@ def chunk_scan_reference(
             weighted = cb_h[..., m, m] * cb_real * torch.exp(decay) * dt_k[..., None, m]
             total[..., m, :] += weighted.float().half().double() @ x_k[..., m, :].double()
 
-        if x_tile_scale is not None and scan_tile < chunk_size:
-            inverse = x_tile_scale.reciprocal()[:, None, :]
-            epilogue = cb_real * x_tile_scale.double()[:, None, :]
-            for end in range(scan_tile, chunk_size, scan_tile):
-                k = slice(end - scan_tile, end)
-                r = a_k[..., end - 1 : end]
-                w, peak = split_peak(torch.exp(r - a_k[..., k]) * dt_k[..., k], decay_scale)
-                x_q = round_to_int8(x_k[..., k, :] * inverse * w[..., None], rounding, "x_tile")
-                product = cb_h[..., end:, k] @ x_q.double()
-                row = torch.exp(a_k[..., end:] - r) * peak
-                total[..., end:, :] += row[..., None] * product * epilogue
+        for end in range(scan_tile, chunk_size, scan_tile):
+            k = slice(end - scan_tile, end)
+            r = a_k[..., end - 1 : end]
+            w = (torch.exp(r - a_k[..., k]) * dt_k[..., k]).float()[..., None]
+            if scaling == "dynamic":
+                x_q, step = quantize_by_largest(x_k[..., k, :] * w, -2, rounding)
+            else:
+                step = given(x_tile_scale, "x_tile_scale")[:, None, :]
+                x_q = round_to_int8(x_k[..., k, :] * step.reciprocal() * w, rounding, "x_tile")
+            product = cb_h[..., end:, k] @ x_q.double()
+            row = torch.exp(a_k[..., end:] - r)[..., None]
+            total[..., end:, :] += row * product * (cb_real * step.double())
 
         total += D.double()[:, None, None] * x_k.double()
         y[:, c] = total.float().half()
     return y.transpose(2, 3).flatten(1, 2).flatten(2)[:, : x.shape[1]].contiguous()
+
+
+def to_fp16(v: Tensor) -> Tensor:
+    """FP16, with what is beyond its range at its end."""
+    end = torch.finfo(torch.float16).max
+    return v.clamp(-end, end).half()
 
 
 def _body(a: Attributes, form: BodyForm) -> str:
@@ -130,7 +142,7 @@ def _body(a: Attributes, form: BodyForm) -> str:
             f"{name}_cgkn = Transpose <perm = [0, 1, 3, 2, 4]> ({name}_chunks)",
         ]
     lines += [
-        # CB, INT8, for all heads of a group at once
+        # CB for all heads of a group at once: INT8 `cb_q`, and `cb_wide` for the diagonal
         "b_nk = Transpose <perm = [0, 1, 2, 4, 3]> (b_cgkn)",
         "cb = MatMul (c_cgkn, b_nk)",
         "cb_scales = Mul (c_scale, b_scale)",
@@ -140,7 +152,7 @@ def _body(a: Attributes, form: BodyForm) -> str:
         "cb_steps = Mul (cb, requantizer)",
         t.round_to_int8("cb_int", "cb_steps", a["rounding"], form),
         t.from_int8("cb_q", "cb_int", form),
-        t.cast("cb_wide", "cb_q", f),
+        *_diagonal_cb_lines("cb_steps" if a["scaling"] == "dynamic" else "cb_q", f),
         # positions and tiles
         "zero = Constant <value = int64 {0}> ()",
         "one = Constant <value = int64 {1}> ()",
@@ -168,9 +180,8 @@ def _body(a: Attributes, form: BodyForm) -> str:
         "scan1_int = Reshape (scan1_group, head_shape)",
         t.cast("scan1_wide", "scan1_int", f),
         t.per_head("c_scale_h", "c_scale", h, g, [h, 1]),
-        "scan1_scale32 = Mul (c_scale_h, state_scale)",
-        t.ints("hp_shape", [h, 1, p]),
-        "scan1_scale_row = Reshape (scan1_scale32, hp_shape)",
+        "scan1_scale32 = Mul (c_scale_h, passed_scale)",
+        "scan1_scale_row = Unsqueeze (scan1_scale32, axis3)",
         t.cast("scan1_scale", "scan1_scale_row", f),
         "scan1_scaled = Mul (scan1_wide, scan1_scale)",
         "a_exp = Exp (a_wide)",
@@ -220,13 +231,26 @@ def _body(a: Attributes, form: BodyForm) -> str:
     return "\n".join(lines)
 
 
+def _diagonal_cb_lines(cb: str, f: int) -> list[str]:
+    """`cb_wide`, in the compute type: INT8 values as they are, others by way of FP16."""
+    if cb == "cb_q":
+        return [t.cast("cb_wide", cb, f)]
+    end = torch.finfo(torch.float16).max
+    return [
+        t.number("cb_low", -end),
+        t.number("cb_high", end),
+        f"cb_clipped = Clip ({cb}, cb_low, cb_high)",
+        t.cast("cb_16", "cb_clipped", t.FP16),
+        t.cast("cb_wide", "cb_16", f),
+    ]
+
+
 def _off_diagonal_lines(a: Attributes, form: BodyForm) -> list[str]:
     """`scans_all` = `scans` + Scan2 left of the diagonal: products of INT8 CB and INT8 x."""
     f = t.compute_type(form)
     k, h, g, p = (int(a[key]) for key in ("chunk_size", "nheads", "ngroups", "headdim"))
     tile = int(a["scan_tile"])
     tiles = k // tile
-    peak = a["decay_scale"] == "peak"
     return [
         t.ints("tiled", [0, 0, h, tiles, tile]),
         "a_tiled = Reshape (a_wide, tiled)",
@@ -238,17 +262,12 @@ def _off_diagonal_lines(a: Attributes, form: BodyForm) -> list[str]:
         "r_exp = Exp (r_minus_a)",
         "dt_tiled = Reshape (dt_wide, tiled)",
         "w_tile_wide = Mul (r_exp, dt_tiled)",
-        t.split_peak("w_tile", "tile_peak", "w_tile_wide", a["decay_scale"], form),
+        t.cast("w_tile", "w_tile_wide", t.FP32),
         "w_tile_column = Unsqueeze (w_tile, last)",
         t.cast("x32", "x_chkp", t.FP32),
         t.ints("x_tiled_shape", [0, 0, h, tiles, tile, p]),
         "x_tiled = Reshape (x32, x_tiled_shape)",
-        t.ints("x_scale_shape", [h, 1, 1, p]),
-        "x_tile_scale_row = Reshape (x_tile_scale, x_scale_shape)",
-        t.inverse("x_tile_inverse", "x_tile_scale_row", form),
-        "x_tile_steps = Mul (x_tiled, x_tile_inverse)",
-        "x_tile_weighted = Mul (x_tile_steps, w_tile_column)",
-        t.round_to_int8("x_tile_int", "x_tile_weighted", a["rounding"], form),
+        *_quantized_tile_lines(a, form),
         t.from_int8("x_tile_q", "x_tile_int", form),
         t.ints("x_tile_group_shape", [0, 0, g, h // g, tiles, tile, p]),
         "x_tile_group = Reshape (x_tile_q, x_tile_group_shape)",
@@ -267,17 +286,33 @@ def _off_diagonal_lines(a: Attributes, form: BodyForm) -> list[str]:
         "right_of_tile = Greater (row_tile, tile_column)",  # (J, K)
         "a_minus_r = Sub (a_k, r)",  # (B, C, H, 1, K) - (B, C, H, J, 1)
         "a_minus_r_masked = Where (right_of_tile, a_minus_r, masked)",
-        "row_decay = Exp (a_minus_r_masked)",
-        "row_factor = " + ("Mul (row_decay, tile_peak)" if peak else "Identity (row_decay)"),
+        "row_factor = Exp (a_minus_r_masked)",
         "row_factor_column = Unsqueeze (row_factor, last)",
         "product_decayed = Mul (product, row_factor_column)",
-        "off_diagonal_steps = ReduceSum <keepdims = 0> (product_decayed, axis3)",
-        t.ints("tile_scale_shape", [h, 1, p]),
-        "tile_scale_row = Reshape (x_tile_scale, tile_scale_shape)",
-        t.cast("tile_scale", "tile_scale_row", f),
-        "epilogue = Mul (tile_scale, cb_real)",
-        "off_diagonal = Mul (off_diagonal_steps, epilogue)",
+        t.cast("x_tile_step_wide", "x_tile_step", f),
+        "product_real = Mul (product_decayed, x_tile_step_wide)",
+        "off_diagonal_steps = ReduceSum <keepdims = 0> (product_real, axis3)",
+        "off_diagonal = Mul (off_diagonal_steps, cb_real)",
         "scans_all = Add (scans, off_diagonal)",
+    ]
+
+
+def _quantized_tile_lines(a: Attributes, form: BodyForm) -> list[str]:
+    """`x_tile_int` INT8 (B, C, H, J, T, P), `x_tile_step` (B, C, H, J, 1, P) or (H, 1, 1, P)."""
+    if a["scaling"] == "dynamic":
+        return [
+            "x_tile_weighted = Mul (x_tiled, w_tile_column)",
+            t.quantize_by_largest(
+                *("x_tile_int", "x_tile_step", "x_tile_weighted", 4, a["rounding"], form)
+            ),
+        ]
+    return [
+        t.ints("x_scale_shape", [int(a["nheads"]), 1, 1, int(a["headdim"])]),
+        "x_tile_step = Reshape (x_tile_scale, x_scale_shape)",
+        t.inverse("x_tile_inverse", "x_tile_step", form),
+        "x_tile_steps = Mul (x_tiled, x_tile_inverse)",
+        "x_tile_weighted = Mul (x_tile_steps, w_tile_column)",
+        t.round_to_int8("x_tile_int", "x_tile_weighted", a["rounding"], form),
     ]
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ssdi8_edge.formats import DecayScale, Gate, Rounding
-from ssdi8_edge.int8 import round_to_int8
+from ssdi8_edge.formats import Gate, Rounding, Scaling
+from ssdi8_edge.int8 import quantize_by_largest, round_to_int8
 from ssdi8_edge.ops import onnx_text as t
-from ssdi8_edge.ops.chunking import chunks_of_decay, chunks_of_tokens, per_head, split_peak
+from ssdi8_edge.ops.chunking import chunks_of_decay, chunks_of_tokens, given, per_head
 from ssdi8_edge.ops.op import Attributes, BodyForm, Op
+from ssdi8_edge.ops.state_passing import require_one_scale
 
 
 def chunk_state_reference(
@@ -17,9 +18,9 @@ def chunk_state_reference(
     b_q: Tensor,
     dt: Tensor,
     a: Tensor,
-    x_scale: Tensor,
     b_scale: Tensor,
-    state_scale: Tensor,
+    x_scale: Tensor | None = None,
+    state_scale: Tensor | None = None,
     *,
     chunk_size: int,
     nheads: int,
@@ -28,55 +29,54 @@ def chunk_state_reference(
     d_state: int,
     gate: Gate,
     rounding: Rounding,
-    decay_scale: DecayScale,
+    scaling: Scaling,
 ) -> Tensor:
     """S[p, n] = Σ_k Q(w_k · x[k, p]) · B_q[k, n] with w_k = exp(a_last - a_k) · dt_k (LUT_state).
 
     Scaling x instead of B is exact, since w depends on the contracted index only, and lets the
-    INT8 B be quantized once before the group-to-head broadcast. With decay_scale "peak" the largest
-    w_k of a chunk and head is taken out before x is rounded and multiplied back in afterwards.
+    INT8 B be quantized once before the group-to-head broadcast. With scaling "dynamic" each (chunk,
+    head, channel) of w · x has its own scale, from its largest value: it is a row of the product.
 
     Args:
         x: (B, L, H·P) FP16.
         b_q: (B, L, G·N) INT8.
         dt, a: (B, H, L) FP32.
-        x_scale: (H, P) FP32, of w · x; with decay_scale "peak" of (w / peak) · x.
         b_scale: (G) FP32.
-        state_scale: (H, P) FP32, of the stored states.
+        x_scale: (H, P) FP32, of w · x, and state_scale: (H, P) FP32, of the stored states; both for
+            scaling "static" only.
 
     Returns:
         (B, C, H, P, N): with gate "fp32" the states in FP32, in real units; with gate "q0.7" INT8
         in units of state_scale.
 
     Raises:
-        ValueError: gate "q0.7" with decay_scale "peak": its integer carry needs one scale.
+        ValueError: gate "q0.7" with scaling "dynamic": its integer carry needs one scale.
     """
-    _require_one_scale(gate, decay_scale)
+    require_one_scale(gate, scaling)
     x_c = chunks_of_tokens(x, chunk_size, nheads, headdim).float()  # (B, C, H, K, P)
     b_c = chunks_of_tokens(b_q, chunk_size, ngroups, d_state).float()  # (B, C, G, K, N)
     dt_c = chunks_of_decay(dt, chunk_size, edge=False)
     a_c = chunks_of_decay(a, chunk_size, edge=True).double()
 
-    w, peak = split_peak(torch.exp(a_c[..., -1:] - a_c) * dt_c.double(), decay_scale)
-    v = (x_c * x_scale.reciprocal()[:, None, :]) * w[..., None]
-    v_q = round_to_int8(v, rounding, "x_scaled").float()
-    v_g = v_q.unflatten(2, (ngroups, -1))  # (B, C, G, H/G, K, P)
+    w = (torch.exp(a_c[..., -1:] - a_c) * dt_c.double()).float()[..., None]
+    if scaling == "dynamic":
+        v_q, step = quantize_by_largest(x_c * w, -2, rounding)
+        step = step.squeeze(-2)  # (B, C, H, P)
+    else:
+        step = given(x_scale, "x_scale")
+        v_q = round_to_int8((x_c * step.reciprocal()[:, None, :]) * w, rounding, "x_scaled")
+    v_g = v_q.float().unflatten(2, (ngroups, -1))  # (B, C, G, H/G, K, P)
     accumulator = (v_g.transpose(-1, -2) @ b_c[:, :, :, None]).flatten(2, 3)
 
-    multiplier = x_scale * per_head(b_scale, nheads)[:, None]
+    multiplier = step * per_head(b_scale, nheads)[:, None]
     if gate == "fp32":
-        return accumulator * (multiplier * peak.float())[..., None]
-    requantized = accumulator * (multiplier / state_scale)[..., None]
+        return accumulator * multiplier[..., None]
+    requantized = accumulator * (multiplier / given(state_scale, "state_scale"))[..., None]
     return round_to_int8(requantized, rounding, "chunk_state")
 
 
-def _require_one_scale(gate: Gate, decay_scale: DecayScale) -> None:
-    if gate == "q0.7" and decay_scale != "static":
-        raise ValueError(f'gate "q0.7" needs decay_scale "static", not "{decay_scale}"')
-
-
 def _body(a: Attributes, form: BodyForm) -> str:
-    _require_one_scale(a["gate"], a["decay_scale"])
+    require_one_scale(a["gate"], a["scaling"])
     f = t.compute_type(form)
     k, h, g = int(a["chunk_size"]), int(a["nheads"]), int(a["ngroups"])
     p = int(a["headdim"])
@@ -93,14 +93,9 @@ def _body(a: Attributes, form: BodyForm) -> str:
         "a_last_exp = Exp (a_last_minus)",
         "w_wide = Mul (a_last_exp, dt_wide)",
         t.ints("last", [-1]),
-        t.split_peak("w", "peak_wide", "w_wide", a["decay_scale"], form),
+        t.cast("w", "w_wide", t.FP32),
         "w_column = Unsqueeze (w, last)",
-        t.ints("scale_row", [h, 1, p]),
-        "x_scale_row = Reshape (x_scale, scale_row)",
-        t.inverse("x_inverse", "x_scale_row", form),
-        "x_steps = Mul (x_chkp, x_inverse)",
-        "v = Mul (x_steps, w_column)",
-        t.round_to_int8("v_int", "v", a["rounding"], form),
+        *_quantized_lines(a, form),
         t.from_int8("v_q", "v_int", form),
         "v_pk = Transpose <perm = [0, 1, 2, 4, 3]> (v_q)",
         t.ints("v_group_shape", [0, 0, g, -1, k]),
@@ -109,18 +104,11 @@ def _body(a: Attributes, form: BodyForm) -> str:
         t.ints("state_shape", [0, 0, h, p, -1]),
         "accumulator = Reshape (accumulator_group, state_shape)",
         t.per_head("b_scale_h", "b_scale", h, g, [h, 1]),
-        "multiplier = Mul (x_scale, b_scale_h)",
+        "multiplier = Mul (step, b_scale_h)",
     ]
     if a["gate"] == "fp32":
-        in_real = "multiplier"
-        if a["decay_scale"] == "peak":
-            in_real = "multiplier_peak"
-            lines += [
-                t.cast("peak", "peak_wide", t.FP32),
-                "multiplier_peak = Mul (multiplier, peak)",
-            ]
         lines += [
-            f"multiplier_column = Unsqueeze ({in_real}, last)",
+            "multiplier_column = Unsqueeze (multiplier, last)",
             "states = Mul (accumulator, multiplier_column)",
         ]
     else:
@@ -131,6 +119,26 @@ def _body(a: Attributes, form: BodyForm) -> str:
             t.round_to_int8("states", "requantized", a["rounding"], form),
         ]
     return "\n".join(lines)
+
+
+def _quantized_lines(a: Attributes, form: BodyForm) -> list[str]:
+    """`v_int` INT8 (B, C, H, K, P) and its `step`, (B, C, H, P) or (H, P)."""
+    if a["scaling"] == "dynamic":
+        return [
+            "v = Mul (x_chkp, w_column)",
+            t.quantize_by_largest("v_int", "step_row", "v", 3, a["rounding"], form),
+            t.ints("k_of_step", [3]),
+            "step = Squeeze (step_row, k_of_step)",
+        ]
+    return [
+        t.ints("scale_row", [int(a["nheads"]), 1, int(a["headdim"])]),
+        "x_scale_row = Reshape (x_scale, scale_row)",
+        t.inverse("x_inverse", "x_scale_row", form),
+        "x_steps = Mul (x_chkp, x_inverse)",
+        "v = Mul (x_steps, w_column)",
+        t.round_to_int8("v_int", "v", a["rounding"], form),
+        "step = Identity (x_scale)",
+    ]
 
 
 def decay_lines(chunk: int | str, f: int) -> list[str]:

@@ -6,11 +6,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ssdi8_edge.formats import DecayScale
-
-# Below it a weight is nothing in any format used; it keeps the division by a peak finite.
-LEAST_PEAK = 1e-30
-
 
 def pad_tokens(x: Tensor, dim: int, chunk: int, edge: bool = False) -> Tensor:
     """Pad `dim` at its end to a multiple of `chunk`, with zeros, or with the last value."""
@@ -37,13 +32,15 @@ def chunks_of_decay(a: Tensor, chunk: int, edge: bool) -> Tensor:
     return pad_tokens(a, 2, chunk, edge).unflatten(2, (-1, chunk)).transpose(1, 2)
 
 
-def split_peak(w: Tensor, decay_scale: DecayScale) -> tuple[Tensor, Tensor]:
-    """FP64 weights (…, K) = peak (…, 1) FP64 · the returned FP32 weights; "static": peak is 1."""
-    if decay_scale == "static":
-        peak = torch.ones_like(w[..., :1])
-    else:
-        peak = w.amax(-1, keepdim=True).clamp_min(LEAST_PEAK)
-    return (w / peak).float(), peak
+def given(scale: Tensor | None, name: str) -> Tensor:
+    """`scale`, which only scaling "dynamic" may leave out.
+
+    Raises:
+        ValueError: it was left out.
+    """
+    if scale is None:
+        raise ValueError(f'scaling "static" needs {name}')
+    return scale
 
 
 def per_head(scale: Tensor, heads: int) -> Tensor:

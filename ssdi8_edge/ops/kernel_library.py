@@ -25,7 +25,7 @@ from torch import Tensor
 from ssdi8_edge.errors import Ssdi8Error
 from ssdi8_edge.ops.op import Op
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 LIBRARY_NAME = "libssdi8_kernels.so"
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -37,7 +37,7 @@ _BUILD_HINT = "Build it: cmake -S plugins -B plugins/build && cmake --build plug
 _NUMBERS: Mapping[str, Mapping[str, int]] = {
     "rounding": {"half_even": 0, "half_away": 1},
     "gate": {"fp32": 0, "q0.7": 1},
-    "decay_scale": {"static": 0, "peak": 1},
+    "scaling": {"static": 0, "dynamic": 1},
 }
 # Fields of a struct whose names differ from the reference's arguments.
 _ARGUMENT_OF_FIELD = {"d_skip": "D", "a_rate": "A"}
@@ -304,6 +304,7 @@ def _require_decay(call: Call) -> None:
 
 
 def _require_scales(call: Call, per_group: tuple[str, ...], per_channel: tuple[str, ...]) -> None:
+    """Those of channels are left out with scaling "dynamic"."""
     channels = (call.nheads, call.headdim)
     _require(call, torch.float32, **{name: (call.ngroups,) for name in per_group})
     present = [name for name in per_channel if getattr(call, name) is not None]
@@ -327,27 +328,29 @@ def _chunk_state(call: Call) -> Tensor:
     return call.states
 
 
-def _state_passing(call: Call) -> tuple[Tensor, Tensor]:
+def _state_passing(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     call.batch, chunks, call.nheads, call.headdim, call.d_state = shape = tuple(call.states.shape)
     call.length = call.a.shape[2]
     if _chunks(call) != chunks:
         raise Ssdi8Error(f"CUDA kernel: {call.length} tokens are not {chunks} chunks.")
     _require(call, torch.float32 if call.gate == "fp32" else torch.int8, states=shape)
     _require(call, torch.float32, a=(call.batch, call.nheads, call.length))
-    _require(call, torch.float32, state_scale=(call.nheads, call.headdim))
+    _require_scales(call, (), ("state_scale",))
     _require_state(call, call.batch, *shape[2:])
     call.passed = torch.empty(shape, dtype=torch.int8, device=call.states.device)
+    call.passed_scale = torch.empty(shape[:-1], dtype=torch.float32, device=call.states.device)
     _launch("state_passing", call, call.states.device)
-    return call.passed, call.ssm_state_out
+    return call.passed, call.passed_scale, call.ssm_state_out
 
 
 def _chunk_scan(call: Call) -> Tensor:
     _require_tokens(call, "b_q", "c_q")
     _require_decay(call)
     _require(call, torch.float32, D=(call.nheads,))
-    passed = (call.batch, _chunks(call), call.nheads, call.headdim, call.d_state)
-    _require(call, torch.int8, passed=passed)
-    _require_scales(call, ("b_scale", "c_scale", "cb_scale"), ("state_scale", "x_tile_scale"))
+    rows = (call.batch, _chunks(call), call.nheads, call.headdim)
+    _require(call, torch.int8, passed=(*rows, call.d_state))
+    _require(call, torch.float32, passed_scale=rows)
+    _require_scales(call, ("b_scale", "c_scale", "cb_scale"), ("x_tile_scale",))
     call.y = torch.empty_like(call.x)
     _launch("chunk_scan", call, call.x.device)
     return call.y

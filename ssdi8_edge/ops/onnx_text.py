@@ -10,9 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ssdi8_edge.formats import DecayScale
-from ssdi8_edge.int8 import QMAX, Rounding
-from ssdi8_edge.ops.chunking import LEAST_PEAK
+from ssdi8_edge.formats import Rounding
+from ssdi8_edge.int8 import LEAST_MAGNITUDE, QMAX
 from ssdi8_edge.ops.op import BodyForm
 
 FP32, INT8, FP16 = 1, 3, 10
@@ -111,17 +110,27 @@ def quantize(out: str, x: str, scale: str, rounding: Rounding, form: BodyForm) -
     )
 
 
-def split_peak(w: str, peak: str, w_wide: str, decay_scale: DecayScale, form: BodyForm) -> str:
-    """`chunking.split_peak` along the last axis: `w` FP32; `peak` in the compute type, if any."""
-    if decay_scale == "static":
-        return cast(w, w_wide, FP32)
+def quantize_by_largest(
+    out: str, step: str, v: str, axis: int, rounding: Rounding, form: BodyForm
+) -> str:
+    """`int8.quantize_by_largest` of FP32 `v`: INT8 `out`, FP32 `step` (`axis` kept, of size 1)."""
+    f = compute_type(form)
+    p = f"{out}_l"
     return "\n".join(
         [
-            number(f"{peak}_least", LEAST_PEAK, compute_type(form)),
-            f"{peak}_found = ReduceMax <keepdims = 1> ({w_wide}, last)",
-            f"{peak} = Max ({peak}_found, {peak}_least)",
-            f"{w}_relative = Div ({w_wide}, {peak})",
-            cast(w, f"{w}_relative", FP32),
+            f"{p}_abs = Abs ({v})",
+            ints(f"{p}_axis", [axis]),
+            f"{p}_found = ReduceMax <keepdims = 1> ({p}_abs, {p}_axis)",
+            number(f"{p}_least", LEAST_MAGNITUDE),
+            f"{p}_top32 = Max ({p}_found, {p}_least)",
+            cast(f"{p}_top", f"{p}_top32", f),
+            number(f"{p}_qmax", float(QMAX), f),
+            f"{p}_inverse_wide = Div ({p}_qmax, {p}_top)",
+            cast(f"{p}_inverse", f"{p}_inverse_wide", FP32),
+            f"{p}_step_wide = Div ({p}_top, {p}_qmax)",
+            cast(step, f"{p}_step_wide", FP32),
+            f"{p}_scaled = Mul ({v}, {p}_inverse)",
+            round_to_int8(out, f"{p}_scaled", rounding, form),
         ]
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssdi8_edge.formats import DecayScale, Gate, Rounding
+from ssdi8_edge.formats import Gate, Rounding, Scaling
 from ssdi8_edge.ops import onnx_text as t
 from ssdi8_edge.ops.chunk_cumsum import CHUNK_CUMSUM, time_step, time_step_lines
 from ssdi8_edge.ops.chunk_scan import CHUNK_SCAN
@@ -28,9 +28,9 @@ def ssd_modules(
     D: Tensor,
     b_scale: Tensor,
     c_scale: Tensor,
-    x_scale: Tensor,
-    state_scale: Tensor,
     cb_scale: Tensor,
+    x_scale: Tensor | None = None,
+    state_scale: Tensor | None = None,
     x_tile_scale: Tensor | None = None,
     **attributes: Any,
 ) -> tuple[Tensor, Tensor]:
@@ -42,12 +42,14 @@ def ssd_modules(
     def run(op: Op, *inputs: Tensor) -> Any:
         return op(*inputs, **{k: v for k, v in attributes.items() if k in op.attributes})
 
+    def static(*scales: Tensor | None) -> tuple[Tensor, ...]:
+        return tuple(scale for scale in scales if scale is not None)
+
     dt, a = run(CHUNK_CUMSUM, zxbcdt, dt_bias, A)
-    states = run(CHUNK_STATE, x, b_q, dt, a, x_scale, b_scale, state_scale)
-    passed, final = run(STATE_PASSING, states, a, ssm_state, state_scale)
-    tile = () if x_tile_scale is None else (x_tile_scale,)
-    scales = (b_scale, c_scale, state_scale, cb_scale, *tile)
-    return run(CHUNK_SCAN, x, b_q, c_q, dt, a, passed, D, *scales), final
+    states = run(CHUNK_STATE, x, b_q, dt, a, b_scale, *static(x_scale, state_scale))
+    passed, passed_scale, final = run(STATE_PASSING, states, a, ssm_state, *static(state_scale))
+    scales = (b_scale, c_scale, cb_scale, *static(x_tile_scale))
+    return run(CHUNK_SCAN, x, b_q, c_q, dt, a, passed, passed_scale, D, *scales), final
 
 
 def ssd_scan_reference(
@@ -61,9 +63,9 @@ def ssd_scan_reference(
     D: Tensor,
     b_scale: Tensor,
     c_scale: Tensor,
-    x_scale: Tensor,
-    state_scale: Tensor,
     cb_scale: Tensor,
+    x_scale: Tensor | None = None,
+    state_scale: Tensor | None = None,
     x_tile_scale: Tensor | None = None,
     *,
     chunk_size: int,
@@ -77,7 +79,7 @@ def ssd_scan_reference(
     dt_max: float,
     gate: Gate,
     rounding: Rounding,
-    decay_scale: DecayScale,
+    scaling: Scaling,
 ) -> tuple[Tensor, Tensor]:
     """SSD with carried state: `ssd_modules` for L > 1, `ssd_step` for L = 1.
 
@@ -85,7 +87,8 @@ def ssd_scan_reference(
         x: (B, L, H·P) FP16; b_q, c_q: (B, L, G·N) INT8; zxbcdt: in_proj's output, for dt.
         ssm_state: (B, H, P, N) FP16 or FP32.
         dt_bias, A, D: (H) FP32. b_scale, c_scale, cb_scale: (G) FP32.
-        x_scale, state_scale, x_tile_scale: (H, P) FP32.
+        x_scale, state_scale, x_tile_scale: (H, P) FP32, as the modules need them: none with scaling
+            "dynamic".
 
     Returns:
         y (B, L, H·P) FP16 and ssm_state' in the type of ssm_state.
@@ -106,9 +109,9 @@ def ssd_scan_reference(
         D,
         b_scale,
         c_scale,
+        cb_scale,
         x_scale,
         state_scale,
-        cb_scale,
         x_tile_scale,
         chunk_size=chunk_size,
         scan_tile=scan_tile,
@@ -121,7 +124,7 @@ def ssd_scan_reference(
         dt_max=dt_max,
         gate=gate,
         rounding=rounding,
-        decay_scale=decay_scale,
+        scaling=scaling,
     )
 
 
@@ -159,9 +162,9 @@ def _group_rows(q: Tensor, scale: Tensor, heads: int, groups: int) -> Tensor:
 
 
 def _body(a: Attributes, form: BodyForm) -> str:
-    inputs = "x, b_q, c_q, dt, a, passed, D, b_scale, c_scale, state_scale, cb_scale"
-    if int(a["scan_tile"]) < int(a["chunk_size"]):
-        inputs += ", x_tile_scale"
+    static = a["scaling"] == "static"
+    of_x, of_state = (", x_scale", ", state_scale") if static else ("", "")
+    of_tile = ", x_tile_scale" if static and int(a["scan_tile"]) < int(a["chunk_size"]) else ""
 
     def node(op: Op, outputs: str, arguments: str) -> str:
         attributes = ", ".join(f"{k} = {_literal(a[k])}" for k in op.attributes)
@@ -170,9 +173,15 @@ def _body(a: Attributes, form: BodyForm) -> str:
     modules = "\n".join(
         [
             node(CHUNK_CUMSUM, "dt, a", "zxbcdt, dt_bias, A"),
-            node(CHUNK_STATE, "states", "x, b_q, dt, a, x_scale, b_scale, state_scale"),
-            node(STATE_PASSING, "passed, final_chunks", "states, a, ssm_state, state_scale"),
-            node(CHUNK_SCAN, "y_chunks", inputs),
+            node(CHUNK_STATE, "states", f"x, b_q, dt, a, b_scale{of_x}{of_state}"),
+            node(
+                *(STATE_PASSING, "passed, passed_scale, final_chunks"),
+                f"states, a, ssm_state{of_state}",
+            ),
+            node(
+                *(CHUNK_SCAN, "y_chunks"),
+                "x, b_q, c_q, dt, a, passed, passed_scale, D, b_scale, c_scale, cb_scale" + of_tile,
+            ),
         ]
     )
     if form == "tensorrt":

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ssdi8_edge.formats import Gate, Rounding
-from ssdi8_edge.int8 import round_to_int8, round_to_integer
+from ssdi8_edge.formats import Gate, Rounding, Scaling
+from ssdi8_edge.int8 import quantize_by_largest, round_to_int8, round_to_integer
 from ssdi8_edge.ops import onnx_text as t
-from ssdi8_edge.ops.chunking import chunks_of_decay
+from ssdi8_edge.ops.chunking import chunks_of_decay, given
 from ssdi8_edge.ops.op import Attributes, BodyForm, Op
 
 GATE_BITS = 7
@@ -18,13 +18,17 @@ def state_passing_reference(
     states: Tensor,
     a: Tensor,
     ssm_state: Tensor,
-    state_scale: Tensor,
+    state_scale: Tensor | None = None,
     *,
     chunk_size: int,
     gate: Gate,
     rounding: Rounding,
-) -> tuple[Tensor, Tensor]:
-    """R_0 = ssm_state; R_{c+1} = exp(a_last of chunk c)·R_c + S_c; stored as Q(R_c / state_scale).
+    scaling: Scaling,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """R_0 = ssm_state; R_{c+1} = exp(a_last of chunk c)·R_c + S_c; stored as Q(R_c / passed_scale).
+
+    With scaling "static", passed_scale is state_scale everywhere; "dynamic" takes it from the
+    largest value of each stored (chunk, head, channel).
 
     gate "fp32": FP32 carry, one multiplication and one addition, each rounded; only the stored
     copies are quantized. gate "q0.7", as released: INT32 carry in units of state_scale, the gate in
@@ -34,24 +38,39 @@ def state_passing_reference(
         states: (B, C, H, P, N) from `chunk_state_reference` with the same gate.
         a: (B, H, L) FP32.
         ssm_state: (B, H, P, N) FP16 or FP32, real units.
-        state_scale: (H, P) FP32.
+        state_scale: (H, P) FP32, for scaling "static" only.
 
     Returns:
-        passed (B, C, H, P, N) INT8, the state entering each chunk; ssm_state' (B, H, P, N) in the
-        type of ssm_state, real units.
+        passed (B, C, H, P, N) INT8, the state entering each chunk; passed_scale (B, C, H, P) FP32,
+        its steps; ssm_state' (B, H, P, N) in the type of ssm_state, real units.
+
+    Raises:
+        ValueError: gate "q0.7" with scaling "dynamic": its integer carry needs one scale.
     """
+    require_one_scale(gate, scaling)
     a_last = chunks_of_decay(a, chunk_size, edge=True)[..., -1]  # (B, C, H)
     gamma = torch.exp(a_last.double()).float()[..., None, None]
-    scale = state_scale[..., None]
-    inverse = scale.reciprocal()
     passed = torch.empty(states.shape, dtype=torch.int8, device=states.device)
 
+    if scaling == "dynamic":
+        steps = []
+        carry = ssm_state.float()
+        for c in range(states.shape[1]):
+            passed[:, c], step = quantize_by_largest(carry, -1, rounding)
+            steps.append(step.squeeze(-1))
+            carry = gamma[:, c] * carry + states[:, c]
+        return passed, torch.stack(steps, 1), carry.to(ssm_state.dtype)
+
+    state_scale = given(state_scale, "state_scale")
+    passed_scale = state_scale.expand(passed.shape[:-1]).contiguous()
+    scale = state_scale[..., None]
+    inverse = scale.reciprocal()
     if gate == "fp32":
         carry = ssm_state.float()
         for c in range(states.shape[1]):
             passed[:, c] = round_to_int8(carry * inverse, rounding, "passed_state")
             carry = gamma[:, c] * carry + states[:, c]
-        return passed, carry.to(ssm_state.dtype)
+        return passed, passed_scale, carry.to(ssm_state.dtype)
 
     one = 1 << GATE_BITS
     gate_q = round_to_int8(gamma * one, rounding).to(torch.int64)
@@ -60,10 +79,17 @@ def state_passing_reference(
         passed[:, c] = round_to_int8(carry_q.double(), rounding, "passed_state")
         carry_q = (carry_q * gate_q[:, c] + one // 2 >> GATE_BITS) + states[:, c]
     final = round_to_int8(carry_q.double(), rounding).float() * scale
-    return passed, final.to(ssm_state.dtype)
+    return passed, passed_scale, final.to(ssm_state.dtype)
+
+
+def require_one_scale(gate: Gate, scaling: Scaling) -> None:
+    """Raises ValueError for scales of every chunk's own with a carry in units of one."""
+    if gate == "q0.7" and scaling != "static":
+        raise ValueError(f'gate "q0.7" needs scaling "static", not "{scaling}"')
 
 
 def _body(a: Attributes, form: BodyForm) -> str:
+    require_one_scale(a["gate"], a["scaling"])
     f = t.compute_type(form)
     k, rounding = int(a["chunk_size"]), a["rounding"]
     lines = [
@@ -77,21 +103,26 @@ def _body(a: Attributes, form: BodyForm) -> str:
         t.cast("gamma_row", "gamma_wide", t.FP32),
         t.ints("last", [-1]),
         "gamma = Unsqueeze (gamma_row, last)",
-        "scale = Unsqueeze (state_scale, last)",
-        t.inverse("inverse", "scale", form),
         t.cast("start", "ssm_state", t.FP32),
         "states_c = Transpose <perm = [1, 0, 2, 3, 4]> (states)",
     ]
     if a["gate"] == "fp32":
         lines += [
-            scan_over_chunks(
-                "start", "gamma", "states_c", "float", "decayed = Mul (gamma_c, carry)"
-            ),
+            scan_over_chunks("start", "gamma", "states_c", "float", DECAY),
             "entering = Transpose <perm = [1, 0, 2, 3, 4]> (entering_c)",
-            "entering_q = Mul (entering, inverse)",
-            t.round_to_int8("passed", "entering_q", rounding, form),
             "ssm_state_out = CastLike (final, ssm_state)",
         ]
+        if a["scaling"] == "dynamic":
+            lines += [
+                t.quantize_by_largest("passed", "step_column", "entering", 4, rounding, form),
+                "passed_scale = Squeeze (step_column, last)",
+            ]
+        else:
+            lines += [
+                *_static_scale_lines("entering", form),
+                "entering_q = Mul (entering, inverse)",
+                t.round_to_int8("passed", "entering_q", rounding, form),
+            ]
         return "\n".join(lines)
     wide = "double" if form == "cpu" else "float"
     decay = "\n".join(
@@ -105,6 +136,7 @@ def _body(a: Attributes, form: BodyForm) -> str:
         ]
     )
     lines += [
+        *_static_scale_lines("states", form),
         t.number("gate_one", float(1 << GATE_BITS)),
         "gamma_steps = Mul (gamma, gate_one)",
         t.round_to_int8("gate_int", "gamma_steps", rounding, form),
@@ -128,6 +160,16 @@ def _body(a: Attributes, form: BodyForm) -> str:
     return "\n".join(lines)
 
 
+def _static_scale_lines(like: str, form: BodyForm) -> list[str]:
+    """`scale` (H, P, 1), its `inverse`, `passed_scale` for the states `like` (B, C, H, P, N)."""
+    return [
+        "scale = Unsqueeze (state_scale, last)",
+        t.inverse("inverse", "scale", form),
+        f"scale_shape = Shape <start = 0, end = 4> ({like})",
+        "passed_scale = Expand (state_scale, scale_shape)",
+    ]
+
+
 # One step of an unquantized carry.
 DECAY = "decayed = Mul (gamma_c, carry)"
 
@@ -146,7 +188,7 @@ def scan_over_chunks(start: str, gamma: str, states: str, kind: str, decay: str)
 
 STATE_PASSING = Op(
     name="Ssdi8StatePassing",
-    outputs=("passed", "ssm_state_out"),
+    outputs=("passed", "passed_scale", "ssm_state_out"),
     reference=state_passing_reference,
     body=_body,
 )

@@ -6,36 +6,38 @@ depth. The whole recipe, top to bottom: `quantize`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ssdi8_edge import int8
-from ssdi8_edge.calibrate import embed, fp32_layer, layer_config, load_block
+from ssdi8_edge.calibrate import embed, fp32_layer, in_proj_parts, layer_config, load_block
 from ssdi8_edge.checkpoint import Checkpoint
 from ssdi8_edge.methods import QuantConfig
-from ssdi8_edge.model import Mamba2Config
+from ssdi8_edge.model import Mamba2Block, Mamba2Config
 from ssdi8_edge.ops.rms_norm import RMS_NORM
 from ssdi8_edge.progress import Track, silent
+from ssdi8_edge.quantize.clusters import sort_and_cluster
 from ssdi8_edge.quantize.correction import MeanDifference
-from ssdi8_edge.quantize.gptq import quantize_w4
+from ssdi8_edge.quantize.linears import InputStatistics, linear_tensors, w8_tensors
 from ssdi8_edge.quantize.modules import (
     NodeAttributes,
     linear,
     run_mixer,
     zero_state,
 )
-from ssdi8_edge.stream import Spool, batches
+from ssdi8_edge.quantize.scales import activation_scales
+from ssdi8_edge.stream import Spool, batches, open_spool
 from ssdi8_edge.transforms import (
     GATE_NORM,
     IN_PROJ,
     NORM,
     OUT_PROJ,
+    permute_layer,
     rotate_embedding,
     rotate_head,
     rotate_layer,
@@ -106,7 +108,7 @@ def _keep_fp16(checkpoint: Checkpoint, config: Mamba2Config, sink: Sink, track: 
         tensors = {
             "norm.weight": layer[NORM],
             "in_proj.weight": layer[IN_PROJ].half(),
-            **_small_tensors(layer, "fp32"),
+            **_small_tensors(layer),
             "gate_norm.weight": layer[GATE_NORM],
             "out_proj.weight": layer[OUT_PROJ].half(),
         }
@@ -114,14 +116,27 @@ def _keep_fp16(checkpoint: Checkpoint, config: Mamba2Config, sink: Sink, track: 
             sink.add(f"layers.{i}.{name}", tensor)
 
 
-def _small_tensors(layer: Layer, ssm_params: str) -> Layer:
-    """Convolution and per-head parameters, FP32."""
+def _small_tensors(
+    layer: Layer, *, int8_params: bool = False, int8_conv: Sequence[int] = ()
+) -> Layer:
+    """Convolution and per-head parameters, FP32.
+
+    Args:
+        int8_params: A_log and D go through INT8.
+        int8_conv: the convolution goes through INT8 in parts of so many channels; () leaves it.
+    """
     a_log, d = layer["mixer.A_log"], layer["mixer.D"]
-    if ssm_params == "int8":
+    if int8_params:
         a_log, d = (_through_int8(v) for v in (a_log, d))
+    conv = {k: layer[f"mixer.{k}"] for k in ("conv1d.weight", "conv1d.bias")}
+    if int8_conv:
+        conv = {
+            k: torch.cat([_through_int8(part) for part in v.split([*int8_conv])])
+            for k, v in conv.items()
+        }
     return {
-        "conv1d.weight": layer["mixer.conv1d.weight"].squeeze(1),
-        "conv1d.bias": layer["mixer.conv1d.bias"],
+        "conv1d.weight": conv["conv1d.weight"].squeeze(1),
+        "conv1d.bias": conv["conv1d.bias"],
         "dt_bias": layer["mixer.dt_bias"],
         "A": -a_log.exp(),
         "D": d,
@@ -147,7 +162,8 @@ def _quantize_ends(
         return
     input_scale = int8.scale_from_absmax(statistics["norm_f"], 1e-6)
     sink.add("norm_f.scale", input_scale)
-    for name, tensor in _w8(head, input_scale, per_row=True).items():
+    head = head.float()
+    for name, tensor in w8_tensors(head, head.abs().amax(1), input_scale).items():
         sink.add(f"lm_head.{name}", tensor)
 
 
@@ -156,72 +172,14 @@ def _by_rows(weight: Tensor, rewrite: Any, rows: int = 8192) -> Tensor:
     return torch.cat([rewrite(part.float()).half() for part in weight.split(rows)])
 
 
-def _w8(weight: Tensor, input_scale: Tensor, *, per_row: bool) -> Layer:
-    """INT8 weight, its scale times the input's, and a zero bias."""
-    weight = weight.float()
-    absmax = weight.abs().amax(1) if per_row else weight.abs().amax().expand(len(weight))
-    scale = int8.scale_from_absmax(absmax)
-    return {
-        "weight": int8.quantize(weight, scale[:, None], "half_even"),
-        "scale": scale * input_scale,
-        "bias": weight.new_zeros(len(weight)),
-    }
-
-
-def _linear_tensors(
-    name: str, weight: Tensor, input_scale: Tensor, recipe: QuantConfig, hessian: Tensor | None
-) -> Layer:
-    """The tensors of one INT8 linear, under the names that `modules.linear` reads."""
-    if recipe.linear == "w4":
-        integers = recipe.group_scales == "integer"
-        w4 = quantize_w4(weight, recipe.group_size, hessian, integer_scales=integers)
-        tensors = {
-            "packed": w4.packed,
-            "group_scale": w4.group_scale,
-            "scale": w4.row_scale * input_scale,
-            "bias": weight.new_zeros(len(weight)),
-        }
-    else:
-        tensors = _w8(weight, input_scale, per_row=recipe.linear == "w8_row")
-    return {f"{name}.{k}": v for k, v in tensors.items()}
-
-
-def _scales(statistics: Mapping[str, Tensor], recipe: QuantConfig) -> Layer:
-    """Activation scales of a layer from its absolute maxima (method §2.1, §3.2)."""
-
-    def collapse(value: Tensor, granularity: str) -> Tensor:
-        return value.amax().expand(value.shape).clone() if granularity == "tensor" else value
-
-    def of_group(name: str) -> Tensor:
-        return int8.scale_from_absmax(collapse(statistics[name], recipe.bc_granularity))
-
-    def of_head(value: Tensor) -> Tensor:
-        return int8.scale_from_absmax(collapse(value, recipe.x_granularity))
-
-    states = statistics["chunk_state"]
-    if recipe.state_observer == "passed":
-        states = torch.maximum(states, statistics["passed_state"])
-    released = recipe.state_observer == "local"
-    relative = "_peak" if recipe.decay_scale == "peak" else ""
-    scales = {
-        "u_scale": int8.scale_from_absmax(statistics["u"], 1e-6),
-        "b_scale": of_group("B"),
-        "c_scale": of_group("C"),
-        # The release observes the full square of CB, also where k > m.
-        "cb_scale": of_group("CB_full" if released else "CB"),
-        "x_scale": of_head(statistics[f"x_scaled{relative}"]),
-        "state_scale": of_head(states),
-        "r_scale": int8.scale_from_absmax(
-            statistics["r_folded" if recipe.fold_gate_norm else "r"], 1e-6
-        ),
-    }
-    if recipe.scan2 == "int8_offdiag":
-        scales["x_tile_scale"] = of_head(statistics[f"x_tile{relative}"])
-    return scales
-
-
 class _Streams:
-    """Residual streams of the FP and of the quantized model, entering the layer at hand."""
+    """What flows between layers, of the FP and of the quantized model, at the layer at hand.
+
+    Attributes:
+        fp, quantized: (T, D) FP32, the residual entering the layer.
+        target: (T, D) FP32, what out_proj ought to give.
+        out_proj_input: (T, E) INT8.
+    """
 
     def __init__(
         self,
@@ -233,16 +191,16 @@ class _Streams:
     ) -> None:
         self.device = device
         self.parts = batches(ids)
-        self.tokens = ids.shape[1]
         self._stack = ExitStack()
 
-        def spool(width: int, dtype: type) -> Spool:
-            shape = (self.tokens, width)
-            return self._stack.enter_context(Spool(len(ids), shape, np.dtype(dtype), scratch))
+        def spool(width: int, dtype: torch.dtype) -> Spool:
+            shape = (len(ids), ids.shape[1], width)
+            return self._stack.enter_context(open_spool(shape, dtype, device, scratch))
 
-        self.fp = spool(config.d_model, np.float32)
-        self.quantized = spool(config.d_model, np.float32)
-        self.out_proj_input = spool(config.d_inner, np.int8)
+        self.fp = spool(config.d_model, torch.float32)
+        self.quantized = spool(config.d_model, torch.float32)
+        self.target = spool(config.d_model, torch.float32)
+        self.out_proj_input = spool(config.d_inner, torch.int8)
         self._embedded = embed(checkpoint, ids)
 
     def __enter__(self) -> _Streams:
@@ -263,73 +221,108 @@ def _quantize_layer(
     streams: _Streams,
 ) -> Layer:
     """Quantize one block and move both streams behind it."""
+    order = None
+    if recipe.x_granularity == "cluster":
+        order = sort_and_cluster(statistics["x_mean"], config.ngroups)
+        source = permute_layer(source, order.heads, order.channels)
     rotated = rotate_layer(source, fold_gate_norm=recipe.fold_gate_norm)
-    scales = _scales(statistics, recipe)
+    parts = in_proj_parts(config)
+    scales = activation_scales(statistics, recipe, parts, order)
+    storage_only = recipe.ssd == "dequantized"
     p: dict[str, Any] = {
         **scales,
-        **_small_tensors(source, recipe.ssm_params),
+        **_small_tensors(
+            source,
+            int8_params=recipe.ssm_params == "int8",
+            int8_conv=[parts[k] for k in ("x", "B", "C")] if storage_only else (),
+        ),
         "gate_norm.weight": rotated[GATE_NORM],
         "u_scale": scales["u_scale"].item(),
         "r_scale": scales["r_scale"].item(),
     }
-    hessian = _in_proj_hessian(p, config, streams) if recipe.gptq else None
-    p |= _linear_tensors("in_proj", rotated[IN_PROJ], scales["u_scale"], recipe, hessian)
+    weight, hessian = rotated[IN_PROJ], None
+    if recipe.gptq or recipe.compensation:
+        inputs = _in_proj_inputs(p, config, recipe, streams)
+        lacking = weight.double() @ inputs.regression() if recipe.compensation else 0.0
+        weight = (weight + recipe.compensation / p["u_scale"] * lacking).float()
+        hessian = inputs.hessian if recipe.gptq else None
+    rows = list(parts.values())
+    p |= linear_tensors("in_proj", weight, scales["u_scale"], recipe, hessian, rows)
 
+    weight, hessian = rotate_out_proj_input(rotated[OUT_PROJ]), None
+    outputs = _run_mixers(p, load_block(rotated, config), weight, config, recipe, streams)
+    if outputs is not None:
+        lacking = outputs.regression() if recipe.compensation else 0.0
+        weight = (weight + recipe.compensation / p["r_scale"] * lacking).float()
+        hessian = outputs.hessian if recipe.gptq else None
+    p |= linear_tensors("out_proj", weight, scales["r_scale"], recipe, hessian)
+
+    _advance(p, recipe, streams)
+    return {k: v if isinstance(v, Tensor) else scales[k] for k, v in p.items()}
+
+
+def _in_proj_inputs(
+    p: Mapping[str, Any], config: Mamba2Config, recipe: QuantConfig, streams: _Streams
+) -> InputStatistics:
+    """in_proj's INT8 input, and what it lacks to that of the FP model."""
+    inputs = InputStatistics(config.d_model, config.d_model, streams.device)
+    for part in streams.parts:
+        entering = streams.quantized[part].to(streams.device)
+        zero = torch.zeros_like(entering, dtype=torch.float16)
+        scale, eps = p["u_scale"], config.norm_eps
+        _, u = RMS_NORM.reference(zero, entering, scale=scale, eps=eps, rounding="half_even")
+        fp = streams.fp[part].to(streams.device)
+        fp_u = fp * torch.rsqrt(fp.square().mean(-1, keepdim=True) + eps)
+        inputs.add(u, fp_u - scale * u)
+    return inputs
+
+
+def _run_mixers(
+    p: Mapping[str, Any],
+    block: Mamba2Block,
+    out_proj: Tensor,
+    config: Mamba2Config,
+    recipe: QuantConfig,
+    streams: _Streams,
+) -> InputStatistics | None:
+    """Everything up to out_proj, in both models: sets its input and its target.
+
+    Returns:
+        That input, and what the FP `out_proj` makes of it lacks to the target; None if the recipe
+        has no use for them.
+    """
     attributes = NodeAttributes(config, recipe)
-    device = streams.device
-    hessian = torch.zeros(config.d_inner, config.d_inner, device=device) if recipe.gptq else None
+    device, inputs = streams.device, None
+    if recipe.gptq or recipe.compensation:
+        inputs = InputStatistics(config.d_inner, config.d_model, device)
     for part in streams.parts:
         entering = streams.quantized[part].to(device)
         state = zero_state(config, recipe, len(entering), device)
         zero = torch.zeros_like(entering, dtype=torch.float16)
         _, r, _ = run_mixer(p, attributes, zero, entering, state)
         streams.out_proj_input[part] = r
-        if hessian is not None:
-            flat = r.flatten(0, 1).float()
-            hessian += flat.t() @ flat
-    weight = rotate_out_proj_input(rotated[OUT_PROJ])
-    p |= _linear_tensors("out_proj", weight, scales["r_scale"], recipe, hessian)
-
-    _advance(p, load_block(rotated, config), recipe, streams)
-    return {k: v if isinstance(v, Tensor) else scales[k] for k, v in p.items()}
-
-
-def _in_proj_hessian(p: Mapping[str, Any], config: Mamba2Config, streams: _Streams) -> Tensor:
-    """Σ u uᵀ of in_proj's INT8 input; a common factor does not change GPTQ."""
-    hessian = torch.zeros(config.d_model, config.d_model, device=streams.device)
-    for part in streams.parts:
-        entering = streams.quantized[part].to(streams.device)
-        zero = torch.zeros_like(entering, dtype=torch.float16)
-        scale, eps = p["u_scale"], config.norm_eps
-        _, u = RMS_NORM.reference(zero, entering, scale=scale, eps=eps, rounding="half_even")
-        flat = u.flatten(0, 1).float()
-        hessian += flat.t() @ flat
-    return hessian
-
-
-def _advance(p: dict[str, Any], block: Any, recipe: QuantConfig, streams: _Streams) -> None:
-    """Both streams through the block; the difference of their means becomes out_proj's bias."""
-    difference = MeanDifference()
-    for part in streams.parts:
-        fp = streams.fp[part].to(streams.device)
+        fp = streams.fp[part].to(device)
         fp_next, _ = block(fp)
-        streams.fp[part] = fp_next
-        if recipe.correction == "none":
-            continue
-        entering, out = _out_proj(p, recipe, streams, part)
         # The output alone, as released, or with it all that the residual has lost so far.
-        base = fp if recipe.correction == "out" else entering
-        difference.add((fp_next - base) - out)
+        target = fp_next - (fp if recipe.correction == "out" else entering)
+        streams.fp[part] = fp_next
+        streams.target[part] = target
+        if inputs is not None:
+            inputs.add(r, target - (r.float() * p["r_scale"]) @ out_proj.t())
+    return inputs
+
+
+def _advance(p: dict[str, Any], recipe: QuantConfig, streams: _Streams) -> None:
+    """The mean that out_proj lacks becomes its bias; the quantized stream moves on."""
+
+    def out(part: slice) -> Tensor:
+        r = streams.out_proj_input[part].to(streams.device)
+        return linear(p, "out_proj", r, recipe).float()
+
     if recipe.correction != "none":
+        difference = MeanDifference()
+        for part in streams.parts:
+            difference.add(streams.target[part].to(streams.device) - out(part))
         p["out_proj.bias"] = difference.correction(recipe.correction_strength).to(streams.device)
     for part in streams.parts:
-        entering, out = _out_proj(p, recipe, streams, part)
-        streams.quantized[part] = entering + out
-
-
-def _out_proj(
-    p: Mapping[str, Any], recipe: QuantConfig, streams: _Streams, part: slice
-) -> tuple[Tensor, Tensor]:
-    """The quantized residual entering the block, and what the block adds to it as it will run."""
-    r = streams.out_proj_input[part].to(streams.device)
-    return streams.quantized[part].to(streams.device), linear(p, "out_proj", r, recipe).float()
+        streams.quantized[part] = streams.quantized[part].to(streams.device) + out(part)

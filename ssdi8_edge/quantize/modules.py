@@ -23,6 +23,7 @@ from ssdi8_edge.ops.linear import LINEAR, LINEAR_W4
 from ssdi8_edge.ops.rms_norm import RMS_NORM
 from ssdi8_edge.ops.rms_norm_gated import RMS_NORM_GATED
 from ssdi8_edge.ops.ssd_scan import SSD_SCAN, ssd_modules
+from ssdi8_edge.quantize.dequantized import dequantized_ssd
 
 # An infinite dt limit in FP32 attributes: larger than any softplus of an FP16 input.
 UNLIMITED = 3.4e38
@@ -86,7 +87,7 @@ class NodeAttributes:
             "scan_tile": self.recipe.effective_scan_tile(self.config.chunk_size),
             "gate": self.recipe.gate,
             "rounding": self.recipe.rounding,
-            "decay_scale": self.recipe.decay_scale,
+            "scaling": self.recipe.scaling,
         }
 
     @property
@@ -113,26 +114,34 @@ def run_mixer(
     eps = attributes.config.norm_eps
     residual, u = RMS_NORM(hidden, residual, scale=p["u_scale"], eps=eps, rounding="half_even")
     zxbcdt = linear(p, "in_proj", u, recipe)
+    if recipe.ssd == "dequantized":
+        y, zxbcdt, *carried = dequantized_ssd(
+            *(p, recipe, attributes.conv, attributes.heads, zxbcdt, *state)
+        )
+        return residual, _gated(p, attributes, y, zxbcdt), State(*carried)
     x, b, c, conv = CAUSAL_CONV1D(
         *(zxbcdt, state.conv, p["conv1d.weight"], p["conv1d.bias"], p["b_scale"], p["c_scale"]),
         **attributes.conv,
         ngroups=attributes.config.ngroups,
         rounding=rounding,
     )
-    scales = [p[k] for k in ("b_scale", "c_scale", "x_scale", "state_scale", "cb_scale")]
-    if "x_tile_scale" in p:
-        scales.append(p["x_tile_scale"])
+    static = [k for k in ("x_scale", "state_scale", "x_tile_scale") if k in p]
+    scales = [p[k] for k in ("b_scale", "c_scale", "cb_scale", *static)]
     ssd = ssd_modules if recipe.ssd_ops == "modular" else SSD_SCAN
     y, ssm = ssd(
         *(x, b, c, zxbcdt, state.ssm, p["dt_bias"], p["A"], p["D"], *scales), **attributes.ssd
     )
-    r = RMS_NORM_GATED(
+    return residual, _gated(p, attributes, y, zxbcdt), State(conv, ssm)
+
+
+def _gated(p: Parameters, attributes: NodeAttributes, y: Any, zxbcdt: Any) -> Any:
+    """out_proj's INT8 input."""
+    return RMS_NORM_GATED(
         *(y, zxbcdt, p["gate_norm.weight"]),
         **attributes.gated,
         scale=p["r_scale"],
-        rounding=rounding,
+        rounding=attributes.recipe.rounding,
     )
-    return residual, r, State(conv, ssm)
 
 
 def run_block(

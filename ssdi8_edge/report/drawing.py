@@ -17,10 +17,11 @@ from ssdi8_edge.report.charts import (
     scatter,
 )
 from ssdi8_edge.report.reference import PAPER_BOARD, SSD_LATENCY_MS
-from ssdi8_edge.report.sources import BASELINE, OTHER, Measurements, Setup
+from ssdi8_edge.report.sources import BASELINE, Measurements, Setup
 from ssdi8_edge.report.values import (
     MB,
     MS,
+    OTHER,
     gpu_bytes,
     process_bytes,
     speedup,

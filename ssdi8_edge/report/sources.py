@@ -13,11 +13,11 @@ from pydantic import ValidationError
 
 from ssdi8_edge.artifacts import BUNDLE, MANIFEST
 from ssdi8_edge.errors import UsageError
+from ssdi8_edge.report.values import OTHER
 from ssdi8_edge.target.points import PointId, read_points
 from ssdi8_edge.target.records import Measured, Point, Profile, model_name, plain
 
 BASELINE = "fp16"
-OTHER = "other"  # layers that a profile can give to no module
 # What a record of an evaluation has one of.
 FIGURES = ("perplexity", "accuracy")
 
@@ -306,5 +306,6 @@ def _text_name(row: Mapping[str, Any]) -> str:
 
 
 def _number(value: object) -> float | None:
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if good else None  # type: ignore[arg-type]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return float(value)

@@ -137,7 +137,8 @@ class Tables:
         table = self._over_length("ms", rows)
         note = (
             f"“{FIRST_TOKEN}” includes the whole prompt; “{PER_TOKEN}” is each further token,"
-            f" sampling included; “{SSD}” is the SSD alone, known where a profile was taken."
+            f" sampling included; “{SSD}” is the SSD alone, known where a profile gives nine tenths"
+            " of its time to modules."
         )
         return replace(table, notes=[note, PAPER_NOTE])
 

@@ -11,6 +11,8 @@ MS, MB = 1e-3, 1e6
 # The paper's modules, and the fused op that stands for all of them.
 SSD_MODULES = ("ChunkCumsum", "ChunkState", "StatePassing", "ChunkScan", "SsdScan")
 PREFILL = "prefill"
+OTHER = "other"  # layers that a profile can give to no module
+MOST_UNKNOWN = 0.1
 
 
 class Gain(NamedTuple):
@@ -57,7 +59,13 @@ def less_available(timing: Timing) -> int | None:
 
 
 def ssd_seconds(profile: Profile) -> float | None:
-    """Time in the SSD alone during prefill, the quantity of the paper's table."""
+    """Time in the SSD alone during prefill, the quantity of the paper's table.
+
+    None where a good part of the time belongs to no module, and perhaps to the SSD.
+    """
     modules = [m for phase in profile.phases if phase.phase == PREFILL for m in phase.modules]
     times = [m.seconds for m in modules if m.module in SSD_MODULES]
-    return sum(times) if times else None
+    unknown = sum(m.seconds for m in modules if m.module == OTHER)
+    if not times or unknown > MOST_UNKNOWN * sum(m.seconds for m in modules):
+        return None
+    return sum(times)

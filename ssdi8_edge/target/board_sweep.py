@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
-from ssdi8_edge.errors import BoardBusy, BoardError, LinkLost, UsageError
+from ssdi8_edge.errors import BoardBusy, LinkLost, UsageError
 from ssdi8_edge.target.connection import Connection
 from ssdi8_edge.target.interpret import PointFailed, State, to_point
 from ssdi8_edge.target.measuring import (
@@ -128,6 +128,10 @@ class BoardSweep:
                     self._see_put_back()
         except Exception as error:
             self.error = error
+            if self._stop.is_set() and self.measuring:
+                self._say(
+                    "cannot be reached any more; it puts power mode and clocks back by itself"
+                )
         finally:
             self._watcher.ended(self.name, str(self.error) if self.error else None)
             self.ended.set()
@@ -207,27 +211,8 @@ class BoardSweep:
             self._changing = None
             self._look()
             return
-        modes: dict[str | None, dict[str, Any]] = {}
-        for tag, each in left.items():
-            mode = modes.setdefault(
-                each.id.mode,
-                {
-                    "name": each.id.mode,
-                    "id": each.mode.id if each.mode else None,
-                    "pin_clocks": self._request.settings.pin_clocks,
-                    "points": [],
-                },
-            )
-            mode["points"].append(
-                point_plan(
-                    tag,
-                    installed[each.id.bundle],
-                    each.id.length,
-                    self._request.settings,
-                )
-            )
         state: State | None = None
-        with self._begin(list(modes.values())) as session:
+        with self._begin(self._modes(left, installed)) as session:
             for answer in session:
                 if self._stop.is_set():
                     raise _Stopped
@@ -238,7 +223,7 @@ class BoardSweep:
                 elif "mode" in answer:
                     state = self._mode_answer(session, answer, left.values())
                 elif "running" in answer:
-                    self._watcher.running(self.name, str(left.get(answer["running"], "")))
+                    self._watcher.running(self.name, str(left.get(str(answer["running"]), "")))
                 elif "point" in answer:
                     found = left.get(str(answer["point"]))
                     if found is None or state is None:
@@ -246,6 +231,26 @@ class BoardSweep:
                     self._point_answer(found, answer, state)
             if len(self._left(wanted)) == len(left):
                 raise session.rubbish("it ended without measuring")
+
+    def _modes(
+        self, left: Mapping[str, Wanted], installed: Mapping[str, Installed]
+    ) -> list[dict[str, Any]]:
+        """The plan for the board: modes in order, each with its points."""
+        settings = self._request.settings
+        modes: dict[str | None, dict[str, Any]] = {}
+        for tag, each in left.items():
+            mode = modes.setdefault(
+                each.id.mode,
+                {
+                    "name": each.id.mode,
+                    "id": each.mode.id if each.mode else None,
+                    "pin_clocks": settings.pin_clocks,
+                    "points": [],
+                },
+            )
+            where = installed[each.id.bundle]
+            mode["points"].append(point_plan(tag, where, each.id.length, settings))
+        return list(modes.values())
 
     def _mode_answer(
         self, session: Session, answer: Mapping[str, Any], wanted: Iterable[Wanted]
@@ -294,11 +299,7 @@ class BoardSweep:
 
     def _see_put_back(self) -> None:
         """After Ctrl-C: leaving the call makes the board put itself back; wait for it and look."""
-        try:
-            self._look()
-        except BoardError:
-            self._say("cannot be reached any more; it puts power mode and clocks back by itself")
-            raise
+        self._look()
         if not self._not_put_back:
             self._say("has ended measuring; power mode and clocks are as they were before")
 
@@ -306,7 +307,8 @@ class BoardSweep:
         done = answer.get("put_back")
         if not isinstance(done, dict):
             return
-        problems = "; ".join(map(str, done.get("problems") or []))
+        listed = done.get("problems") or []
+        problems = "; ".join(map(str, listed if isinstance(listed, list) else [listed]))
         self._not_put_back = bool(problems)
         if problems:
             self._say(

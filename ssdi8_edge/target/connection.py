@@ -67,8 +67,8 @@ class Connection(ABC):
       is not repeated by itself, as it may have had its effect; `patiently` repeats it. Between
       calls nothing depends on the link, except locks.
     * **Nothing is left running.** When a call does not see its command end (deadline, lost link,
-      Ctrl-C, this process killed), the command is ended on the machine, with all of its session,
-      within 40 s. Only jobs (`jobs.start_job`) live on.
+      Ctrl-C, this process killed), the command is ended on the machine, with its process group,
+      within 40 s. Only jobs (`jobs.start_job`) live on, and what runs as another user.
     * **Nothing is interpreted.** Arguments, paths and contents reach the machine as they are; no
       shell sees them. `~` at the start of a path is the home over there. What a login script prints
       is skipped.

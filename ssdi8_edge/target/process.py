@@ -8,7 +8,6 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from types import TracebackType
 
 from ssdi8_edge.errors import BoardError, LinkLost
 
@@ -100,17 +99,6 @@ class Process:
             threading.Thread(target=self._pump, args=(stream, read), daemon=True).start()
         threading.Thread(target=self._feed, daemon=True).start()
 
-    def __enter__(self) -> Process:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def close(self) -> None:
         """End the command, if it still runs."""
         self._closed = True
@@ -182,7 +170,7 @@ class Process:
 
     def _pump(self, stream: str, read: Callable[[], bytes]) -> None:
         data = b"not empty"
-        while data and not self._closed:
+        while data:  # to the end also when closed: a pipe nobody reads stays open
             data = read()
             while not self._closed:
                 try:

@@ -11,14 +11,9 @@ _asking = threading.Lock()
 
 
 class Prompts:
-    """Answers by question.
-
-    Attributes:
-        unanswered: questions for which no terminal was there.
-    """
+    """Answers by question."""
 
     def __init__(self) -> None:
-        self.unanswered: set[str] = set()
         self._answers: dict[str, str] = {}
 
     def ask(self, question: str) -> str | None:
@@ -26,7 +21,6 @@ class Prompts:
         with _asking:
             if question not in self._answers:
                 if not sys.stdin.isatty():
-                    self.unanswered.add(question)
                     return None
                 self._answers[question] = getpass.getpass(f"{question}: ")
             return self._answers[question]

@@ -7,11 +7,9 @@ the link failed.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import shlex
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,18 +30,19 @@ from ssdi8_edge.target.known_hosts import HostKey, add_key, judge, known_keys
 from ssdi8_edge.target.process import Channel, link_lost
 from ssdi8_edge.target.prompts import Prompts
 from ssdi8_edge.target.ssh_config import Settings, look_up, public_blob
+from ssdi8_edge.target.ssh_link import Ear, Link, SshChannel, quietly
 
 T = TypeVar("T")
 
-LOST_S = 30.0  # without a sign of life
-PULSE_S = 5.0
 MAX_HOPS = 8
 PASSWORD_TRIES = 3
 MANY_KEYS = 3  # after which a host may hang up
 # Hardware does GCM on every board and host worth naming; counter mode is for old servers.
 CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com", "aes128-ctr", "aes256-ctr")
 WINDOW = 1 << 24
-PACKET = 1 << 15  # the most that OpenSSH takes at once
+
+# A password is asked for once, however many links are made.
+_prompts = Prompts()
 
 # It would print tracebacks; what goes wrong is said by exceptions.
 logging.getLogger("paramiko").setLevel(logging.CRITICAL + 1)
@@ -68,8 +67,7 @@ class SshConnection(Connection):
         super().__init__(str(address), store, python)
         self._address = address
         self._accept_new = accept_new_host_key
-        self._prompts = Prompts()
-        self._link: _Link | None = None
+        self._link: Link | None = None
         self._linking = threading.Lock()
 
     def open_channel(self, program: str) -> Channel:
@@ -82,7 +80,7 @@ class SshConnection(Connection):
             return channel
 
         try:
-            return _SshChannel(link, dial.within(execute))
+            return SshChannel(link, dial.within(execute))
         except ChannelException as error:
             raise BoardError(
                 f"{self.name} does not let this user run commands ({dial.words(error)});",
@@ -90,7 +88,7 @@ class SshConnection(Connection):
             ) from error
         except Exception as error:
             self.close()
-            raise link_lost(self.name, dial.words(error)) from error
+            raise _told(error, link_lost(self.name, dial.words(error))) from error
 
     def close(self) -> None:
         """Drop the link."""
@@ -99,7 +97,7 @@ class SshConnection(Connection):
                 self._link.close()
                 self._link = None
 
-    def _live_link(self) -> _Link:
+    def _live_link(self) -> Link:
         with self._linking:
             if self._link is not None:
                 try:
@@ -111,11 +109,11 @@ class SshConnection(Connection):
                 transports: list[paramiko.Transport] = []
                 try:
                     self._reach(look_up(self._address, _parse_config), transports, 0)
-                except BaseException:
+                except Exception:
                     for transport in reversed(transports):
-                        _quietly(transport.close)
+                        quietly(transport.close)
                     raise
-                self._link = _Link(self.name, transports)
+                self._link = Link(self.name, transports)
             return self._link
 
     def _reach(self, settings: Settings, transports: list[paramiko.Transport], depth: int) -> None:
@@ -143,14 +141,13 @@ class SshConnection(Connection):
             shown = HostKey(found.get_name(), found.asbytes())
             if not judge(settings.label, settings.key_name, shown, known):
                 self._take_new_key(settings, shown)
-            _Authentication(transport, settings, self._prompts).run()
-        except BaseException as error:
-            _quietly(transport.close)
-            if isinstance(error, Ssdi8Error) or not isinstance(error, Exception):
-                raise
-            raise LinkLost(
+            _Authentication(transport, settings).run()
+        except Exception as error:
+            quietly(transport.close)
+            lost = LinkLost(
                 f"{settings} went away during the login ({dial.words(error)});", "try again."
-            ) from error
+            )
+            raise _told(error, lost) from error
         return transport
 
     def _take_new_key(self, settings: Settings, shown: HostKey) -> None:
@@ -186,15 +183,16 @@ def _tunnel(through: paramiko.Transport, to: Settings) -> paramiko.Channel:
             "direct-tcpip", (to.host, to.port), ("127.0.0.1", 0), timeout=dial.STEP_S
         )
     except Exception as error:
-        raise LinkLost(
+        lost = LinkLost(
             f"the jump host cannot reach {to} ({dial.words(error)});",
             "see whether it is up, and whether the jump host allows forwarding.",
-        ) from error
+        )
+        raise _told(error, lost) from error
 
 
 def _greet(settings: Settings, sock: Any, known_kinds: set[str]) -> paramiko.Transport:
     """Agree on keys and ciphers; the host has shown its key, and nothing was told to it."""
-    transport = paramiko.Transport(_Ear(sock), default_window_size=WINDOW)
+    transport = paramiko.Transport(Ear(sock), default_window_size=WINDOW)
     transport.banner_timeout = transport.auth_timeout = dial.STEP_S
     options = transport.get_security_options()
     options.ciphers = CIPHERS
@@ -205,38 +203,34 @@ def _greet(settings: Settings, sock: Any, known_kinds: set[str]) -> paramiko.Tra
     try:
         dial.within(lambda: transport.start_client(timeout=dial.STEP_S))
     except IncompatiblePeer as error:
-        _quietly(transport.close)
+        quietly(transport.close)
         raise BoardError(
             f"{settings} has no encryption in common with this machine ({dial.words(error)});",
             "update its OpenSSH.",
         ) from error
     except Exception as error:
-        _quietly(transport.close)
-        raise LinkLost(
+        quietly(transport.close)
+        lost = LinkLost(
             f"{settings} does not answer as an SSH server does ({dial.words(error)});",
             "see whether the port is right and sshd runs there.",
-        ) from error
+        )
+        raise _told(error, lost) from error
     return transport
 
 
-def _quietly(action: Callable[[], object]) -> None:
-    """In a thread, as paramiko waits for a dead line until that is given up."""
-
-    def work() -> None:
-        with contextlib.suppress(Exception):
-            action()
-
-    threading.Thread(target=work, daemon=True).start()
+def _told(error: Exception, lost: LinkLost) -> Ssdi8Error:
+    """`lost`, unless `error` is ours already, such as Ctrl-C."""
+    return error if isinstance(error, Ssdi8Error) else lost
 
 
 class _Authentication:
     """Offers what the user has: configured keys, the agent's, then what the terminal answers."""
 
-    def __init__(self, transport: paramiko.Transport, settings: Settings, prompts: Prompts) -> None:
+    def __init__(self, transport: paramiko.Transport, settings: Settings) -> None:
         self._transport = transport
         self._settings = settings
-        self._prompts = prompts
         self._offered = 0
+        self._notes: list[str] = []
 
     def run(self) -> None:
         """Raises BoardError when the host lets the user in with none of it."""
@@ -279,141 +273,47 @@ class _Authentication:
         held_keys = {key.asbytes(): key for key in agent.get_keys()}
         for path in self._settings.identities:
             held = held_keys.pop(public_blob(path), None)
-            key = held or _load_key(path, self._prompts)
+            key = held or self._load(path)
             if key is not None:
                 yield key
         if not self._settings.only_identities:
             yield from held_keys.values()
+
+    def _load(self, path: Path) -> paramiko.PKey | None:
+        """A private key; None where there is none that can be used."""
+        if not path.is_file() or path.suffix == ".pub":
+            return None
+        question = f"passphrase of {path}"
+        try:
+            try:
+                return paramiko.PKey.from_path(path)
+            except TypeError:  # it has a passphrase
+                phrase = _prompts.ask(question)
+                if phrase is not None:
+                    return paramiko.PKey.from_path(path, phrase.encode())
+        except Ssdi8Error:  # Ctrl-C
+            raise
+        except Exception:  # of paramiko or cryptography: wrong passphrase, unknown kind, unreadable
+            _prompts.forget(question)
+        self._notes.append(f"{path} cannot be opened")
+        return None
 
     def _offer_password(self, methods: Sequence[str]) -> None:
         user, transport = self._settings.user, self._transport
         question = f"password of {user} on {self._settings}"
         if {"password", "keyboard-interactive"} & set(methods):
             for _ in range(PASSWORD_TRIES):
-                password = self._prompts.ask(question)
+                password = _prompts.ask(question)
                 if password is None:
                     break
                 self._offer(lambda word=password: transport.auth_password(user, word))  # type: ignore[misc]
                 if transport.is_authenticated():
                     return
-                self._prompts.forget(question)
-        unknown = sorted(self._prompts.unanswered - {question})
-        notes = [
-            f"{self._offered} keys were offered",
-            *(f"the {one} is not known" for one in unknown),
-        ]
+                _prompts.forget(question)
+        notes = [f"{self._offered} keys were offered", *self._notes]
         raise BoardError(
             f"{self._settings} does not let {user} in ({', '.join(notes)}, it takes "
             f"{' or '.join(methods) or 'others'});",
             f"bring your key there: ssh-copy-id {user}@{self._settings.host}; or add it to the "
             "agent: ssh-add",
         )
-
-
-def _load_key(path: Path, prompts: Prompts) -> paramiko.PKey | None:
-    """A private key; None where there is none that can be used."""
-    if not path.is_file() or path.suffix == ".pub":
-        return None
-    question = f"passphrase of {path}"
-    try:
-        try:
-            return paramiko.PKey.from_path(path)
-        except TypeError:  # it has a passphrase
-            phrase = prompts.ask(question)
-            return paramiko.PKey.from_path(path, phrase.encode()) if phrase else None
-    except Exception:  # of paramiko or cryptography: wrong passphrase, unknown kind, unreadable
-        prompts.forget(question)
-        return None
-
-
-# --------------------------------------------------------------------------------------------------
-# a link and what goes through it
-
-
-class _Ear:
-    """A socket that remembers when it was last heard. What was sent may not have arrived."""
-
-    def __init__(self, sock: Any) -> None:
-        self.heard = time.monotonic()
-        self._sock = sock
-
-    def recv(self, size: int) -> bytes:
-        data: bytes = self._sock.recv(size)
-        self.heard = time.monotonic()
-        return data
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._sock, name)
-
-
-class _Link:
-    """An authenticated transport, those that it goes through, and a pulse that shows it alive."""
-
-    def __init__(self, name: str, transports: Sequence[paramiko.Transport]) -> None:
-        self._name = name
-        self._transports = transports
-        self.transport = transports[-1]
-        threading.Thread(target=self._beat, daemon=True).start()
-
-    def check(self) -> None:
-        """Raises LinkLost when it broke, or nothing was heard for too long."""
-        if not self.transport.is_active():
-            raise link_lost(self._name, "the connection was closed")
-        if time.monotonic() - self.transport.sock.heard > LOST_S:
-            self.close()
-            raise link_lost(self._name, f"nothing was heard for {LOST_S:g} s")
-
-    def close(self) -> None:
-        for transport in reversed(self._transports):
-            _quietly(transport.close)
-
-    def _beat(self) -> None:
-        """Ask for an answer now and then: of a dead line or jump host nothing else tells."""
-        try:
-            while self.transport.is_active():
-                # It is refused, and a refusal is an answer, too.
-                self.transport.global_request("keepalive@openssh.com", wait=True)
-                time.sleep(PULSE_S)
-        except Exception:
-            pass  # `check` tells
-
-
-class _SshChannel(Channel):
-    def __init__(self, link: _Link, channel: paramiko.Channel) -> None:
-        self._link = link
-        self._channel = channel
-
-    def read(self) -> bytes:
-        return bytes(self._channel.recv(1 << 20))
-
-    def read_errors(self) -> bytes:
-        return bytes(self._channel.recv_stderr(1 << 16))
-
-    def write(self, data: bytes) -> None:
-        for start in range(0, len(data), PACKET):
-            piece = data[start : start + PACKET]
-            while piece:
-                try:
-                    sent = self._channel.send(piece)
-                except Exception as error:
-                    raise BrokenPipeError from error
-                if sent == 0:
-                    raise BrokenPipeError
-                piece = piece[sent:]
-
-    def end_input(self) -> None:
-        _quietly(self._channel.shutdown_write)
-
-    def exit_status(self, timeout: float) -> int | None:
-        if not self._channel.status_event.wait(timeout):
-            return None
-        if self._channel.exit_status < 0:
-            self._link.check()
-            return None
-        return int(self._channel.exit_status)
-
-    def check(self) -> None:
-        self._link.check()
-
-    def close(self) -> None:
-        _quietly(self._channel.close)

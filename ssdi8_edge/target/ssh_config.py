@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ssdi8_edge.errors import UsageError
+from ssdi8_edge.errors import Ssdi8Error, UsageError
 from ssdi8_edge.target.address import Address, parse_address
 from ssdi8_edge.target.known_hosts import SSH_PORT, host_name
 
@@ -64,6 +64,8 @@ def look_up(address: Address, parse: Parse) -> Settings:
     try:
         found = parse([*_lines(user_file), "Match all", *_lines(_SYSTEM)], address.host)
         port = address.port or int(found.get("port", SSH_PORT))
+    except Ssdi8Error:
+        raise
     except Exception as error:  # of the parser, which has no common base of its own
         raise UsageError(
             f"the SSH configuration for {address.host} cannot be read: {error};",

@@ -1,6 +1,6 @@
 """A Jetson for readers and tests that have none: an OpenSSH server and a folder of fakes.
 
-    python -m tests.board_simulator --folder /tmp/board        (from the root of the repository)
+    python -m tests.board_simulator        (from the root of the repository)
 
 starts a server on this machine that only you can log in to and that answers like an Orin NX of 16
 GB: `nvpmodel`, `tegrastats`, `jetson_clocks` and `sudo` on its PATH are scripts, and

@@ -63,7 +63,9 @@ class Lab:
     def simulate(self, alias: str) -> SshServer:
         """Start a simulated Orin NX that ~/.ssh/config calls `alias`."""
         environment = make_board(self.folder / alias)
-        return self.serve(alias, environment=environment)
+        server = self.serve(alias, environment=environment)
+        server.restart_after(self.folder / alias / "root/reboot")
+        return server
 
     def add(self, config: str, known_host: str = "") -> None:
         """Append to ~/.ssh/config and known_hosts."""

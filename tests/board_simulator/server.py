@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 START_S = 10.0
+DOWN_S = 1.0  # of a reboot
 
 
 def sshd_path() -> str | None:
@@ -154,6 +155,8 @@ class SshServer:
     def stop(self) -> None:
         """End it."""
         self._stopping.set()
+        if self._monitor is not None:
+            self._monitor.join()
         self.kill()
 
     def restart_after(self, marker: Path) -> None:
@@ -164,8 +167,8 @@ class SshServer:
                 if marker.exists():
                     marker.unlink()
                     self.kill()
-                    time.sleep(1.0)
-                    self.start()
+                    if not self._stopping.wait(DOWN_S):
+                        self.start()
 
         self._monitor = threading.Thread(target=watch, daemon=True)
         self._monitor.start()

@@ -25,6 +25,8 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}\Z")
 
 def store_folder(wire: Wire, *inside: str) -> str:
     """A folder of the store, made where missing; refuses a link, which may lead elsewhere."""
+    if not wire.arguments["store"]:
+        wire.refuse("the store has no name", "name a folder by --store.")
     path = os.path.realpath(os.path.expanduser(wire.arguments["store"]))
     try:
         os.makedirs(path, mode=0o700, exist_ok=True)

@@ -38,7 +38,7 @@ def unpack_w4(packed: Tensor, group_scale: Tensor, group_size: int) -> Tensor:
         packed: (Out, In / 2) INT8; byte 4i + j, plus 128, = 16 · q4[8i + 4 + j] + q4[8i + j], q4 in
             [0, 15]: four bytes hold eight inputs in a row, which masks alone put in order.
         group_scale: (Out, In / group_size), in units of the row's INT8 step: FP16, or INT8 from
-            -15 to 16 without 0, which needs no rounding and lets a kernel scale the sum of a whole group.
+            -15 to 16 without 0, which need no rounding and let a kernel scale a group's sum.
     """
     byte = (packed.to(torch.int16) + 128).unflatten(1, (-1, 4))
     q4 = torch.stack([byte % 16, byte // 16], 2).flatten(1) - 8

@@ -107,7 +107,7 @@ def test_an_engine_and_its_log(bundle: Path, tmp_path: Path) -> None:
     assert report["built"] is True
     told = json.loads(given.read_text())
     assert told["typed"] is True and told["tf32"] is False and told["formats"] == [1]
-    assert told["workspace"] == 512 * MIB and "DETAILED" in told["verbosity"]
+    assert told["workspace"] == 4096 * MIB and "DETAILED" in told["verbosity"]
     prefill, decode = told["profiles"]
     assert prefill["input_ids"] == [[1, 1], [1, 32], [1, 64]]
     assert decode["input_ids"] == [[1, 1]] * 3

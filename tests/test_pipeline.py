@@ -165,7 +165,19 @@ def assert_whole(out: Path) -> None:
 # whole builds
 
 
-@pytest.mark.parametrize("method", METHODS)
+ACCURACY_ONLY = [name for name, recipe in METHODS.items() if recipe.ssd == "dequantized"]
+
+
+@pytest.mark.parametrize("method", ACCURACY_ONLY)
+def test_methods_without_an_engine_quantize_only(ask: Ask, tmp_path: Path, method: str) -> None:
+    """A bundle is refused before anything is computed."""
+    with pytest.raises(UsageError, match="for comparing accuracy only"):
+        build(ask(tmp_path / "run", method))
+    assert not (tmp_path / "run").exists()
+    assert build(ask(tmp_path / "run", method, until="quantize")).ran == ["calibrate", "quantize"]
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ACCURACY_ONLY])
 def test_every_method_builds(ask: Ask, tmp_path: Path, method: str) -> None:
     """From checkpoint to a bundle that onnxruntime verified; a second time, nothing is to do."""
     first = build(ask(tmp_path / "run", method))

@@ -37,7 +37,7 @@ class LineReader:
         """No more comes: an unfinished last line is one, too."""
         self._take(self._decode(b"", True))
         if self._rest and self._on_line:
-            self._on_line(self._rest)
+            self._on_line(self._rest.removesuffix("\r"))
         self._rest = ""
 
     def _take(self, text: str) -> None:

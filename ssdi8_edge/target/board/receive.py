@@ -113,11 +113,12 @@ def _take_in(wire: Wire, folders: dict, contents: dict) -> None:
                 break
     try:
         _take_wanted(wire, folders, contents, wanted)
-    except OSError:
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         for sha256, _ in wanted:
             path = os.path.join(folders["partial"], sha256)
-            if os.path.exists(path) and not os.stat(path).st_size:
-                os.unlink(path)  # ours, as its lock is; a full disk has no use for it
+            if os.path.exists(path) and (full or not os.stat(path).st_size):
+                os.unlink(path)  # ours, as its lock is; a full disk needs the room more than we do
         raise
 
 

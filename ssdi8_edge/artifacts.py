@@ -83,7 +83,7 @@ def whole_or_absent(final: Path) -> Iterator[Path]:
     """
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(final)
+        remove_leftovers(final)
         scratch = Path(
             tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".partial", dir=final.parent)
         )
@@ -100,8 +100,9 @@ def whole_or_absent(final: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _remove_leftovers(final: Path) -> None:
-    """Scratch folders of killed builds; one may have died between the renames of `_exchange`."""
+def remove_leftovers(final: Path) -> None:
+    """Scratch folders of killed writers; one may have died between the renames of `_exchange`,
+    another after its artifact was whole, so that nobody writes it again."""
     for stale in final.parent.glob(f".{final.name}.*.partial"):
         aside = stale / f"{final.name}{ASIDE}"
         if aside.exists() and not final.exists():

@@ -41,6 +41,7 @@ from ssdi8_edge.artifacts import (
     key_of,
     listing,
     read_json,
+    remove_leftovers,
     sha256_file,
     shipped,
     whole_or_absent,
@@ -214,6 +215,8 @@ class Build:
             "bundle": self._bundle,
         }
         with _exclusive(self.request.out):
+            for name in (CALIBRATION, QUANTIZED, ONNX, BUNDLE, STEPS):
+                remove_leftovers(self.request.out / name)
             keys = self.keys
             for stage, action in self.plan().items():
                 if action == "reuse":

@@ -475,6 +475,18 @@ def start_build(arguments: list[str]) -> multiprocessing.process.BaseProcess:
     return process
 
 
+def test_leftovers_beside_artifacts_that_are_up_to_date_are_removed(
+    ask: Ask, clean: Path, finished: Path
+) -> None:
+    """A build killed after an artifact took its name leaves a folder that no later stage writes."""
+    for name in ("calibration.safetensors", "quantized", "onnx", "bundle", "steps.json"):
+        scratch = finished / f".{name}.abc123.partial"
+        scratch.mkdir()
+        (scratch / "old").write_text("old")
+    result = build(ask(finished))
+    assert not result.ran and digests(finished) == digests(clean)
+
+
 @pytest.mark.slow
 def test_kill_at_random_moments(
     ask: Ask, clean: Path, model: Path, text: Path, tmp_path: Path

@@ -27,7 +27,8 @@ def quantize_by(
 ) -> list[Path]:
     """The quantized checkpoint of each method, in the run folders below `runs` that `build` makes.
 
-    What is there and up to date is not made again.
+    What is there and up to date is not made again, and what methods have in common, the statistics
+    of the same windows, is made once.
 
     Args:
         calibration, tokenizer, device: as in `pipeline.BuildRequest`.
@@ -45,7 +46,7 @@ def quantize_by(
             f"{source} is quantized already;",
             "name the checkpoint that it was made from, or leave out --methods.",
         )
-    folders = []
+    builds: list[Build] = []
     for recipe in recipes:
         request = BuildRequest(
             model=model,
@@ -57,6 +58,9 @@ def quantize_by(
             until="quantize",
             device=device,
         )
-        Build(request, track, partial(say, recipe.name)).run()
-        folders.append(request.out / QUANTIZED)
-    return folders
+        build = Build(request, track, partial(say, recipe.name))
+        for earlier in builds:
+            build.adopt_calibration(earlier)
+        build.run()
+        builds.append(build)
+    return [build.request.out / QUANTIZED for build in builds]

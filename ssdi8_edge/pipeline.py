@@ -251,9 +251,12 @@ class Build:
         seconds = round(time.perf_counter() - begin, 2)
         on_gpu = self.request.device != "cpu" and stage in ("calibrate", "quantize")
         where = f"host, {torch.cuda.get_device_name(self.request.device)}" if on_gpu else "host"
-        self._steps[stage] = {"key": key, "where": where, "seconds": seconds}
+        self._write_steps(self._steps | {stage: {"key": key, "where": where, "seconds": seconds}})
+
+    def _write_steps(self, steps: dict[str, dict[str, Any]]) -> None:
+        self._steps = steps
         with whole_or_absent(self.request.out / STEPS) as path:
-            write_json(path, self._steps)
+            write_json(path, steps)
 
     def _windows(self) -> Tensor:
         recipe = self.request.recipe
@@ -262,6 +265,17 @@ class Build:
         )
         require_vocabulary(tokens, self.tokenizer, self.request.model, self.config.vocab_size)
         return tokens
+
+    def adopt_calibration(self, other: Build) -> None:
+        """Take the statistics of a build that made them from the same, unless ours are there."""
+        if self.plan()["calibrate"] == "run" and self.keys["calibrate"] == other.keys["calibrate"]:
+            with _exclusive(self.request.out):
+                with whole_or_absent(self.request.out / CALIBRATION) as path:
+                    shutil.copyfile(other.request.out / CALIBRATION, path)
+                shared = {
+                    stage: step for stage, step in other._steps.items() if stage == "calibrate"
+                }
+                self._write_steps(self._steps | shared)
 
     def _calibrate(self, key: str) -> None:
         statistics: dict[str, Tensor] = {}

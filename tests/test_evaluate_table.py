@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from ssdi8_edge.artifacts import QUANTIZED
 from ssdi8_edge.cli import app
+from ssdi8_edge.comparison import quantize_by
 from ssdi8_edge.errors import UsageError
 from ssdi8_edge.evaluate.evaluation import Evaluation
 from ssdi8_edge.evaluate.table import markdown, require_writable, save_results, show
@@ -191,6 +192,25 @@ def test_each_method_is_quantized_once_and_evaluated(scene: Path) -> None:
     assert again.stderr.count("up to date") == 4 and "done in" not in again.stderr
     found = [(record["model"], record["kl"] is None) for record in json.loads(again.stdout)]
     assert found == [("fp32", True), ("fp16", False), ("ssdi8-w8a8", False)]
+
+
+def test_methods_with_the_same_windows_share_their_statistics(scene: Path) -> None:
+    """Calibrated once; the second run folder is what building it alone would give."""
+    said: list[str] = []
+    methods = ("had-w8a8", "quamba2-w8a8", "edge-w8a8")
+    for names, runs in ((methods, "shared"), (methods[1:2], "alone")):
+        quantize_by(
+            *(names, str(scene / "tiny"), scene / runs),
+            calibration=scene / "text.txt",
+            say=lambda method, line: said.append(f"{method}: {line}"),
+        )
+    shared_by = [line for line in said if "calibrate: up to date" in line]
+    assert shared_by == ["quamba2-w8a8: calibrate: up to date"]
+    shared, alone = (scene / runs / "tiny--quamba2-w8a8--host-cpu" for runs in ("shared", "alone"))
+    for name in ("calibration.safetensors", f"{QUANTIZED}/model.safetensors"):
+        assert (shared / name).read_bytes() == (alone / name).read_bytes()
+    noted = json.loads((shared / "steps.json").read_text())
+    assert list(noted) == ["calibrate", "quantize"]
 
 
 CASES: dict[str, tuple[list[str], str]] = {

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ssdi8_edge.allocator import return_freed_memory
 from ssdi8_edge.checkpoint import Checkpoint
 from ssdi8_edge.errors import CheckpointError
 from ssdi8_edge.hadamard import transform
@@ -219,6 +220,7 @@ def calibrate(
             seen = observers.statistics()
             statistics |= {f"layers.{i}.{k}": v.cpu() for k, v in seen.items()}
             _require_numbers(checkpoint, i, observers.absmax)
+            return_freed_memory()
         norm_f = torch.zeros((), device=device)
         for part in batches(ids):
             rows = stream[part].to(device)

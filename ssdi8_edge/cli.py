@@ -6,8 +6,6 @@ not fit, 3 a board cannot be reached, 130 stopped by Ctrl-C.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import json
 import shlex
 import signal
@@ -21,6 +19,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ssdi8_edge.allocator import keep_freed_memory
 from ssdi8_edge.artifacts import TOKENIZER
 from ssdi8_edge.errors import Interrupted, Ssdi8Error, UsageError
 from ssdi8_edge.report import command as report_command
@@ -39,9 +38,6 @@ human = Console(stderr=True, highlight=False)
 
 # A loop that has not run this long shows no bar.
 QUIET_SECONDS = 2.0
-# Of glibc's malloc.h.
-M_TRIM_THRESHOLD = -1
-M_MMAP_THRESHOLD = -3
 
 Source = Annotated[str, typer.Argument(help="Bundle, run folder or checkpoint.")]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda or cuda:INDEX.")]
@@ -134,7 +130,7 @@ def build(
         device=device,
         command=shlex.join(["ssdi8-edge", *sys.argv[1:]]),
     )
-    _give_freed_memory_back()
+    keep_freed_memory()
     job = Build(request, progress, lambda line: human.print(line))
     if dry_run:
         plan = job.plan() | ({"deploy": f"bring it to {host}"} if host else {})
@@ -142,30 +138,6 @@ def build(
         return
     result = job.run()
     _report(result, as_json, host)
-
-
-def _give_freed_memory_back() -> None:
-    """Let glibc take large blocks from the system one by one, and return each when it is freed.
-
-    Otherwise it raises its threshold to the size of a layer's tensors, keeps them in its heap, and
-    the peak grows with the calibration text, to more than twice as much on a 370m model.
-    """
-    _mallopt({M_MMAP_THRESHOLD: 4 << 20})
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc keep what is freed: each window asks for the same large blocks as the last.
-
-    Fetching their pages from the system anew takes as long as computing with them, and longer.
-    """
-    _mallopt({M_MMAP_THRESHOLD: 1 << 30, M_TRIM_THRESHOLD: (1 << 31) - 1})
-
-
-def _mallopt(settings: dict[int, int]) -> None:
-    with contextlib.suppress(OSError, AttributeError):  # another C library manages by itself
-        library = ctypes.CDLL(None)
-        for parameter, value in settings.items():
-            library.mallopt(parameter, value)
 
 
 def _print_plan(plan: dict[str, str]) -> None:
@@ -301,12 +273,12 @@ def evaluate(
     measures = plan(_names(tasks), text or [], data, limit, long_context)
     require_device(device)
     require_writable(save or [])
+    keep_freed_memory()
     if methods:
         if len(models) != 1:
             raise UsageError(f"--methods takes one checkpoint, not {len(models)};", "name one.")
         from ssdi8_edge.comparison import quantize_by
 
-        _give_freed_memory_back()
         names, model = _names(methods), models[0]
         folders = quantize_by(
             *(names, model, runs, calibration, tokenizer, device, progress, _say_of)
@@ -320,7 +292,6 @@ def evaluate(
 
         named = None if tokenizer is None else named_tokenizer(tokenizer)
         subjects = [open_subject(model, named, device) for model in models]
-    _keep_freed_memory()
     rows = measure(subjects, measures, progress)
     save_results(rows, save or [])
     records = [record for row in rows for record in row.records()]

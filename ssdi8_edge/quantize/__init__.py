@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ssdi8_edge import int8
+from ssdi8_edge.allocator import return_freed_memory
 from ssdi8_edge.calibrate import embed, fp32_layer, in_proj_parts, layer_config, load_block
 from ssdi8_edge.checkpoint import Checkpoint
 from ssdi8_edge.methods import QuantConfig
@@ -94,6 +95,7 @@ def quantize(
             source = fp32_layer(checkpoint, i, device)
             for name, tensor in _quantize_layer(source, own, config, recipe, streams).items():
                 sink.add(prefix + name, tensor)
+            return_freed_memory()
         return saturation.fractions()
 
 

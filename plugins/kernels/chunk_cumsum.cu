@@ -30,7 +30,7 @@ __global__ __launch_bounds__(ssd::kThreads) void chunk_cumsum_kernel(ssd::Shape 
 
 int ssdi8_chunk_cumsum(const Ssdi8ChunkCumsumParams* p, void* stream) {
   using namespace ssdi8;
-  ssd::Shape shape;
+  ssd::Shape shape{};
   // headdim, groups and d_state play no part here
   if (int code =
           ssd::make_shape("chunk_cumsum", p->batch, p->length, p->nheads, 64, 1, 64, p->chunk_size,

@@ -159,7 +159,7 @@ int make_shape(const Ssdi8ChunkScanParams& p, Shape* shape) {
 
 int ssdi8_chunk_scan(const Ssdi8ChunkScanParams* p, void* stream) {
   using namespace ssdi8;
-  ssd::Shape shape;
+  ssd::Shape shape{};
   if (int code = make_shape(*p, &shape)) return code;
   if (shape.tiled) {
     if (int code = ssd::check_scale("chunk_scan", shape, "x_tile_scale", p->x_tile_scale)) {
@@ -173,7 +173,7 @@ int ssdi8_chunk_scan(const Ssdi8ChunkScanParams* p, void* stream) {
 }
 
 size_t ssdi8_chunk_scan_workspace(const Ssdi8ChunkScanParams* p) {
-  ssdi8::ssd::Shape shape;
+  ssdi8::ssd::Shape shape{};
   if (ssdi8::make_shape(*p, &shape)) return 0;
   return ssdi8::carve(shape, nullptr).bytes;
 }

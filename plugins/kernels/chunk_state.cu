@@ -130,7 +130,7 @@ int make_shape(const Ssdi8ChunkStateParams& p, Shape* shape) {
 
 int ssdi8_chunk_state(const Ssdi8ChunkStateParams* p, void* stream) {
   using namespace ssdi8;
-  ssd::Shape shape;
+  ssd::Shape shape{};
   if (int code = make_shape(*p, &shape)) return code;
   if (int code = ssd::check_gate("chunk_state", p->gate, shape)) return code;
   if (int code = ssd::check_scale("chunk_state", shape, "x_scale", p->x_scale)) return code;
@@ -142,7 +142,7 @@ int ssdi8_chunk_state(const Ssdi8ChunkStateParams* p, void* stream) {
 }
 
 size_t ssdi8_chunk_state_workspace(const Ssdi8ChunkStateParams* p) {
-  ssdi8::ssd::Shape shape;
+  ssdi8::ssd::Shape shape{};
   if (ssdi8::make_shape(*p, &shape)) return 0;
   return shape.group_chunks() * shape.b_units() * ssdi8::ssd::kUnitBytes;
 }

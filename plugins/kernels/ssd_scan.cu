@@ -600,7 +600,7 @@ int make_shape(const Ssdi8SsdScanParams& p, Shape* shape) {
 
 int ssdi8_ssd_scan(const Ssdi8SsdScanParams* p, void* stream) {
   using namespace ssdi8;
-  ssd::Shape shape;
+  ssd::Shape shape{};
   if (int code = make_shape(*p, &shape)) return code;
   if (int code = ssd::check_gate("ssd_scan", p->gate, shape)) return code;
   if (p->dt_column < 0 || p->dt_column + p->nheads > p->row_stride) {
@@ -627,7 +627,7 @@ int ssdi8_ssd_scan(const Ssdi8SsdScanParams* p, void* stream) {
 }
 
 size_t ssdi8_ssd_scan_workspace(const Ssdi8SsdScanParams* p) {
-  ssdi8::ssd::Shape shape;
+  ssdi8::ssd::Shape shape{};
   if (p->length == 1 || ssdi8::make_shape(*p, &shape)) return 0;
   return ssdi8::carve(shape, nullptr).bytes;
 }

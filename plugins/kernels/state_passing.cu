@@ -210,7 +210,7 @@ cudaError_t launch_passing(const ssd::Shape& shape, const Passing& passing, cuda
 
 int ssdi8_state_passing(const Ssdi8StatePassingParams* p, void* stream) {
   using namespace ssdi8;
-  ssd::Shape shape;
+  ssd::Shape shape{};
   if (int code = ssd::make_shape("state_passing", p->batch, p->length, p->nheads, p->headdim, 1,
                                  p->d_state, p->chunk_size, p->chunk_size, p->rounding, p->scaling,
                                  &shape)) {

@@ -1,0 +1,93 @@
+// What the launchers of the SSD ops check and share.
+
+#ifndef SSDI8_SSD_LAUNCH_CUH_
+#define SSDI8_SSD_LAUNCH_CUH_
+
+#include <stddef.h>
+
+#include "../common.cuh"
+#include "../kernels.h"
+#include "shape.cuh"
+
+namespace ssdi8 {
+namespace ssd {
+
+// Fills `shape`, or refuses. scan_tile = chunk stands for an op without tiles.
+inline int make_shape(const char* op, int batch, int length, int nheads, int headdim, int ngroups,
+                      int d_state, int chunk, int scan_tile, int rounding, int scaling,
+                      Shape* shape) {
+  if (batch < 1 || length < 1 || nheads < 1 || ngroups < 1 || nheads % ngroups != 0) {
+    return refuse("%s: batch %d, length %d, %d heads in %d groups", op, batch, length, nheads,
+                  ngroups);
+  }
+  if (headdim != 64 && headdim != 128) return refuse("%s: headdim %d, not 64 or 128", op, headdim);
+  if (d_state != 64 && d_state != 128 && d_state != 256) {
+    return refuse("%s: d_state %d, not 64, 128 or 256", op, d_state);
+  }
+  if (chunk != 64 && chunk != 128 && chunk != 256) {
+    return refuse("%s: chunk_size %d, not 64, 128 or 256", op, chunk);
+  }
+  if (scan_tile != chunk && scan_tile != kScanTile) {
+    return refuse("%s: scan_tile %d, not %d or the chunk size %d", op, scan_tile, kScanTile, chunk);
+  }
+  if (rounding != SSDI8_HALF_EVEN && rounding != SSDI8_HALF_AWAY) {
+    return refuse("%s: rounding %d", op, rounding);
+  }
+  if (scaling != SSDI8_SCALING_STATIC && scaling != SSDI8_SCALING_DYNAMIC) {
+    return refuse("%s: scaling %d", op, scaling);
+  }
+  *shape = {batch,
+            length,
+            nheads,
+            headdim,
+            ngroups,
+            d_state,
+            chunk,
+            static_cast<int>(ceil_div(length, chunk)),
+            scan_tile < chunk,
+            rounding == SSDI8_HALF_AWAY,
+            scaling == SSDI8_SCALING_DYNAMIC};
+  return SSDI8_OK;
+}
+
+inline int check_gate(const char* op, int gate, const Shape& shape) {
+  if (gate == SSDI8_GATE_Q0_7 && shape.dynamic) {
+    return refuse("%s: scaling dynamic with gate Q0.7", op);
+  }
+  if (gate == SSDI8_GATE_FP32 || gate == SSDI8_GATE_Q0_7) return SSDI8_OK;
+  return refuse("%s: gate %d", op, gate);
+}
+
+// Scaling "static" needs its inputs.
+inline int check_scale(const char* op, const Shape& shape, const char* name, const float* scale) {
+  if (shape.dynamic || scale != nullptr) return SSDI8_OK;
+  return refuse("%s: scaling static needs %s", op, name);
+}
+
+// Grants `kernel` its dynamic shared memory; call before each launch.
+template <typename Kernel>
+cudaError_t grant_shared(Kernel* kernel, size_t bytes) {
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+}
+
+// Bytes of scratch memory, handed out in 256-byte steps.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+  template <typename T>
+  T* take(size_t count) {
+    T* p = reinterpret_cast<T*>(base_ + used_);
+    used_ += (count * sizeof(T) + 255) / 256 * 256;
+    return p;
+  }
+  size_t used() const { return used_; }
+
+ private:
+  char* base_;
+  size_t used_ = 0;
+};
+
+}  // namespace ssd
+}  // namespace ssdi8
+
+#endif  // SSDI8_SSD_LAUNCH_CUH_

@@ -1,0 +1,208 @@
+// Preparation, once per (batch, chunk, group): CB, C and B as units.
+
+#ifndef SSDI8_SSD_PREPARE_CUH_
+#define SSDI8_SSD_PREPARE_CUH_
+
+#include <cuda_fp16.h>
+#include <stdint.h>
+
+#include "mma.cuh"
+#include "rounding.cuh"
+#include "shape.cuh"
+
+namespace ssdi8 {
+namespace ssd {
+
+// 16 consecutive int8 of a row, zeros where the row does not exist.
+__device__ __forceinline__ uint4 row_bytes(const int8_t* base, int row, int valid, size_t pitch,
+                                           int column) {
+  if (row >= valid) return make_uint4(0, 0, 0, 0);
+  return load16_global(base + size_t(row) * pitch + column);
+}
+
+// One warp: CB of rows 16i .. 16i + 15 and columns 32s .. 32s + 31, in units of cb_scale: as one
+// INT8 unit (left of the diagonal tile) or as FP16 units of 16 columns each, rounded to integers
+// with scaling "static".
+template <int kN, bool kAway>
+__device__ __forceinline__ void prepare_cb_unit(const Shape& shape, const int8_t* b_rows,
+                                                const int8_t* c_rows, int valid, int i, int s,
+                                                float requantizer, uint4* cb8, uint4* cb16) {
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const size_t pitch = size_t(shape.ngroups) * kN;
+  int acc[4][4];
+#pragma unroll
+  for (int v = 0; v < 4; ++v) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) acc[v][e] = 0;
+  }
+#pragma unroll
+  for (int n64 = 0; n64 < kN / 64; ++n64) {
+    const int column = 64 * n64 + 16 * t;
+    const uint4 a0 = row_bytes(c_rows, 16 * i + g, valid, pitch, column);
+    const uint4 a1 = row_bytes(c_rows, 16 * i + g + 8, valid, pitch, column);
+#pragma unroll
+    for (int v = 0; v < 4; ++v) {
+      // Columns in the order that leaves four consecutive ones in a lane's accumulators.
+      const int k = 32 * s + 16 * (v / 2) + 4 * (g / 2) + 2 * (v % 2) + g % 2;
+      const uint4 b = row_bytes(b_rows, k, valid, pitch, column);
+      mma_int8(acc[v], make_uint4(a0.x, a1.x, a0.y, a1.y), b.x, b.y);
+      mma_int8(acc[v], make_uint4(a0.z, a1.z, a0.w, a1.w), b.z, b.w);
+    }
+  }
+  float cb[4][4];
+#pragma unroll
+  for (int v = 0; v < 4; ++v) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) cb[v][e] = __fmul_rn(static_cast<float>(acc[v][e]), requantizer);
+  }
+  if (shape.tiled && s / 2 < i / 4) {
+    int q[4][4];
+#pragma unroll
+    for (int v = 0; v < 4; ++v) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) q[v][e] = round_int<kAway>(cb[v][e]);
+    }
+    cb8[(size_t(i) * (shape.chunk / 32) + s) * 32 + lane] =
+        make_uint4(saturate4(q[0][0], q[0][1], q[1][0], q[1][1]),
+                   saturate4(q[0][2], q[0][3], q[1][2], q[1][3]),
+                   saturate4(q[2][0], q[2][1], q[3][0], q[3][1]),
+                   saturate4(q[2][2], q[2][3], q[3][2], q[3][3]));
+    return;
+  }
+  const auto to_fp16 = [&](float v) {
+    if (shape.dynamic) return fmaxf(-kMaxFp16, fminf(v, kMaxFp16));
+    return static_cast<float>(max(kAway ? -127 : -128, min(round_int<kAway>(v), 127)));
+  };
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if (2 * s + half > i) break;
+    uint32_t word[4];
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      const int v = 2 * half + w / 2, e = 2 * (w % 2);
+      const __half2 pair = __floats2half2_rn(to_fp16(cb[v][e]), to_fp16(cb[v][e + 1]));
+      word[w] = *reinterpret_cast<const uint32_t*>(&pair);
+    }
+    cb16[(size_t(i) * (shape.chunk / 16) + 2 * s + half) * 32 + lane] =
+        make_uint4(word[0], word[1], word[2], word[3]);
+  }
+}
+
+// One warp: B^T of positions 32s .. 32s + 31 and 64 state columns as four units. A lane owns every
+// second of 16 columns and packs four positions of each with byte permutations.
+__device__ __forceinline__ void prepare_b_units(const int8_t* b_rows, int valid, size_t pitch,
+                                                int d_state, int s, int n64, uint4* b_units) {
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const uint32_t select = g % 2 ? 0x7351 : 0x6240;
+  uint32_t word[2][8];  // [positions +0 / +16][column of the run of 16, own parity]
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    uint4 row[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      row[i] =
+          row_bytes(b_rows, 32 * s + 16 * half + 4 * t + i, valid, pitch, 64 * n64 + 16 * (g / 2));
+    }
+    const uint32_t* r0 = reinterpret_cast<const uint32_t*>(&row[0]);
+    const uint32_t* r1 = reinterpret_cast<const uint32_t*>(&row[1]);
+    const uint32_t* r2 = reinterpret_cast<const uint32_t*>(&row[2]);
+    const uint32_t* r3 = reinterpret_cast<const uint32_t*>(&row[3]);
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      const uint32_t low = __byte_perm(r0[w], r1[w], select);  // bytes e of both, then e + 2
+      const uint32_t high = __byte_perm(r2[w], r3[w], select);
+      word[half][2 * w] = __byte_perm(low, high, 0x5410);
+      word[half][2 * w + 1] = __byte_perm(low, high, 0x7632);
+    }
+  }
+#pragma unroll
+  for (int u = 0; u < 4; ++u) {
+    b_units[(size_t(s) * (d_state / 16) + 4 * n64 + u) * 32 + lane] =
+        make_uint4(word[0][2 * u], word[1][2 * u], word[0][2 * u + 1], word[1][2 * u + 1]);
+  }
+}
+
+// One warp: C of rows 16i .. 16i + 15 as units, one per 32 state columns.
+template <int kN>
+__device__ __forceinline__ void prepare_c_units(const int8_t* c_rows, int valid, size_t pitch,
+                                                int i, uint4* c_units) {
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  uint4* unit = c_units + size_t(i) * (kN / 32) * 32 + lane;
+#pragma unroll
+  for (int n64 = 0; n64 < kN / 64; ++n64) {
+    const uint4 low = row_bytes(c_rows, 16 * i + g, valid, pitch, 64 * n64 + 16 * t);
+    const uint4 high = row_bytes(c_rows, 16 * i + g + 8, valid, pitch, 64 * n64 + 16 * t);
+    unit[2 * n64 * 32] = make_uint4(low.x, high.x, low.y, high.y);
+    unit[(2 * n64 + 1) * 32] = make_uint4(low.z, high.z, low.w, high.w);
+  }
+}
+
+// Jobs of one warp for one (batch, chunk, group): CB units of the lower triangle, C, then B.
+__host__ __device__ inline int cb_jobs(int chunk) {
+  const int steps = chunk / 32;  // rows 32r + 0..31 meet steps 0 .. r
+  return steps * (steps + 1);
+}
+__host__ __device__ inline int c_jobs(int chunk) { return chunk / 16; }
+__host__ __device__ inline int b_jobs(int chunk, int d_state) {
+  return (chunk / 32) * (d_state / 64);
+}
+
+struct PrepareGroup {
+  const int8_t* b_q;
+  const int8_t* c_q;
+  const float* b_scale;
+  const float* c_scale;
+  const float* cb_scale;
+  uint4* b_units;  // null: not wanted
+  uint4* c_units;  // null: CB and C not wanted
+  uint4* cb8;
+  uint4* cb16;
+};
+
+template <int kN>
+__device__ __forceinline__ void prepare_group(const Shape& shape, const PrepareGroup& p,
+                                              int group_chunk_index, int job) {
+  const int group = group_chunk_index % shape.ngroups;
+  const int bc = group_chunk_index / shape.ngroups;
+  const int c = bc % shape.chunks, b = bc / shape.chunks;
+  const int start = c * shape.chunk;
+  const int valid = min(shape.chunk, shape.length - start);
+  const size_t pitch = size_t(shape.ngroups) * kN;
+  const size_t first = (size_t(b) * shape.length + start) * pitch + size_t(group) * kN;
+  if (p.c_units != nullptr) {
+    if (job < cb_jobs(shape.chunk)) {
+      int r = 0;  // rows of 32; job counts (row of 16, step) pairs row by row
+      while (job >= (r + 1) * (r + 2)) ++r;
+      const int rest = job - r * (r + 1);
+      const int i = 2 * r + rest / (r + 1), s = rest % (r + 1);
+      const float requantizer =
+          __fdiv_rn(__fmul_rn(p.c_scale[group], p.b_scale[group]), p.cb_scale[group]);
+      uint4* cb8 = p.cb8 + group_chunk_index * shape.cb8_units() * 32;
+      uint4* cb16 = p.cb16 + group_chunk_index * shape.cb16_units() * 32;
+      if (shape.away) {
+        prepare_cb_unit<kN, true>(shape, p.b_q + first, p.c_q + first, valid, i, s, requantizer,
+                                  cb8, cb16);
+      } else {
+        prepare_cb_unit<kN, false>(shape, p.b_q + first, p.c_q + first, valid, i, s, requantizer,
+                                   cb8, cb16);
+      }
+      return;
+    }
+    job -= cb_jobs(shape.chunk);
+    if (job < c_jobs(shape.chunk)) {
+      prepare_c_units<kN>(p.c_q + first, valid, pitch, job,
+                          p.c_units + group_chunk_index * shape.c_units() * 32);
+      return;
+    }
+    job -= c_jobs(shape.chunk);
+  }
+  if (p.b_units != nullptr && job < b_jobs(shape.chunk, kN)) {
+    prepare_b_units(p.b_q + first, valid, pitch, kN, job / (kN / 64), job % (kN / 64),
+                    p.b_units + group_chunk_index * shape.b_units() * 32);
+  }
+}
+
+}  // namespace ssd
+}  // namespace ssdi8
+
+#endif  // SSDI8_SSD_PREPARE_CUH_

@@ -278,10 +278,13 @@ def evaluate(
         if len(models) != 1:
             raise UsageError(f"--methods takes one checkpoint, not {len(models)};", "name one.")
         from ssdi8_edge.comparison import quantize_by
+        from ssdi8_edge.methods import find_method
 
-        names, model = _names(methods), models[0]
+        recipes, model = [find_method(name) for name in _names(methods)], models[0]
+        if not recipes:
+            raise UsageError("--methods names none;", "see `ssdi8-edge methods`.")
         folders = quantize_by(
-            *(names, model, runs, calibration, tokenizer, device, progress, _say_of)
+            *(recipes, model, runs, calibration, tokenizer, device, progress, _say_of)
         )
         subjects = [open_subject(model, folders[0] / TOKENIZER, device)]
         subjects += [open_subject(str(folder), None, device) for folder in folders]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ssdi8_edge.artifacts import QUANTIZED
 from ssdi8_edge.errors import UsageError
-from ssdi8_edge.methods import find_method
+from ssdi8_edge.methods import QuantConfig
 from ssdi8_edge.pipeline import Build, BuildRequest, run_name
 from ssdi8_edge.profiles import load_target
 from ssdi8_edge.progress import Track, silent
@@ -16,7 +16,7 @@ from ssdi8_edge.quantize.saved import is_quantized_checkpoint
 
 
 def quantize_by(
-    methods: Sequence[str],
+    recipes: Sequence[QuantConfig],
     model: str,
     runs: Path,
     calibration: Path | None = None,
@@ -25,7 +25,7 @@ def quantize_by(
     track: Track = silent,
     say: Callable[[str, str], None] = lambda method, line: None,
 ) -> list[Path]:
-    """The quantized checkpoint of each method, in the run folders below `runs` that `build` makes.
+    """The quantized checkpoint by each recipe, in the run folders below `runs` that `build` makes.
 
     What is there and up to date is not made again, and what methods have in common, the statistics
     of the same windows, is made once.
@@ -35,11 +35,9 @@ def quantize_by(
         say: is told what was done, and for which method.
 
     Raises:
-        UsageError: an unknown method, none at all, or a model that is quantized already.
+        UsageError: a model that is quantized already.
     """
-    recipes, target = [find_method(name) for name in methods], load_target("host-cpu")
-    if not recipes:
-        raise UsageError("--methods names none;", "see `ssdi8-edge methods`.")
+    target = load_target("host-cpu")
     source = Path(model).expanduser()
     if is_quantized_checkpoint(source) or is_quantized_checkpoint(source / QUANTIZED):
         raise UsageError(

@@ -23,6 +23,7 @@ from ssdi8_edge.evaluate.evaluation import Evaluation
 from ssdi8_edge.evaluate.table import markdown, require_writable, save_results, show
 from ssdi8_edge.evaluate.tasks import Accuracy
 from ssdi8_edge.evaluate.windows import Perplexity
+from ssdi8_edge.methods import METHODS
 
 FIRST = Perplexity("fp32", "torch", "a|b [x].txt", 3, 2048, 2047, 10.0)
 OTHER = replace(
@@ -197,10 +198,10 @@ def test_each_method_is_quantized_once_and_evaluated(scene: Path) -> None:
 def test_methods_with_the_same_windows_share_their_statistics(scene: Path) -> None:
     """Calibrated once; the second run folder is what building it alone would give."""
     said: list[str] = []
-    methods = ("had-w8a8", "quamba2-w8a8", "edge-w8a8")
-    for names, runs in ((methods, "shared"), (methods[1:2], "alone")):
+    recipes = [METHODS[name] for name in ("had-w8a8", "quamba2-w8a8", "edge-w8a8")]
+    for wanted, runs in ((recipes, "shared"), (recipes[1:2], "alone")):
         quantize_by(
-            *(names, str(scene / "tiny"), scene / runs),
+            *(wanted, str(scene / "tiny"), scene / runs),
             calibration=scene / "text.txt",
             say=lambda method, line: said.append(f"{method}: {line}"),
         )

@@ -1,0 +1,103 @@
+"""What each departure of a method of ours from the published one is worth.
+
+    python benchmarks/ablations.py edge-w8a8 ssdi8_edge/demo --calibration BOOKS.txt \
+        --text HELD-OUT.txt --runs RUNS --save table.md
+
+One row per departure, taken back alone; the first two rows are the checkpoint in FP32 and the
+method itself. Choices are made on such tables: the text has to be of the calibration's kind and
+apart from it, never one that results are reported on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from ssdi8_edge.allocator import keep_freed_memory
+from ssdi8_edge.artifacts import TOKENIZER
+from ssdi8_edge.comparison import quantize_by
+from ssdi8_edge.evaluate import evaluate, open_subject, plan
+from ssdi8_edge.evaluate.table import save_results, show
+from ssdi8_edge.methods import METHODS
+
+_STATIC: dict[str, Any] = {"scaling": "static"}
+
+SHARED: dict[str, dict[str, Any]] = {
+    "static scales": _STATIC,
+    "static scales, of chunk states before passing": {**_STATIC, "state_observer": "local"},
+    "static scales, Q0.7 gate": {**_STATIC, "gate": "q0.7"},
+    "ranges from absolute maxima": {"clip": "absmax"},
+    "A_log and D in INT8": {"ssm_params": "int8"},
+    "weight of the gated norm not folded": {"fold_gate_norm": False},
+    "half away from zero": {"rounding": "half_away"},
+    "Scan2 all in FP16": {"scan2": "fp16"},
+    "no mean correction": {"correction": "none"},
+    "correction of out_proj's output": {"correction": "out"},
+    "correction by 0.15": {"correction_strength": 0.15},
+    "correction in full": {"correction_strength": 1.0},
+    "short calibration sequences": {"calibration_tokens": 512, "calibration_samples": 128},
+    "no descent after GPTQ": {"descent": 0},
+    "weights rounded to nearest": {"gptq": False},
+}
+DEPARTURES: dict[str, dict[str, dict[str, Any]]] = {
+    "edge-w8a8": {
+        "one scale per weight matrix": {"linear": "w8_tensor"},
+        **SHARED,
+        "compensation": {"compensation": 0.5},
+    },
+    "edge-w4a8": {
+        "FP16 group scales": {"group_scales": "fp16"},
+        "group scales from absolute maxima": {"group_search": "absmax"},
+        "no compensation": {"compensation": 0.0},
+        "full compensation": {"compensation": 1.0},
+        **SHARED,
+    },
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("method", choices=DEPARTURES)
+    parser.add_argument("model")
+    parser.add_argument("--calibration", type=Path)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--limit", type=int, help="first so many windows of the text")
+    parser.add_argument("--only", default="", help="rows whose name holds this")
+    parser.add_argument("--long-context", action="store_true")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("--save", type=Path)
+    args = parser.parse_args()
+
+    keep_freed_memory()
+    method = METHODS[args.method]
+    recipes = [method] + [
+        replace(method, name=f"{method.name}, {name}", **fields)
+        for name, fields in DEPARTURES[args.method].items()
+        if args.only in name
+    ]
+    measures = plan([], [args.text], None, args.limit, args.long_context)
+    say = Console(stderr=True, highlight=False).print
+    folders = quantize_by(
+        *(recipes, args.model, args.runs, args.calibration),
+        device=args.device,
+        say=lambda name, line: say(f"{name}: {line}", markup=False),
+    )
+    subjects = [open_subject(args.model, folders[0] / TOKENIZER, args.device)]
+    subjects += [open_subject(str(folder), None, args.device) for folder in folders]
+    rows = evaluate(subjects, measures)
+    save_results(rows, [args.save] if args.save else [])
+    show(rows, Console(highlight=False))
+
+
+if __name__ == "__main__":
+    main()

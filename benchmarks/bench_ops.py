@@ -34,6 +34,7 @@ from green_context import stream_of_multiprocessors
 from ssdi8_edge.ops import OPS, kernel_library
 
 REPLAYS = 15
+CHUNK = 256
 MAX_SETS = 24
 
 
@@ -204,10 +205,10 @@ def ssd_inputs(op: str) -> list[str]:
     ]
 
 
-def ssd_attributes(s: Sizes, op: str) -> dict[str, Any]:
+def ssd_attributes(s: Sizes, op: str, scaling: str = "dynamic") -> dict[str, Any]:
     attributes = {
-        "chunk_size": 256,
-        "scan_tile": 64,
+        "chunk_size": CHUNK,
+        "scan_tile": CHUNK if scaling == "none" else 64,
         "nheads": s.nheads,
         "headdim": 64,
         "ngroups": 1,
@@ -217,7 +218,7 @@ def ssd_attributes(s: Sizes, op: str) -> dict[str, Any]:
         "dt_max": float("inf"),
         "gate": "fp32",
         "rounding": "half_even",
-        "scaling": "dynamic",
+        "scaling": scaling,
     }
     return {k: attributes[k] for k in OPS[op].attributes}
 
@@ -244,13 +245,16 @@ def ssd_cases(op: str, modules: bool) -> Callable[[Sizes, int], Iterable[Case]]:
         names = ssd_inputs(op)
         values = make(s, tokens)
         unread = values["zxbcdt"].numel() * (1 - s.nheads / values["zxbcdt"].shape[2])
-        yield Case(
-            op,
-            "",
-            lambda: tuple(map(make(s, tokens).__getitem__, names)),
-            ssd_attributes(s, op),
-            read_bytes=size(values[name] for name in names) - ("zxbcdt" in names) * int(2 * unread),
-        )
+        # The whole of SSD also with FP16 operands: what INT8 has to beat.
+        for scaling in ("dynamic", "none") if op == "Ssdi8SsdScan" and tokens > 1 else ("dynamic",):
+            yield Case(
+                op,
+                "fp16" if scaling == "none" else "",
+                lambda: tuple(map(make(s, tokens).__getitem__, names)),
+                ssd_attributes(s, op, scaling),
+                read_bytes=size(values[name] for name in names)
+                - ("zxbcdt" in names) * int(2 * unread),
+            )
 
     return cases
 

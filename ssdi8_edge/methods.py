@@ -47,8 +47,8 @@ class QuantConfig:
         scan2: "fp16", or "int8_offdiag": INT8 products left of the diagonal tiles.
         scan_tile: positions per tile of Scan2 for "int8_offdiag".
         rounding: of the SSD tensors and of the input of out_proj.
-        scaling: of w·x and of the passed states: "static", calibrated as released, or "dynamic",
-            each in units of its own largest value; see `formats.Scaling`.
+        scaling: of w·x and of the passed states: "static", calibrated as released, "dynamic",
+            each in units of its own largest value, or "none": FP16; see `formats.Scaling`.
         ssm_params: "int8" stores A_log and D in INT8 per tensor, as released; "fp32" does not.
         fold_gate_norm: fold the weight of the gated norm into out_proj, before the rotation.
         correction: closed-form mean correction carried in the bias of out_proj: "none", "out" (the
@@ -112,10 +112,16 @@ class QuantConfig:
                 f"recipe {self.name}: x_granularity {self.x_granularity!r} with ssd {self.ssd!r}",
                 "is not a combination that exists: it needs ssd 'dequantized'.",
             )
-        if self.gate == "q0.7" and self.scaling == "dynamic":
+        if self.gate == "q0.7" and self.scaling != "static":
             raise UsageError(
-                f"recipe {self.name}: gate 'q0.7' with scaling 'dynamic'",
+                f"recipe {self.name}: gate 'q0.7' with scaling {self.scaling!r}",
                 "is not a combination that exists: an integer carry needs scaling 'static'.",
+            )
+        if self.scaling == "none" and (self.scan2 != "fp16" or self.ssd_ops != "fused"):
+            raise UsageError(
+                f"recipe {self.name}: scaling 'none' with scan2 {self.scan2!r}, ssd_ops "
+                f"{self.ssd_ops!r}",
+                "is not a combination that exists: it needs scan2 'fp16' and ssd_ops 'fused'.",
             )
 
     @property

@@ -119,6 +119,7 @@ RELEASED: dict[str, Any] = {
     "scaling": "static",
     "tile": CHUNK,
 }
+NONE: dict[str, Any] = {"scaling": "none", "tile": CHUNK}
 _CHANGES: dict[str, dict[str, Any]] = {
     "base": {},
     **{f"L={n}": {"length": n} for n in (1, 5, CHUNK - 1, CHUNK, CHUNK + 1)},
@@ -144,6 +145,13 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "static saturating": {"scaling": "static", "data": "saturating"},
     "static extreme": {"scaling": "static", "data": "extreme"},
     "q0.7": {"gate": "q0.7", "scaling": "static"},
+    "none": NONE,
+    "none batch=2 ngroups=2": {**NONE, "batch": 2, "ngroups": 2},
+    "none L=5": {**NONE, "length": 5},
+    "none many chunks": {**NONE, "length": 9 * CHUNK},
+    "none no decay": {**NONE, "decay": "none"},
+    "none total decay": {**NONE, "decay": "total"},
+    "none fp32 state": {**NONE, "state_dtype": torch.float32},
     "released": RELEASED,
     "released batch=2 ngroups=2 L=5": {**RELEASED, "batch": 2, "ngroups": 2, "length": 5},
     "released fp32 state": {**RELEASED, "state_dtype": torch.float32},

@@ -65,6 +65,7 @@ def test_no_local_memory_and_little_shared_memory(compiled, name: str) -> None: 
         ("chunk_state.cu", "18chunk_state_kernel"),
         ("chunk_scan.cu", "17chunk_scan_kernel"),
         ("ssd_scan.cu", "11scan_kernel"),
+        ("ssd_scan_fp16.cu", "14prepare_kernel"),  # CB; the rest is FP16
     ],
 )
 def test_tensor_cores_are_used(  # type: ignore[no-untyped-def]

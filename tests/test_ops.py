@@ -121,6 +121,11 @@ def slow_chunk_state(
             tokens = range(part.start, part.stop)
             w = [f32(math.exp(last - float(a[b, h, i])) * float(dt[b, h, i])) for i in tokens]
             x_h = x[b, part, h].astype(f32)
+            if case.scaling == "none":
+                v = (x_h * np.array(w).astype(np.float16).astype(f32)[:, None]).astype(np.float16)
+                sums = v.astype(np.float64).T @ b_q[b, part, g].astype(np.float64)
+                out[b, c, h] = sums.astype(f32) * t["b_scale"][g]
+                continue
             if case.scaling == "dynamic":
                 q, step = slow_largest(x_h * np.array(w)[:, None], 0, case)
             else:
@@ -147,8 +152,9 @@ def slow_gate(gamma: float, rounding: Rounding) -> int:
 def slow_passing(
     t: dict[str, np.ndarray], states: np.ndarray, a: np.ndarray, case: SsdCase
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """passed (B, C, H, P, N) as integers, its steps, the final state in the type of the first."""
-    passed = np.zeros(states.shape, np.int64)
+    """passed (B, C, H, P, N) as integers, with scaling "none" as FP16, its steps, the final state
+    in the type of the first."""
+    passed = np.zeros(states.shape, np.float16 if case.scaling == "none" else np.int64)
     steps = np.broadcast_to(t["state_scale"], states.shape[:-1]).copy()
     final = np.zeros_like(t["ssm_state"])
     for b, h in np.ndindex(case.batch, case.heads):
@@ -160,7 +166,10 @@ def slow_passing(
         for c, part in chunk_slices(case):
             gamma = f32(math.exp(float(a[b, h, part.stop - 1])))
             if case.gate == "fp32":
-                passed[b, c, h] = saturated(real * inverse, case.rounding)
+                if case.scaling == "none":
+                    passed[b, c, h], steps[b, c, h] = real.astype(np.float16), 1
+                else:
+                    passed[b, c, h] = saturated(real * inverse, case.rounding)
                 if case.scaling == "dynamic":
                     passed[b, c, h], steps[b, c, h] = slow_largest(real, 1, case)
                 real = gamma * real + states[b, c, h]
@@ -184,7 +193,7 @@ def slow_passing(
 def slow_cb(t: dict[str, np.ndarray], b: int, g: int, part: slice, case: SsdCase) -> np.ndarray:
     """CB of one chunk and group, zero above the diagonal, entry by entry, in steps of cb_scale.
 
-    INT8, but with dynamic scales FP16 in the tiles on the diagonal.
+    INT8, but FP16 in the tiles on the diagonal unless scales are static.
     """
     b_q, c_q = (
         t[k].reshape(case.batch, case.length, case.ngroups, -1)[b, part, g].astype(np.int64)
@@ -196,7 +205,7 @@ def slow_cb(t: dict[str, np.ndarray], b: int, g: int, part: slice, case: SsdCase
     for m in range(n):
         for k in range(m + 1):
             steps = f32(int((c_q[m] * b_q[k]).sum())) * factor
-            if case.scaling == "dynamic" and m // case.tile == k // case.tile:
+            if case.scaling != "static" and m // case.tile == k // case.tile:
                 cb[m, k] = np.float16(np.clip(steps, -65504, 65504))
             else:
                 cb[m, k] = saturated(steps, case.rounding)
@@ -236,8 +245,8 @@ def slow_scan(
             scan1_scale = (t["c_scale"][g] * passed_scale[b, c, h]).astype(np.float64)
             for m in range(len(cb)):
                 i = part.start + m
-                dot = passed[b, c, h] @ c_q[b, i, g]
-                total = dot.astype(np.float64) * scan1_scale * math.exp(a_k[m])
+                dot = passed[b, c, h].astype(np.float64) @ c_q[b, i, g].astype(np.float64)
+                total = dot * scan1_scale * math.exp(a_k[m])
                 tiles: dict[int, np.ndarray] = {}
                 for k in range(m + 1):
                     if k // case.tile == m // case.tile:
@@ -302,7 +311,7 @@ def test_modules_against_loops(case: SsdCase) -> None:
     states = slow_chunk_state(t, dt, a, case)
     assert_same(got["states"], states)
     passed, passed_scale, final = slow_passing(t, states, a, case)
-    assert got["passed"].dtype is torch.int8
+    assert got["passed"].dtype is (torch.float16 if case.scaling == "none" else torch.int8)
     assert_same(got["passed"], passed)
     assert_same(got["passed_scale"], passed_scale)
     assert got["final"].dtype is case.state_dtype

@@ -23,7 +23,7 @@ __global__ __launch_bounds__(ssd::kThreads) void cb_kernel(Shape shape, ssd::Pre
   const int jobs = ssd::cb_jobs(shape.chunk) + ssd::c_jobs(shape.chunk);
   const int index = blockIdx.x * ssd::kWarps + threadIdx.x / 32;
   if (index >= shape.group_chunks() * jobs) return;
-  ssd::prepare_group<kN>(shape, params, index / jobs, index % jobs);
+  ssd::prepare_group<kN, false>(shape, params, index / jobs, index % jobs);
 }
 
 // The state entering the chunk, (64, N) INT8 rows, as B operand of Scan1.
@@ -63,7 +63,7 @@ __global__ __launch_bounds__(P::kThreads, P::kBlocksPerSm) void chunk_scan_kerne
   uint4* xt = x16 + P::kX16Words;
 
   {
-    const Item it = ssd::make_item(shape, ssd::lane_of_work(), blockIdx.y);
+    const Item it = ssd::make_item(shape, ssd::lane_of_work(), ssd::chunk_of_work());
     uint4 raw[P::kRowTiles][4];
     ssd::load_x<P>(shape, it, p.x, raw);
     const size_t state =
@@ -83,11 +83,11 @@ __global__ __launch_bounds__(P::kThreads, P::kBlocksPerSm) void chunk_scan_kerne
     ssd::quantize_x<P, false, true>(shape, raw, tables, nullptr, xt);
     ssd::copy_x<P>(raw, x16);
   }
-  const Item it = ssd::make_item(shape, ssd::lane_of_work(), blockIdx.y);
+  const Item it = ssd::make_item(shape, ssd::lane_of_work(), ssd::chunk_of_work());
   ssd::RowScan<P> rows;
   rows.load_first(shape, it.group_chunk, p.c_units, p.cb8, p.cb16);
   __syncthreads();
-  rows.run(shape, it, p.c_units, p.cb8, p.cb16, tables, xt, x16, r_units, p.y);
+  rows.run(shape, p.c_units, p.cb8, p.cb16, tables, xt, x16, r_units, p.y);
 }
 
 struct Workspace {
@@ -161,6 +161,7 @@ int ssdi8_chunk_scan(const Ssdi8ChunkScanParams* p, void* stream) {
   using namespace ssdi8;
   ssd::Shape shape{};
   if (int code = make_shape(*p, &shape)) return code;
+  if (int code = ssd::refuse_fp16("chunk_scan", shape)) return code;
   if (shape.tiled) {
     if (int code = ssd::check_scale("chunk_scan", shape, "x_tile_scale", p->x_tile_scale)) {
       return code;

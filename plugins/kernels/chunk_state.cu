@@ -23,7 +23,7 @@ __global__ __launch_bounds__(ssd::kThreads) void transpose_b_kernel(Shape shape,
   const int jobs = ssd::b_jobs(shape.chunk, kN);
   const int index = blockIdx.x * ssd::kWarps + threadIdx.x / 32;
   if (index >= shape.group_chunks() * jobs) return;
-  ssd::prepare_group<kN>(shape, params, index / jobs, index % jobs);
+  ssd::prepare_group<kN, false>(shape, params, index / jobs, index % jobs);
 }
 
 template <typename P>  // ssd::Plan
@@ -132,6 +132,7 @@ int ssdi8_chunk_state(const Ssdi8ChunkStateParams* p, void* stream) {
   using namespace ssdi8;
   ssd::Shape shape{};
   if (int code = make_shape(*p, &shape)) return code;
+  if (int code = ssd::refuse_fp16("chunk_state", shape)) return code;
   if (int code = ssd::check_gate("chunk_state", p->gate, shape)) return code;
   if (int code = ssd::check_scale("chunk_state", shape, "x_scale", p->x_scale)) return code;
   if (int code = ssd::check_scale("chunk_state", shape, "state_scale", p->state_scale)) return code;

@@ -31,7 +31,7 @@
 extern "C" {
 #endif
 
-#define SSDI8_ABI_VERSION 3
+#define SSDI8_ABI_VERSION 4
 
 enum { SSDI8_OK = 0, SSDI8_UNSUPPORTED = 1, SSDI8_CUDA_ERROR = 2 };
 
@@ -147,9 +147,10 @@ size_t ssdi8_sizeof_rms_norm_gated(void);
 enum { SSDI8_GATE_FP32 = 0, SSDI8_GATE_Q0_7 = 1 };
 
 // Where the scales of w * x and of the states between chunks come from: inputs, or the largest
-// values of each channel in its chunk or tile, over 127. The latter with gate FP32 only; inputs
-// "static only" are then not read and may be null.
-enum { SSDI8_SCALING_STATIC = 0, SSDI8_SCALING_DYNAMIC = 1 };
+// values of each channel in its chunk or tile, over 127. NONE: there are no scales, both are FP16;
+// of ssd_scan alone, with scan_tile = chunk_size. Without STATIC the gate is FP32, and inputs
+// "static only" are not read and may be null.
+enum { SSDI8_SCALING_STATIC = 0, SSDI8_SCALING_DYNAMIC = 1, SSDI8_SCALING_NONE = 2 };
 
 // dt = clamp(softplus(dt_raw + dt_bias)); a = cumulative sum of A * dt inside each chunk.
 typedef struct Ssdi8ChunkCumsumParams {

@@ -29,9 +29,13 @@
 #ifndef SSDI8_SSD_CUH_
 #define SSDI8_SSD_CUH_
 
+#include "ssd/carry.cuh"
 #include "ssd/cumsum.cuh"
+#include "ssd/fp16_scan.cuh"
+#include "ssd/fp16_tables.cuh"
 #include "ssd/launch.cuh"
 #include "ssd/mma.cuh"
+#include "ssd/operands.cuh"
 #include "ssd/passing.cuh"
 #include "ssd/prepare.cuh"
 #include "ssd/quantize_x.cuh"

@@ -21,6 +21,7 @@
 //         use: 64 accumulators leave no registers to load ahead
 
 #include "ssd.cuh"
+#include "ssd_scan_fp16.cuh"
 
 // ---------------------------------------------------------------------------------------------
 // device code
@@ -53,7 +54,7 @@ __global__ __launch_bounds__(ssd::kThreads) void prepare_kernel(
   const int index = (block - cumsum_blocks) * ssd::kWarps + threadIdx.x / 32;
   const int group_jobs = shape.group_chunks() * jobs;
   if (index < group_jobs) {
-    ssd::prepare_group<kN>(shape, group, index / jobs, index % jobs);
+    ssd::prepare_group<kN, false>(shape, group, index / jobs, index % jobs);
     return;
   }
   const int head_tile = index - group_jobs;  // 64 channels of a head
@@ -70,96 +71,55 @@ struct Scan {
   const __half* x;
   ssd::PreparedTables tables;
   ssd::Scales scales;
-  const void* ssm_state;
-  void* ssm_state_out;
+  ssd::Carries carries;
   const uint4* b_units;
   const uint4* c_units;
   const uint4* cb8;
   const uint4* cb16;
-  uint4* carries;  // per lane of work: 64 * N words, each warp's part in the order of its lanes
-  int* progress;   // per lane of work and warp: chunks whose carry is published
   __half* y;
   bool integer_gate;
-  bool state_fp32;
 };
-
-__device__ __forceinline__ int chunks_done(const int* progress) {
-  int done;
-  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(done) : "l"(progress) : "memory");
-  return done;
-}
-
-// Relaxed, since acquiring empties L1, on which the operands count: the carry is read with __ldcg,
-// from L2, where the release has put it before the flag, and only after the branch on the flag.
-__device__ __forceinline__ void wait_for(const int* progress, int chunks) {
-  while (chunks_done(progress) < chunks) {
-  }
-}
-
-__device__ __forceinline__ void publish(int* progress, int chunks) {
-  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(progress), "r"(chunks) : "memory");
-}
 
 // The state that enters the chunk, as a lane has it: of each run both channels of a row.
 template <typename P>
 using Entering = float[P::kRows * P::kSteps][2][8];
 
-// A warp's part of the carry: runs of eight state values per lane. Read from ssm_state before the
-// first chunk and written to ssm_state_out after the last, else kept in the slot.
-template <typename P, bool kInteger>  // gate Q0.7: INT32 carries, as their bits
-struct Carry {
-  static constexpr int kRuns = P::kRows * P::kSteps;
+// The carry between chunks: in real units, or with gate Q0.7 as the bits of INT32 values.
+template <typename P, bool kInteger>
+struct Carry : ssd::CarrySlot<P> {
+  using Slot = ssd::CarrySlot<P>;
+  static constexpr int kRuns = Slot::kRuns;
   static constexpr int kChannels = 2 * P::kRows;  // of a lane, side by side
+  using Slot::it;
+  using Slot::shape;
 
-  const Scan& p;
-  const Shape& shape;
-  const Item& it;
+  const float* state_scale;
   Tables& tables;
-  uint4* slot;
 
-  __device__ __forceinline__ size_t index(int channel, int step) const {
-    const size_t row =
-        (size_t(it.b) * shape.nheads + it.h) * shape.headdim + it.pt * ssd::kTileP + channel;
-    return row * P::kN + P::column(step);
-  }
-  __device__ __forceinline__ uint4* own(int run) const {
-    return slot + run * 2 * P::kStateThreads + threadIdx.x;
-  }
+  __device__ __forceinline__ Carry(const Scan& p, const Shape& shape, const Item& it, int lane,
+                                   Tables& tables)
+      : Slot(p.carries, shape, it, lane), state_scale(p.scales.state_scale), tables(tables) {}
 
   __device__ __forceinline__ void load(int run, int channel, int step, float (&v)[8]) const {
-    if (it.c == 0) {
-      ssd::load_state8(p.ssm_state, index(channel, step), p.state_fp32, v);
-      if constexpr (kInteger) {
+    Slot::load(run, channel, step, v);
+    if (kInteger && it.c == 0) {
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          v[i] =
-              __int_as_float(ssd::integer_carry(v[i], tables.state_inverse[channel], shape.away));
-        }
+      for (int i = 0; i < 8; ++i) {
+        v[i] = __int_as_float(ssd::integer_carry(v[i], tables.state_inverse[channel], shape.away));
       }
-    } else {
-      const uint4 low = __ldcg(own(run)), high = __ldcg(own(run) + P::kStateThreads);
-      const uint32_t bits[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-#pragma unroll
-      for (int i = 0; i < 8; ++i) v[i] = __uint_as_float(bits[i]);
     }
   }
 
   __device__ __forceinline__ void store(int run, int channel, int step, float (&v)[8]) const {
-    if (it.c + 1 < shape.chunks) {
-      const uint32_t* bits = reinterpret_cast<const uint32_t*>(v);
-      __stcg(own(run), make_uint4(bits[0], bits[1], bits[2], bits[3]));
-      __stcg(own(run) + P::kStateThreads, make_uint4(bits[4], bits[5], bits[6], bits[7]));
-    } else {
-      if (kInteger) {
-        const float scale = p.scales.state_scale[it.p0 + channel];
+    if (kInteger && it.c + 1 == shape.chunks) {
+      const float scale = state_scale[it.p0 + channel];
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          const int q = ssd::saturate(__float_as_int(v[i]), shape.away);
-          v[i] = __fmul_rn(static_cast<float>(q), scale);
-        }
+      for (int i = 0; i < 8; ++i) {
+        const int q = ssd::saturate(__float_as_int(v[i]), shape.away);
+        v[i] = __fmul_rn(static_cast<float>(q), scale);
       }
-      ssd::store_state8(p.ssm_state_out, index(channel, step), p.state_fp32, v);
     }
+    Slot::store(run, channel, step, v);
   }
 
   // The carry after the chunk; acc holds the chunk's state, as state_product leaves it.
@@ -200,14 +160,8 @@ struct Carry {
 
   // Moves the carry one chunk on, as early as it can be: the next chunk of the head waits for it.
   // No warp needs the part of another.
-  __device__ __forceinline__ void pass(const ssd::StateInt<P>& acc, int* progress,
-                                       Entering<P>& entering) const {
-    const int lane = threadIdx.x % 32;
-    int* flag = progress + threadIdx.x / 32;
-    if (it.c > 0) {
-      if (lane == 0) wait_for(flag, it.c);
-      __syncwarp();
-    }
+  __device__ __forceinline__ void pass(const ssd::StateInt<P>& acc, Entering<P>& entering) const {
+    Slot::wait();
     constexpr int kTogether = kRuns <= 2 ? kRuns : 1;  // as registers allow
 #pragma unroll
     for (int first = 0; first < kRuns; first += kTogether) {
@@ -225,10 +179,7 @@ struct Carry {
         store(2 * run + k % 2, channel, step, after);
       }
     }
-    if (it.c + 1 < shape.chunks) {
-      __syncwarp();
-      if (lane == 0) publish(flag, it.c + 1);
-    }
+    Slot::publish();
   }
 
   // Where the warps leave their largest values: a row of 64 channels for each that shares a row of
@@ -311,8 +262,24 @@ struct Carry {
   }
 };
 
-template <typename P>  // ssd::Plan
-__global__ __launch_bounds__(P::kThreads, P::kBlocksPerSm) void scan_kernel(Shape shape, Scan p) {
+// What the presets edge-* ask for of a model with headdim 64 and one group. A kernel that knows it
+// is half as long, which spares misses of the instruction cache.
+bool is_usual(const Shape& shape, bool integer_gate) {
+  return shape.dynamic && !shape.away && shape.tiled && shape.headdim == ssd::kTileP &&
+         shape.ngroups == 1 && !integer_gate;
+}
+
+template <typename P, bool kUsual>  // ssd::Plan
+__global__ __launch_bounds__(P::kThreads, P::kBlocksPerSm) void scan_kernel(Shape given, Scan p) {
+  Shape shape = given;
+  if (kUsual) {
+    shape.dynamic = 1;
+    shape.away = 0;
+    shape.tiled = 1;
+    shape.headdim = ssd::kTileP;
+    shape.ngroups = 1;
+  }
+  const bool integer_gate = !kUsual && p.integer_gate;
   extern __shared__ uint4 shared[];
   Tables& tables = *reinterpret_cast<Tables*>(shared);
   uint4* r_units = shared + sizeof(Tables) / sizeof(uint4);
@@ -324,7 +291,7 @@ __global__ __launch_bounds__(P::kThreads, P::kBlocksPerSm) void scan_kernel(Shap
   constexpr bool kAllPass = P::kStateWarps == P::kWarps;
   ssd::RowScan<P> rows;
   {
-    const Item it = ssd::make_item(shape, ssd::lane_of_work(), blockIdx.y);
+    const Item it = ssd::make_item(shape, ssd::lane_of_work(), ssd::chunk_of_work());
     uint4 raw[P::kRowTiles][4];
     ssd::load_x<P>(shape, it, p.x, raw);
     ssd::copy_tables<P>(shape, it, p.tables, p.scales, tables);
@@ -339,37 +306,34 @@ __global__ __launch_bounds__(P::kThreads, P::kBlocksPerSm) void scan_kernel(Shap
   }
   {
     const int lane = ssd::lane_of_work();
-    const Item it = ssd::make_item(shape, lane, blockIdx.y);
+    const Item it = ssd::make_item(shape, lane, ssd::chunk_of_work());
     const uint4* b_units = p.b_units + it.group_chunk * shape.b_units() * 32;
     ssd::StateOperands<P> operands;
     const bool passes = kAllPass || threadIdx.x / 32 < P::kStateWarps;
     if (passes) operands.load_first(b_units);
     __syncthreads();
-    uint4* slot = p.carries + size_t(lane) * (P::kN * ssd::kTileP / 4);
-    const Carry<P, true> integer_carry = {p, shape, it, tables, slot};
-    const Carry<P, false> carry = {p, shape, it, tables, slot};
+    const Carry<P, true> integer_carry(p, shape, it, lane, tables);
+    const Carry<P, false> carry(p, shape, it, lane, tables);
     Entering<P> entering;
     if (passes) {
       ssd::StateInt<P> acc;
       ssd::state_product<P>(xs, b_units, operands, acc);
       rows.load_first(shape, it.group_chunk, p.c_units, p.cb8, p.cb16);
-      int* progress = p.progress + lane * ssd::kFlags;
-      if (p.integer_gate) {
-        integer_carry.pass(acc, progress, entering);
+      if (integer_gate) {
+        integer_carry.pass(acc, entering);
         integer_carry.quantize(entering, r_units);
       } else {
-        carry.pass(acc, progress, entering);
+        carry.pass(acc, entering);
         if (shape.dynamic) carry.store_tops(entering);
       }
     } else {
       rows.load_first(shape, it.group_chunk, p.c_units, p.cb8, p.cb16);
     }
     if (shape.dynamic) __syncthreads();
-    if (passes && !p.integer_gate) carry.quantize(entering, r_units);
+    if (passes && !integer_gate) carry.quantize(entering, r_units);
   }
-  const Item it = ssd::make_item(shape, ssd::lane_of_work(), blockIdx.y);
   __syncthreads();
-  rows.run(shape, it, p.c_units, p.cb8, p.cb16, tables, xt, x16, r_units, p.y);
+  rows.run(shape, p.c_units, p.cb8, p.cb16, tables, xt, x16, r_units, p.y);
 }
 
 // --- one token --------------------------------------------------------------------------------
@@ -486,14 +450,6 @@ Workspace carve(const Shape& shape, void* base) {
   return w;
 }
 
-// How many lanes of work walk the chunks side by side: all of them if the chip holds them, else as
-// few as fill it, so that their carries stay in the small L2 of a board.
-int pick_lanes_together(int lanes, int multiprocessors) {
-  const int slots = 2 * multiprocessors;
-  const int rounds = lanes / slots > 1 ? lanes / slots : 1;
-  return (lanes + rounds - 1) / rounds;
-}
-
 template <typename P>
 cudaError_t launch_scan(const Shape& shape, const Ssdi8SsdScanParams& p, int processors,
                         cudaStream_t stream) {
@@ -522,25 +478,23 @@ cudaError_t launch_scan(const Shape& shape, const Ssdi8SsdScanParams& p, int pro
   const Scan scan = {static_cast<const __half*>(p.x),
                      w.tables,
                      scales,
-                     p.ssm_state,
-                     p.ssm_state_out,
+                     {p.ssm_state, p.ssm_state_out, w.carries, w.progress, p.state_fp32 != 0},
                      w.b_units,
                      w.c_units,
                      w.cb8,
                      w.cb16,
-                     w.carries,
-                     w.progress,
                      static_cast<__half*>(p.y),
-                     integer_gate,
-                     p.state_fp32 != 0};
+                     integer_gate};
   constexpr size_t kWords = P::kRWords + P::kXsWords + P::kX16Words + P::kXtWords;
   constexpr size_t kMostBytes = sizeof(Tables) + kWords * sizeof(uint4);
   static_assert(kMostBytes <= kMaxSharedBytes);
   const size_t bytes = kMostBytes - (shape.tiled ? 0 : P::kXtWords * sizeof(uint4));
-  auto* kernel = scan_kernel<P>;
+  auto* kernel = scan_kernel<P, false>;
+  if constexpr (P::kN == 128) {  // of all published models
+    if (is_usual(shape, integer_gate)) kernel = scan_kernel<P, true>;
+  }
   if (cudaError_t error = ssd::grant_shared(kernel, bytes)) return error;
-  const int together = pick_lanes_together(shape.lanes(), processors);
-  const dim3 grid(together, shape.chunks, ceil_div(shape.lanes(), together));
+  const dim3 grid = ssd::scan_grid(shape, 2 * processors);
   kernel<<<grid, P::kThreads, bytes, stream>>>(shape, scan);
   return cudaGetLastError();
 }
@@ -620,6 +574,7 @@ int ssdi8_ssd_scan(const Ssdi8SsdScanParams* p, void* stream) {
                                           : launch_step<256>;
     return check(launch(*p, enqueue), "ssd_scan");
   }
+  if (shape.fp16) return check(launch_ssd_scan_fp16(shape, *p, enqueue), "ssd_scan");
   auto* launch = shape.d_state == 64    ? launch_chunk<64>
                  : shape.d_state == 128 ? launch_chunk<128>
                                         : launch_chunk<256>;
@@ -629,6 +584,7 @@ int ssdi8_ssd_scan(const Ssdi8SsdScanParams* p, void* stream) {
 size_t ssdi8_ssd_scan_workspace(const Ssdi8SsdScanParams* p) {
   ssdi8::ssd::Shape shape{};
   if (p->length == 1 || ssdi8::make_shape(*p, &shape)) return 0;
+  if (shape.fp16) return ssdi8::ssd_scan_fp16_workspace(shape);
   return ssdi8::carve(shape, nullptr).bytes;
 }
 

@@ -216,6 +216,7 @@ int ssdi8_state_passing(const Ssdi8StatePassingParams* p, void* stream) {
                                  &shape)) {
     return code;
   }
+  if (int code = ssd::refuse_fp16("state_passing", shape)) return code;
   if (int code = ssd::check_gate("state_passing", p->gate, shape)) return code;
   if (int code = ssd::check_scale("state_passing", shape, "state_scale", p->state_scale)) {
     return code;

@@ -11,7 +11,9 @@ using P = Ssdi8ChunkScanParams;
 
 constexpr char kName[] = "Ssdi8ChunkScan";
 
-bool consistent(const P& p) { return check_groups(kName, p) && check_tile(kName, p); }
+bool consistent(const P& p) {
+  return check_groups(kName, p) && check_tile(kName, p) && check_quantized(kName, p);
+}
 
 Description<P> describe() {
   Description<P> op;

@@ -11,7 +11,9 @@ using P = Ssdi8ChunkStateParams;
 
 constexpr char kName[] = "Ssdi8ChunkState";
 
-bool consistent(const P& p) { return check_groups(kName, p) && check_gate(kName, p); }
+bool consistent(const P& p) {
+  return check_groups(kName, p) && check_gate(kName, p) && check_quantized(kName, p);
+}
 
 Description<P> describe() {
   Description<P> op;

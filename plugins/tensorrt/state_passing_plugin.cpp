@@ -11,7 +11,7 @@ using P = Ssdi8StatePassingParams;
 
 constexpr char kName[] = "Ssdi8StatePassing";
 
-bool consistent(const P& p) { return check_gate(kName, p); }
+bool consistent(const P& p) { return check_gate(kName, p) && check_quantized(kName, p); }
 
 Description<P> describe() {
   Description<P> op;

@@ -48,13 +48,14 @@ def chunk_scan_reference(
     scan_tile = chunk_size all of Scan2 is FP16, as released.
 
     With scaling "dynamic" each (tile, head, channel) of the INT8 x has its own scale, from its
-    largest value, and CB on the diagonal, which no INT8 product takes, is rounded to FP16 instead.
+    largest value, and CB on the diagonal, which no INT8 product takes, is rounded to FP16 instead;
+    so with "none", whose passed states are FP16.
 
     Args:
         x: (B, L, H·P) FP16.
         b_q, c_q: (B, L, G·N) INT8.
         dt, a: (B, H, L) FP32.
-        passed: (B, C, H, P, N) INT8, and passed_scale: (B, C, H, P) FP32.
+        passed: (B, C, H, P, N) INT8 or FP16, and passed_scale: (B, C, H, P) FP32.
         D: (H) FP32.
         b_scale, c_scale, cb_scale: (G) FP32.
         x_tile_scale: (H, P) FP32, of exp(r - a_k) · dt_k · x_k; for scaling "static" with
@@ -72,7 +73,8 @@ def chunk_scan_reference(
     scan1_scale = (per_head(c_scale, nheads)[:, None] * passed_scale).double()  # (B, C, H, P)
     cb_real = per_head(cb_scale, nheads).double()[:, None, None]
     tile_of = torch.arange(chunk_size, device=x.device) // scan_tile
-    in_fp16 = (tile_of[:, None] == tile_of) & (scaling == "dynamic")
+    in_fp16 = (tile_of[:, None] == tile_of) & (scaling != "static")
+    scan1_type = torch.float64 if scaling == "none" else torch.float32  # where integers are exact
     above_diagonal = torch.ones(scan_tile, scan_tile, dtype=torch.bool, device=x.device).triu(1)
 
     y = torch.empty(x_c.shape, dtype=torch.float16, device=x.device)
@@ -84,8 +86,8 @@ def chunk_scan_reference(
         cb_h = torch.where(in_fp16, to_fp16(cb).double(), cb_q)
         cb_h = cb_h.repeat_interleave(nheads // ngroups, 1)  # (B, H, K, K)
 
-        state = passed[:, c].float().unflatten(1, (ngroups, -1)).transpose(-1, -2)
-        scan1 = (c_c[:, c, :, None] @ state).flatten(1, 2).double()  # (B, H, K, P)
+        state = passed[:, c].to(scan1_type).unflatten(1, (ngroups, -1)).transpose(-1, -2)
+        scan1 = (c_c[:, c, :, None].to(scan1_type) @ state).flatten(1, 2).double()  # (B, H, K, P)
         total = scan1 * scan1_scale[:, c, :, None, :] * torch.exp(a_k)[..., None]
 
         for start in range(0, chunk_size, scan_tile):
@@ -152,7 +154,7 @@ def _body(a: Attributes, form: BodyForm) -> str:
         "cb_steps = Mul (cb, requantizer)",
         t.round_to_int8("cb_int", "cb_steps", a["rounding"], form),
         t.from_int8("cb_q", "cb_int", form),
-        *_diagonal_cb_lines("cb_steps" if a["scaling"] == "dynamic" else "cb_q", f),
+        *_diagonal_cb_lines("cb_q" if a["scaling"] == "static" else "cb_steps", f),
         # positions and tiles
         "zero = Constant <value = int64 {0}> ()",
         "one = Constant <value = int64 {1}> ()",
@@ -169,12 +171,12 @@ def _body(a: Attributes, form: BodyForm) -> str:
         "diagonal = And (causal, same_tile)",
         t.number("masked", MASKED, f),
         # Scan1
-        t.from_int8("passed32", "passed", form),
-        "passed_np = Transpose <perm = [0, 1, 2, 4, 3]> (passed32)",
+        *_passed_lines(a, form),
+        "passed_np = Transpose <perm = [0, 1, 2, 4, 3]> (passed_real)",
         t.ints("group_heads", [0, 0, g, h // g, n, p]),
         "passed_group = Reshape (passed_np, group_heads)",
         t.ints("axis3", [3]),
-        "c_heads = Unsqueeze (c_cgkn, axis3)",
+        "c_heads = Unsqueeze (c_of_scan1, axis3)",
         "scan1_group = MatMul (c_heads, passed_group)",
         t.ints("head_shape", [0, 0, h, k, p]),
         "scan1_int = Reshape (scan1_group, head_shape)",
@@ -229,6 +231,14 @@ def _body(a: Attributes, form: BodyForm) -> str:
         t.keep_length("y", "y_padded", 1),
     ]
     return "\n".join(lines)
+
+
+def _passed_lines(a: Attributes, form: BodyForm) -> list[str]:
+    """`passed_real` and `c_of_scan1`: integers in FP32, which is exact, or the compute type."""
+    if a["scaling"] == "none":
+        f = t.compute_type(form)
+        return [t.cast("passed_real", "passed", f), t.cast("c_of_scan1", "c_cgkn", f)]
+    return [t.from_int8("passed_real", "passed", form), "c_of_scan1 = Identity (c_cgkn)"]
 
 
 def _diagonal_cb_lines(cb: str, f: int) -> list[str]:

@@ -36,6 +36,7 @@ def chunk_state_reference(
     Scaling x instead of B is exact, since w depends on the contracted index only, and lets the
     INT8 B be quantized once before the group-to-head broadcast. With scaling "dynamic" each (chunk,
     head, channel) of w · x has its own scale, from its largest value: it is a row of the product.
+    With scaling "none" Q is FP16(FP16(w) · x) and the sum is evaluated in FP64 and rounded once.
 
     Args:
         x: (B, L, H·P) FP16.
@@ -59,6 +60,11 @@ def chunk_state_reference(
     a_c = chunks_of_decay(a, chunk_size, edge=True).double()
 
     w = (torch.exp(a_c[..., -1:] - a_c) * dt_c.double()).float()[..., None]
+    scale_of_b = per_head(b_scale, nheads)[:, None]
+    if scaling == "none":
+        v = (x_c * w.half().float()).half().double().unflatten(2, (ngroups, -1))
+        total = (v.transpose(-1, -2) @ b_c.double()[:, :, :, None]).flatten(2, 3)
+        return total.float() * scale_of_b[..., None]
     if scaling == "dynamic":
         v_q, step = quantize_by_largest(x_c * w, -2, rounding)
         step = step.squeeze(-2)  # (B, C, H, P)
@@ -68,7 +74,7 @@ def chunk_state_reference(
     v_g = v_q.float().unflatten(2, (ngroups, -1))  # (B, C, G, H/G, K, P)
     accumulator = (v_g.transpose(-1, -2) @ b_c[:, :, :, None]).flatten(2, 3)
 
-    multiplier = step * per_head(b_scale, nheads)[:, None]
+    multiplier = step * scale_of_b
     if gate == "fp32":
         return accumulator * multiplier[..., None]
     requantized = accumulator * (multiplier / given(state_scale, "state_scale"))[..., None]
@@ -96,11 +102,12 @@ def _body(a: Attributes, form: BodyForm) -> str:
         t.cast("w", "w_wide", t.FP32),
         "w_column = Unsqueeze (w, last)",
         *_quantized_lines(a, form),
-        t.from_int8("v_q", "v_int", form),
         "v_pk = Transpose <perm = [0, 1, 2, 4, 3]> (v_q)",
         t.ints("v_group_shape", [0, 0, g, -1, k]),
         "v_group = Reshape (v_pk, v_group_shape)",
-        "accumulator_group = MatMul (v_group, b_cgkn)",
+        t.cast("b_heads", "b_cgkn", f if a["scaling"] == "none" else t.FP32),
+        "accumulator_wide = MatMul (v_group, b_heads)",
+        t.cast("accumulator_group", "accumulator_wide", t.FP32),
         t.ints("state_shape", [0, 0, h, p, -1]),
         "accumulator = Reshape (accumulator_group, state_shape)",
         t.per_head("b_scale_h", "b_scale", h, g, [h, 1]),
@@ -122,11 +129,22 @@ def _body(a: Attributes, form: BodyForm) -> str:
 
 
 def _quantized_lines(a: Attributes, form: BodyForm) -> list[str]:
-    """`v_int` INT8 (B, C, H, K, P) and its `step`, (B, C, H, P) or (H, P)."""
+    """`v_q` (B, C, H, K, P), as whole numbers in FP32, and its `step`, (B, C, H, P) or (H, P);
+    with scaling "none" in real units, and 1."""
+    if a["scaling"] == "none":
+        return [
+            t.cast("w_16", "w_column", t.FP16),
+            t.cast("w_rounded", "w_16", t.FP32),
+            "v = Mul (x_chkp, w_rounded)",
+            t.cast("v_16", "v", t.FP16),
+            t.cast("v_q", "v_16", t.compute_type(form)),
+            t.number("step", 1.0),
+        ]
     if a["scaling"] == "dynamic":
         return [
             "v = Mul (x_chkp, w_column)",
             t.quantize_by_largest("v_int", "step_row", "v", 3, a["rounding"], form),
+            t.from_int8("v_q", "v_int", form),
             t.ints("k_of_step", [3]),
             "step = Squeeze (step_row, k_of_step)",
         ]
@@ -137,6 +155,7 @@ def _quantized_lines(a: Attributes, form: BodyForm) -> list[str]:
         "x_steps = Mul (x_chkp, x_inverse)",
         "v = Mul (x_steps, w_column)",
         t.round_to_int8("v_int", "v", a["rounding"], form),
+        t.from_int8("v_q", "v_int", form),
         "step = Identity (x_scale)",
     ]
 

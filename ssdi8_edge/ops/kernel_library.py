@@ -25,7 +25,7 @@ from torch import Tensor
 from ssdi8_edge.errors import Ssdi8Error
 from ssdi8_edge.ops.op import Op
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 LIBRARY_NAME = "libssdi8_kernels.so"
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -37,7 +37,7 @@ _BUILD_HINT = "Build it: cmake -S plugins -B plugins/build && cmake --build plug
 _NUMBERS: Mapping[str, Mapping[str, int]] = {
     "rounding": {"half_even": 0, "half_away": 1},
     "gate": {"fp32": 0, "q0.7": 1},
-    "scaling": {"static": 0, "dynamic": 1},
+    "scaling": {"static": 0, "dynamic": 1, "none": 2},
 }
 # Fields of a struct whose names differ from the reference's arguments.
 _ARGUMENT_OF_FIELD = {"d_skip": "D", "a_rate": "A"}
@@ -304,7 +304,7 @@ def _require_decay(call: Call) -> None:
 
 
 def _require_scales(call: Call, per_group: tuple[str, ...], per_channel: tuple[str, ...]) -> None:
-    """Those of channels are left out with scaling "dynamic"."""
+    """Those of channels are there with scaling "static" only."""
     channels = (call.nheads, call.headdim)
     _require(call, torch.float32, **{name: (call.ngroups,) for name in per_group})
     present = [name for name in per_channel if getattr(call, name) is not None]

@@ -87,8 +87,8 @@ def ssd_scan_reference(
         x: (B, L, H·P) FP16; b_q, c_q: (B, L, G·N) INT8; zxbcdt: in_proj's output, for dt.
         ssm_state: (B, H, P, N) FP16 or FP32.
         dt_bias, A, D: (H) FP32. b_scale, c_scale, cb_scale: (G) FP32.
-        x_scale, state_scale, x_tile_scale: (H, P) FP32, as the modules need them: none with scaling
-            "dynamic".
+        x_scale, state_scale, x_tile_scale: (H, P) FP32, as the modules need them: with scaling
+            "static" only.
 
     Returns:
         y (B, L, H·P) FP16 and ssm_state' in the type of ssm_state.

@@ -28,7 +28,8 @@ def state_passing_reference(
     """R_0 = ssm_state; R_{c+1} = exp(a_last of chunk c)·R_c + S_c; stored as Q(R_c / passed_scale).
 
     With scaling "static", passed_scale is state_scale everywhere; "dynamic" takes it from the
-    largest value of each stored (chunk, head, channel).
+    largest value of each stored (chunk, head, channel); with "none" passed is FP16(R_c), and the
+    scale 1.
 
     gate "fp32": FP32 carry, one multiplication and one addition, each rounded; only the stored
     copies are quantized. gate "q0.7", as released: INT32 carry in units of state_scale, the gate in
@@ -41,16 +42,24 @@ def state_passing_reference(
         state_scale: (H, P) FP32, for scaling "static" only.
 
     Returns:
-        passed (B, C, H, P, N) INT8, the state entering each chunk; passed_scale (B, C, H, P) FP32,
-        its steps; ssm_state' (B, H, P, N) in the type of ssm_state, real units.
+        passed (B, C, H, P, N) INT8 or FP16, the state entering each chunk; passed_scale
+        (B, C, H, P) FP32, its steps; ssm_state' (B, H, P, N) in the type of ssm_state, real units.
 
     Raises:
-        ValueError: gate "q0.7" with scaling "dynamic": its integer carry needs one scale.
+        ValueError: gate "q0.7" without scaling "static": its integer carry needs one scale.
     """
     require_one_scale(gate, scaling)
     a_last = chunks_of_decay(a, chunk_size, edge=True)[..., -1]  # (B, C, H)
     gamma = torch.exp(a_last.double()).float()[..., None, None]
     passed = torch.empty(states.shape, dtype=torch.int8, device=states.device)
+
+    if scaling == "none":
+        passed = passed.half()
+        carry = ssm_state.float()
+        for c in range(states.shape[1]):
+            passed[:, c] = carry.half()
+            carry = gamma[:, c] * carry + states[:, c]
+        return passed, torch.ones_like(states[..., 0]), carry.to(ssm_state.dtype)
 
     if scaling == "dynamic":
         steps = []
@@ -83,7 +92,7 @@ def state_passing_reference(
 
 
 def require_one_scale(gate: Gate, scaling: Scaling) -> None:
-    """Raises ValueError for scales of every chunk's own with a carry in units of one."""
+    """Raises ValueError for anything but one scale with a carry in units of it."""
     if gate == "q0.7" and scaling != "static":
         raise ValueError(f'gate "q0.7" needs scaling "static", not "{scaling}"')
 
@@ -112,7 +121,14 @@ def _body(a: Attributes, form: BodyForm) -> str:
             "entering = Transpose <perm = [1, 0, 2, 3, 4]> (entering_c)",
             "ssm_state_out = CastLike (final, ssm_state)",
         ]
-        if a["scaling"] == "dynamic":
+        if a["scaling"] == "none":
+            lines += [
+                t.cast("passed", "entering", t.FP16),
+                t.number("scale_of_all", 1.0),
+                "scale_shape = Shape <start = 0, end = 4> (entering)",
+                "passed_scale = Expand (scale_of_all, scale_shape)",
+            ]
+        elif a["scaling"] == "dynamic":
             lines += [
                 t.quantize_by_largest("passed", "step_column", "entering", 4, rounding, form),
                 "passed_scale = Squeeze (step_column, last)",

@@ -33,8 +33,13 @@ inline int make_shape(const char* op, int batch, int length, int nheads, int hea
   if (rounding != SSDI8_HALF_EVEN && rounding != SSDI8_HALF_AWAY) {
     return refuse("%s: rounding %d", op, rounding);
   }
-  if (scaling != SSDI8_SCALING_STATIC && scaling != SSDI8_SCALING_DYNAMIC) {
+  if (scaling != SSDI8_SCALING_STATIC && scaling != SSDI8_SCALING_DYNAMIC &&
+      scaling != SSDI8_SCALING_NONE) {
     return refuse("%s: scaling %d", op, scaling);
+  }
+  if (scaling == SSDI8_SCALING_NONE && scan_tile != chunk) {
+    return refuse("%s: scaling none with scan_tile %d, not the chunk size %d", op, scan_tile,
+                  chunk);
   }
   *shape = {batch,
             length,
@@ -46,13 +51,19 @@ inline int make_shape(const char* op, int batch, int length, int nheads, int hea
             static_cast<int>(ceil_div(length, chunk)),
             scan_tile < chunk,
             rounding == SSDI8_HALF_AWAY,
-            scaling == SSDI8_SCALING_DYNAMIC};
+            scaling == SSDI8_SCALING_DYNAMIC,
+            scaling == SSDI8_SCALING_NONE};
   return SSDI8_OK;
 }
 
+// Of the ops that are one module of SSD.
+inline int refuse_fp16(const char* op, const Shape& shape) {
+  return shape.fp16 ? refuse("%s: scaling none, which ssd_scan alone has", op) : SSDI8_OK;
+}
+
 inline int check_gate(const char* op, int gate, const Shape& shape) {
-  if (gate == SSDI8_GATE_Q0_7 && shape.dynamic) {
-    return refuse("%s: scaling dynamic with gate Q0.7", op);
+  if (gate == SSDI8_GATE_Q0_7 && (shape.dynamic || shape.fp16)) {
+    return refuse("%s: scaling %s with gate Q0.7", op, shape.dynamic ? "dynamic" : "none");
   }
   if (gate == SSDI8_GATE_FP32 || gate == SSDI8_GATE_Q0_7) return SSDI8_OK;
   return refuse("%s: gate %d", op, gate);
@@ -60,7 +71,7 @@ inline int check_gate(const char* op, int gate, const Shape& shape) {
 
 // Scaling "static" needs its inputs.
 inline int check_scale(const char* op, const Shape& shape, const char* name, const float* scale) {
-  if (shape.dynamic || scale != nullptr) return SSDI8_OK;
+  if (shape.dynamic || shape.fp16 || scale != nullptr) return SSDI8_OK;
   return refuse("%s: scaling static needs %s", op, name);
 }
 
@@ -68,6 +79,15 @@ inline int check_scale(const char* op, const Shape& shape, const char* name, con
 template <typename Kernel>
 cudaError_t grant_shared(Kernel* kernel, size_t bytes) {
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+}
+
+// Blocks of a scan over chunks, of which the chip holds `slots` at once. All lanes of work walk the
+// chunks side by side if the chip holds them, else as few as fill it, so that their carries stay in
+// the small L2 of a board.
+inline dim3 scan_grid(const Shape& shape, int slots) {
+  const int rounds = shape.lanes() / slots > 1 ? shape.lanes() / slots : 1;
+  const int together = static_cast<int>(ceil_div(shape.lanes(), rounds));
+  return dim3(together, shape.chunks, ceil_div(shape.lanes(), together));
 }
 
 // Bytes of scratch memory, handed out in 256-byte steps.

@@ -7,18 +7,12 @@
 #include <stdint.h>
 
 #include "mma.cuh"
+#include "operands.cuh"
 #include "rounding.cuh"
 #include "shape.cuh"
 
 namespace ssdi8 {
 namespace ssd {
-
-// 16 consecutive int8 of a row, zeros where the row does not exist.
-__device__ __forceinline__ uint4 row_bytes(const int8_t* base, int row, int valid, size_t pitch,
-                                           int column) {
-  if (row >= valid) return make_uint4(0, 0, 0, 0);
-  return load16_global(base + size_t(row) * pitch + column);
-}
 
 // One warp: CB of rows 16i .. 16i + 15 and columns 32s .. 32s + 31, in units of cb_scale: as one
 // INT8 unit (left of the diagonal tile) or as FP16 units of 16 columns each, rounded to integers
@@ -70,7 +64,7 @@ __device__ __forceinline__ void prepare_cb_unit(const Shape& shape, const int8_t
     return;
   }
   const auto to_fp16 = [&](float v) {
-    if (shape.dynamic) return fmaxf(-kMaxFp16, fminf(v, kMaxFp16));
+    if (shape.dynamic || shape.fp16) return fmaxf(-kMaxFp16, fminf(v, kMaxFp16));
     return static_cast<float>(max(kAway ? -127 : -128, min(round_int<kAway>(v), 127)));
   };
 #pragma unroll
@@ -85,55 +79,6 @@ __device__ __forceinline__ void prepare_cb_unit(const Shape& shape, const int8_t
     }
     cb16[(size_t(i) * (shape.chunk / 16) + 2 * s + half) * 32 + lane] =
         make_uint4(word[0], word[1], word[2], word[3]);
-  }
-}
-
-// One warp: B^T of positions 32s .. 32s + 31 and 64 state columns as four units. A lane owns every
-// second of 16 columns and packs four positions of each with byte permutations.
-__device__ __forceinline__ void prepare_b_units(const int8_t* b_rows, int valid, size_t pitch,
-                                                int d_state, int s, int n64, uint4* b_units) {
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const uint32_t select = g % 2 ? 0x7351 : 0x6240;
-  uint32_t word[2][8];  // [positions +0 / +16][column of the run of 16, own parity]
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    uint4 row[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      row[i] =
-          row_bytes(b_rows, 32 * s + 16 * half + 4 * t + i, valid, pitch, 64 * n64 + 16 * (g / 2));
-    }
-    const uint32_t* r0 = reinterpret_cast<const uint32_t*>(&row[0]);
-    const uint32_t* r1 = reinterpret_cast<const uint32_t*>(&row[1]);
-    const uint32_t* r2 = reinterpret_cast<const uint32_t*>(&row[2]);
-    const uint32_t* r3 = reinterpret_cast<const uint32_t*>(&row[3]);
-#pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      const uint32_t low = __byte_perm(r0[w], r1[w], select);  // bytes e of both, then e + 2
-      const uint32_t high = __byte_perm(r2[w], r3[w], select);
-      word[half][2 * w] = __byte_perm(low, high, 0x5410);
-      word[half][2 * w + 1] = __byte_perm(low, high, 0x7632);
-    }
-  }
-#pragma unroll
-  for (int u = 0; u < 4; ++u) {
-    b_units[(size_t(s) * (d_state / 16) + 4 * n64 + u) * 32 + lane] =
-        make_uint4(word[0][2 * u], word[1][2 * u], word[0][2 * u + 1], word[1][2 * u + 1]);
-  }
-}
-
-// One warp: C of rows 16i .. 16i + 15 as units, one per 32 state columns.
-template <int kN>
-__device__ __forceinline__ void prepare_c_units(const int8_t* c_rows, int valid, size_t pitch,
-                                                int i, uint4* c_units) {
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  uint4* unit = c_units + size_t(i) * (kN / 32) * 32 + lane;
-#pragma unroll
-  for (int n64 = 0; n64 < kN / 64; ++n64) {
-    const uint4 low = row_bytes(c_rows, 16 * i + g, valid, pitch, 64 * n64 + 16 * t);
-    const uint4 high = row_bytes(c_rows, 16 * i + g + 8, valid, pitch, 64 * n64 + 16 * t);
-    unit[2 * n64 * 32] = make_uint4(low.x, high.x, low.y, high.y);
-    unit[(2 * n64 + 1) * 32] = make_uint4(low.z, high.z, low.w, high.w);
   }
 }
 
@@ -159,7 +104,8 @@ struct PrepareGroup {
   uint4* cb16;
 };
 
-template <int kN>
+// kFp16: scaling "none", all operands in FP16.
+template <int kN, bool kFp16>
 __device__ __forceinline__ void prepare_group(const Shape& shape, const PrepareGroup& p,
                                               int group_chunk_index, int job) {
   const int group = group_chunk_index % shape.ngroups;
@@ -190,15 +136,24 @@ __device__ __forceinline__ void prepare_group(const Shape& shape, const PrepareG
     }
     job -= cb_jobs(shape.chunk);
     if (job < c_jobs(shape.chunk)) {
-      prepare_c_units<kN>(p.c_q + first, valid, pitch, job,
-                          p.c_units + group_chunk_index * shape.c_units() * 32);
+      uint4* units = p.c_units + group_chunk_index * (kFp16 + 1) * shape.c_units() * 32;
+      if (kFp16) {
+        prepare_fp16_c<kN>(p.c_q + first, valid, pitch, job, units);
+      } else {
+        prepare_c_units<kN>(p.c_q + first, valid, pitch, job, units);
+      }
       return;
     }
     job -= c_jobs(shape.chunk);
   }
   if (p.b_units != nullptr && job < b_jobs(shape.chunk, kN)) {
-    prepare_b_units(p.b_q + first, valid, pitch, kN, job / (kN / 64), job % (kN / 64),
-                    p.b_units + group_chunk_index * shape.b_units() * 32);
+    uint4* units = p.b_units + group_chunk_index * (kFp16 + 1) * shape.b_units() * 32;
+    const int s = job / (kN / 64), n64 = job % (kN / 64);
+    if (kFp16) {
+      prepare_fp16_b(p.b_q + first, valid, pitch, kN, s, n64, units);
+    } else {
+      prepare_b_units(p.b_q + first, valid, pitch, kN, s, n64, units);
+    }
   }
 }
 

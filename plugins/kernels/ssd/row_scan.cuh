@@ -42,6 +42,36 @@ __device__ __forceinline__ uint4 scan_weights(const uint4& cb, const float4& les
   return weights;
 }
 
+// What follows from it is then not kept in registers around a loop.
+__device__ __forceinline__ int thread_asked_again() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+__device__ __forceinline__ int lane_asked_again() { return thread_asked_again() % 32; }
+
+// Rows first .. first + 15 of y, as the accumulators have them; `out` is that of row 0.
+__device__ __forceinline__ void store_rows(const float (&y)[8][4], int first, int valid, int pitch,
+                                           __half* out) {
+  const int lane = lane_asked_again(), g = lane / 4, t = lane % 4;
+  out += (first + g) * pitch + 8 * t;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if (first + g + 8 * half >= valid) continue;
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      uint4 word;
+#pragma unroll
+      for (int pair = 0; pair < 4; ++pair) {
+        const __half2 packed =
+            __floats2half2_rn(y[2 * pair][2 * half + e], y[2 * pair + 1][2 * half + e]);
+        reinterpret_cast<uint32_t*>(&word)[pair] = *reinterpret_cast<const uint32_t*>(&packed);
+      }
+      *reinterpret_cast<uint4*>(out + 8 * half * pitch + 32 * e) = word;
+    }
+  }
+}
+
 // The rows of y of a warp, 16 at a time. With two blocks of rows they are paired so that every warp
 // has the same number of products left of and on the diagonal.
 template <typename P>
@@ -53,7 +83,7 @@ struct RowScan {
   uint4 cb_diagonal;  // CB of the first 16 columns in FP16
 
   __device__ __forceinline__ static int tile_of(int m) {
-    const int warp = threadIdx.x / 32;
+    const int warp = thread_asked_again() / 32;
     return m == 0 ? warp : 2 * P::kWarps - 1 - warp;
   }
   // First column block of 16 in FP16.
@@ -62,18 +92,19 @@ struct RowScan {
   }
   __device__ __forceinline__ static const uint4* unit8_of(const uint4* cb8, int group_chunk,
                                                           int tile) {
-    return cb8 + (group_chunk * (P::kChunk / 16) + tile) * (P::kChunk / 32) * 32 + threadIdx.x % 32;
+    return cb8 + (group_chunk * (P::kChunk / 16) + tile) * (P::kChunk / 32) * 32 +
+           lane_asked_again();
   }
   __device__ __forceinline__ static const uint4* unit16_of(const uint4* cb16, int group_chunk,
                                                            int tile, int s) {
     return cb16 + ((group_chunk * (P::kChunk / 16) + tile) * (P::kChunk / 16) + s) * 32 +
-           threadIdx.x % 32;
+           lane_asked_again();
   }
 
   __device__ __forceinline__ void load_c(const uint4* c_units, int group_chunk, int tile) {
     const uint4* unit = c_units + (group_chunk * (P::kChunk / 16) + tile) * kStepsOfC * 32;
 #pragma unroll
-    for (int q = 0; q < kStepsOfC; ++q) c[q] = load16_global(unit + q * 32 + threadIdx.x % 32);
+    for (int q = 0; q < kStepsOfC; ++q) c[q] = load16_global(unit + q * 32 + lane_asked_again());
   }
   __device__ __forceinline__ void load_left(const uint4* unit8) {
     cb_0 = load16_global(unit8);
@@ -90,42 +121,38 @@ struct RowScan {
     cb_diagonal = load16_global(unit16_of(cb16, group_chunk, tile, first_diagonal(shape, tile)));
   }
 
-  __device__ __forceinline__ void run(const Shape& shape, const Item& it, const uint4* c_units,
-                                      const uint4* cb8, const uint4* cb16, const Tables& tables,
-                                      const uint4* xt, const uint4* x16, const uint4* r_units,
-                                      __half* y_out) {
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  __device__ __forceinline__ void run(const Shape& shape, const uint4* c_units, const uint4* cb8,
+                                      const uint4* cb16, const Tables& tables, const uint4* xt,
+                                      const uint4* x16, const uint4* r_units, __half* y_out) {
     const int4 magic = tables.magic;
     const volatile Tables& place = tables;  // read when needed: the loops need the registers
 #pragma unroll 1
     for (int m = 0; m < P::kRowTiles; ++m) {
       const int tile = tile_of(m);
-      if (16 * tile >= it.valid) break;  // so are the rows of m + 1
-      const float a0 = tables.a2[16 * tile + g], a1 = tables.a2[16 * tile + g + 8];
+      if (16 * tile >= place.valid) break;  // so are the rows of m + 1
       const int group_chunk = place.group_chunk;
+      const float* a2 = tables.a2 + 16 * tile + lane_asked_again() / 4;
+      const float a0 = a2[0], a1 = a2[8];
       const bool more = m + 1 < P::kRowTiles;
 
       float y[8][4];
       {  // Scan1
-        int acc[8][4];
-#pragma unroll
-        for (int q = 0; q < kStepsOfC; ++q) {
-#pragma unroll
-          for (int pair = 0; pair < 4; ++pair) {
-            const uint4 r = load16(r_units + (q * 4 + pair) * 32 + lane);
-            if (q == 0) {
-              mma_int8_first(acc[2 * pair], c[q], r.x, r.y, magic);
-              mma_int8_first(acc[2 * pair + 1], c[q], r.z, r.w, magic);
-            } else {
-              mma_int8(acc[2 * pair], c[q], r.x, r.y);
-              mma_int8(acc[2 * pair + 1], c[q], r.z, r.w);
-            }
-          }
-        }
-        if (more) load_c(c_units, group_chunk, tile_of(m + 1));
+        const int lane = lane_asked_again(), t = lane % 4;
         const RowFactor f0 = row_factor(a0), f1 = row_factor(a1);
 #pragma unroll
         for (int pair = 0; pair < 4; ++pair) {
+          int acc[2][4];
+#pragma unroll
+          for (int q = 0; q < kStepsOfC; ++q) {
+            const uint4 r = load16(r_units + (q * 4 + pair) * 32 + lane);
+            if (q == 0) {
+              mma_int8_first(acc[0], c[q], r.x, r.y, magic);
+              mma_int8_first(acc[1], c[q], r.z, r.w, magic);
+            } else {
+              mma_int8(acc[0], c[q], r.x, r.y);
+              mma_int8(acc[1], c[q], r.z, r.w);
+            }
+          }
           const float2 s0 = *reinterpret_cast<const float2*>(tables.scan1_scale + 8 * t + 2 * pair);
           const float2 s1 =
               *reinterpret_cast<const float2*>(tables.scan1_scale + 32 + 8 * t + 2 * pair);
@@ -133,9 +160,8 @@ struct RowScan {
           for (int e = 0; e < 4; ++e) {
             const RowFactor& f = e < 2 ? f0 : f1;
             const float2& scale = e % 2 ? s1 : s0;
-            y[2 * pair][e] = fmaf(__int_as_float(acc[2 * pair][e]), f.factor, f.offset) * scale.x;
-            y[2 * pair + 1][e] =
-                fmaf(__int_as_float(acc[2 * pair + 1][e]), f.factor, f.offset) * scale.y;
+            y[2 * pair][e] = fmaf(__int_as_float(acc[0][e]), f.factor, f.offset) * scale.x;
+            y[2 * pair + 1][e] = fmaf(__int_as_float(acc[1][e]), f.factor, f.offset) * scale.y;
           }
         }
       }
@@ -143,9 +169,9 @@ struct RowScan {
       // Scan2 left of the diagonal tile: INT8, the row factor in the epilogue.
       const int left = shape.tiled ? tile / 4 : 0;
       const uint4* unit8 = unit8_of(cb8, group_chunk, tile);
-      const uint4* x_unit = xt + lane;
+      const uint4* x_unit = xt + lane_asked_again();
       const float* end = tables.tile_end;
-      const float* tile_scale = tables.tiles[0].scale + 8 * t;
+      const float* tile_scale = tables.tiles[0].scale + 8 * (lane_asked_again() % 4);
 #pragma unroll 1
       for (int k64 = 0; k64 < left; ++k64) {
         unit8 += 2 * 32;
@@ -179,7 +205,7 @@ struct RowScan {
       }
 
       // Scan2 on the diagonal tile: FP16, the decay element by element; D on the diagonal itself.
-      if (more) load_left(unit8_of(cb8, group_chunk, tile_of(m + 1)));
+      const int lane = lane_asked_again(), g = lane / 4, t = lane % 4;
       int s = first_diagonal(shape, tile);
       const uint4* unit16 = unit16_of(cb16, group_chunk, tile, s);
       x_unit = x16 + s * 4 * 32 + lane;
@@ -204,28 +230,15 @@ struct RowScan {
       const uint4 cb = cb_diagonal;
       if (more) {
         const int next = tile_of(m + 1);
+        load_c(c_units, group_chunk, next);
+        load_left(unit8_of(cb8, group_chunk, next));
         cb_diagonal =
             load16_global(unit16_of(cb16, group_chunk, next, first_diagonal(shape, next)));
       }
       accumulate(scan_weights<true>(cb, *less, a0, a1, 4 * t - g, tables.d_skip));
 
-      const int pitch = shape.nheads * shape.headdim;
-      __half* out = y_out + place.y_offset + (16 * tile + g) * pitch + 8 * t;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        if (16 * tile + g + 8 * half >= it.valid) continue;
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          uint4 word;
-#pragma unroll
-          for (int pair = 0; pair < 4; ++pair) {
-            const __half2 packed =
-                __floats2half2_rn(y[2 * pair][2 * half + e], y[2 * pair + 1][2 * half + e]);
-            reinterpret_cast<uint32_t*>(&word)[pair] = *reinterpret_cast<const uint32_t*>(&packed);
-          }
-          *reinterpret_cast<uint4*>(out + 8 * half * pitch + 32 * e) = word;
-        }
-      }
+      store_rows(y, 16 * tile_of(m), place.valid, shape.nheads * shape.headdim,
+                 y_out + place.y_offset);
     }
   }
 };

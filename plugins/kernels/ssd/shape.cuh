@@ -30,6 +30,7 @@ struct Shape {
   int tiled;    // Scan2 left of the diagonal tiles in INT8
   int away;     // rounding half_away
   int dynamic;  // scaling "dynamic"
+  int fp16;     // scaling "none"
 
   __host__ __device__ int p_tiles() const { return headdim / kTileP; }
   __host__ __device__ int lanes() const { return batch * nheads * p_tiles(); }  // (b, h, P tile)
@@ -103,6 +104,12 @@ __device__ __forceinline__ int lane_of_work() {
   int x;
   asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(x));
   return blockIdx.z * gridDim.x + x;
+}
+
+__device__ __forceinline__ int chunk_of_work() {
+  int y;
+  asm volatile("mov.u32 %0, %%ctaid.y;" : "=r"(y));
+  return y;
 }
 
 __device__ __forceinline__ Item make_item(const Shape& s, int lane_index, int c) {

@@ -19,7 +19,7 @@ using StateInt = int[P::kRows][P::kSteps][4][4];
 template <typename P>
 struct StateOperands {
   static constexpr int kStepsOfChunk = P::kChunk / 32;
-  static constexpr int kWanted = 8 / P::kSteps;  // 64 registers
+  static constexpr int kWanted = 6 / P::kSteps;  // 48 registers
   static constexpr int kAhead = kWanted < kStepsOfChunk ? kWanted : kStepsOfChunk;
   uint4 b[kAhead][P::kSteps * 2];
 

@@ -35,6 +35,7 @@ struct alignas(16) Tables {
   // Of the item.
   float d_skip;
   int group_chunk;
+  int valid;
   size_t y_offset;  // of its first row and channel
 
   // From one tile to the next.
@@ -92,6 +93,7 @@ __device__ __forceinline__ void finish_tables(const Shape& shape, const Item& it
   tables.magic = make_int4(kMagicInt, kMagicInt, kMagicInt, kMagicInt);
   if (scales.d_skip != nullptr) tables.d_skip = scales.d_skip[it.h];
   tables.group_chunk = it.group_chunk;
+  tables.valid = it.valid;
   tables.y_offset = (size_t(it.b) * shape.length + it.start) * shape.nheads * shape.headdim + it.p0;
 }
 

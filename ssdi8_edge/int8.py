@@ -36,17 +36,21 @@ class SaturationCounter:
 
     def __init__(self) -> None:
         self.scope = ""
-        self._saturated: defaultdict[str, int] = defaultdict(int)
+        # On the device until they are asked for: a GPU need not wait for the host at each site.
+        self._saturated: dict[str, Tensor] = {}
         self._total: defaultdict[str, int] = defaultdict(int)
 
     def add(self, site: str, q: Tensor) -> None:
         key = f"{self.scope}{site}"
-        self._saturated[key] += int((q.to(torch.int16).abs() >= QMAX).sum())
+        saturated = (q.to(torch.int16).abs() >= QMAX).sum()
+        self._saturated[key] = self._saturated[key] + saturated if key in self._total else saturated
         self._total[key] += q.numel()
 
     def fractions(self) -> dict[str, float]:
         """Site -> fraction of its values with |q| ≥ 127, in [0, 1]."""
-        return {key: self._saturated[key] / total for key, total in self._total.items() if total}
+        return {
+            key: int(self._saturated[key]) / total for key, total in self._total.items() if total
+        }
 
 
 _counter: ContextVar[SaturationCounter | None] = ContextVar("saturation_counter", default=None)

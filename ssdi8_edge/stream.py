@@ -16,6 +16,8 @@ from ssdi8_edge.errors import UsageError
 
 # Sequences go through a layer together up to this many tokens.
 TOKENS_PER_BATCH = 2048
+# A GPU wants more at once than a CPU; for evaluation, where nothing is summed over a batch.
+GPU_TOKENS_PER_BATCH = 8 * TOKENS_PER_BATCH
 
 
 class Spool(Protocol):

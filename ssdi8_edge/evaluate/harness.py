@@ -30,12 +30,15 @@ from ssdi8_edge.evaluate.local_data import Row
 from ssdi8_edge.evaluate.subject import Subject
 from ssdi8_edge.evaluate.tasks import Accuracy, Task
 from ssdi8_edge.progress import Track, silent
-from ssdi8_edge.stream import TOKENS_PER_BATCH, open_tokenizer, require_vocabulary
+from ssdi8_edge.stream import (
+    GPU_TOKENS_PER_BATCH,
+    TOKENS_PER_BATCH,
+    open_tokenizer,
+    require_vocabulary,
+)
 
 # Method §7: longer inputs lose their beginning.
 MAX_TOKENS = 2048
-# A GPU wants more sequences at once than a CPU.
-GPU_TOKENS_PER_BATCH = 8 * TOKENS_PER_BATCH
 # What a short sequence counts for: the torch references pad it to a whole chunk.
 CHUNK = 256
 END_OF_TEXT = "<|endoftext|>"

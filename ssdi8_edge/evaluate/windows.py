@@ -16,7 +16,7 @@ from ssdi8_edge.errors import UsageError
 from ssdi8_edge.evaluate.subject import Subject
 from ssdi8_edge.evaluate.texts import Text, text_file
 from ssdi8_edge.progress import Track, silent
-from ssdi8_edge.stream import require_vocabulary
+from ssdi8_edge.stream import GPU_TOKENS_PER_BATCH, require_vocabulary
 
 # Method §7: non-overlapping blocks of 2048 tokens.
 WINDOW = 2048
@@ -68,8 +68,12 @@ class _Tally:
         self.saturation: defaultdict[str, float] = defaultdict(float)
 
     def add(self, logits: Tensor, targets: Tensor, reference: Tensor | None) -> None:
-        """logits and reference (T, V) FP32 predict targets (T)."""
-        self.windows += 1
+        """logits and reference (S, T, V) FP32 of S windows predict targets (S, T)."""
+        self.windows += len(targets)
+        for i in range(len(targets)):
+            self._add_window(logits[i], targets[i], None if reference is None else reference[i])
+
+    def _add_window(self, logits: Tensor, targets: Tensor, reference: Tensor | None) -> None:
         self.positions += len(targets)
         for start in range(0, len(targets), SLICE):
             part = slice(start, start + SLICE)
@@ -83,10 +87,10 @@ class _Tally:
             self.kl += (log_r.exp() * (log_r - log_p)).sum().item()
             self.same_top += int((log_r.argmax(-1) == log_p.argmax(-1)).sum())
 
-    def add_saturation(self, fractions: dict[str, float]) -> None:
+    def add_saturation(self, fractions: dict[str, float], windows: int) -> None:
         """Windows are of one length, so that the mean of their fractions is the fraction."""
         for site, fraction in fractions.items():
-            self.saturation[site] += fraction
+            self.saturation[site] += windows * fraction
 
     def worst_saturation(self) -> dict[str, float]:
         """`layers.{i}.<site>` sums -> site: mean over windows in the worst layer."""
@@ -184,23 +188,28 @@ def _measure(
 ) -> list[Perplexity]:
     """Each model on its windows; the last `scored` tokens of a window count, or all that can.
 
-    Models take turns at each window, so that one window of the first one's logits is all that is
-    kept.
+    Models take turns at each batch of windows, so that one batch of the first one's logits is all
+    that is kept. A CPU gains nothing by more than a window at once.
     """
     first = subjects[0]
     tallies = [_Tally() for _ in subjects]
-    turns = [(i, n) for i in range(max(map(len, windows))) for n in range(len(subjects))]
+    longest = max(ids.shape[1] for ids in windows)
+    size = 1 if first.device == "cpu" else max(1, GPU_TOKENS_PER_BATCH // longest)
+    starts = range(0, max(map(len, windows)), size)
+    turns = [(start, n) for start in starts for n in range(len(subjects))]
     reference: Tensor | None = None
-    for i, n in track(turns, f"{text.name}, {windows[0].shape[1]} tokens"):
-        if i >= len(windows[n]):
+    for start, n in track(turns, f"{text.name}, {windows[0].shape[1]} tokens"):
+        ids = windows[n][start : start + size]
+        if not len(ids):
             continue
-        subject, ids = subjects[n], windows[n][i]
-        count = scored or len(ids) - 1
-        logits, fractions = subject.counted_logits(ids[None], count + 1)
-        predicting = logits[0, :-1]
-        comparable = subject.vocabulary == first.vocabulary and torch.equal(windows[n], windows[0])
-        tallies[n].add(predicting, ids[-count:], reference if n and comparable else None)
-        tallies[n].add_saturation(fractions)
+        count = scored or ids.shape[1] - 1
+        logits, fractions = subjects[n].counted_logits(ids, count + 1)
+        predicting = logits[:, :-1]
+        comparable = subjects[n].vocabulary == first.vocabulary and torch.equal(
+            windows[n], windows[0]
+        )
+        tallies[n].add(predicting, ids[:, -count:], reference if n and comparable else None)
+        tallies[n].add_saturation(fractions, len(ids))
         if n == 0:
             reference = predicting
     return [

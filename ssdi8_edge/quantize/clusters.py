@@ -38,7 +38,7 @@ class Order(NamedTuple):
 
     def share_largest(self, absmax: Tensor) -> Tensor:
         """(H, P) in the new order: each channel gets the largest of its cluster."""
-        flat = self.clusters.flatten()
+        flat = self.clusters.flatten().to(absmax.device)
         largest = absmax.new_zeros(int(flat.max()) + 1)
         largest.scatter_reduce_(0, flat, absmax.flatten(), "amax")
         return largest[self.clusters]

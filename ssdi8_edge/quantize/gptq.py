@@ -49,7 +49,11 @@ class Grid:
 
     def round(self, weight: Tensor, scale: Tensor) -> Tensor:
         """The nearest number for each weight, as a float; `scale` broadcasts against `weight`."""
-        return torch.round(weight / scale).clamp_(self.low, self.high)
+        return self.nearest(weight / scale)
+
+    def nearest(self, steps: Tensor) -> Tensor:
+        """The same for weights in units of their scale."""
+        return steps.round().clamp_(self.low, self.high)
 
 
 GRID8, GRID4 = Grid(-128, 127), Grid(-8, 7)
@@ -211,13 +215,15 @@ def _gptq(weight: Tensor, grid: Grid, block: int, choose: ChooseScale, hessian: 
         current, inside = work[:, part], factor[part, part]
         scale = choose(current, start)
         scales.append(scale)
+        # Few and small operations per column: on a GPU launching them is what takes the time.
+        shares = inside / inside.diagonal()[:, None]
         errors = torch.empty_like(current)
         for j in range(current.shape[1]):
             q = grid.round(current[:, j], scale)
             values[:, start + j] = q
-            error = (current[:, j] - q * scale) / inside[j, j]
-            current[:, j:] -= error[:, None] * inside[j, j:]
-            errors[:, j] = error
+            errors[:, j] = torch.addcmul(current[:, j], q, scale, value=-1)
+            current[:, j:].addr_(errors[:, j], shares[j, j:], alpha=-1)
+        errors /= inside.diagonal()
         work[:, part.stop :] -= errors @ factor[part, part.stop :]
     return _Rounded(values, torch.stack(scales, 1))
 
@@ -238,11 +244,12 @@ def _descend(
         scale, inside = scales[:, start // block], hessian[part, part]
         current = gradient[:, part].clone()
         before = values[:, part].clone()
+        # Of a weight, in units of its scale, for its gradient.
+        rate = (scale[:, None] * diagonal[part]).reciprocal()
         for j in range(current.shape[1]):
-            old = values[:, start + j]
-            best = old * scale + current[:, j] / diagonal[start + j]
-            q = grid.round(best, scale)
-            current -= ((q - old) * scale)[:, None] * inside[j]
+            old = before[:, j]
+            q = grid.nearest(torch.addcmul(old, current[:, j], rate[:, j]))
+            current.addr_((q - old) * scale, inside[j], alpha=-1)
             values[:, start + j] = q
         gradient -= ((values[:, part] - before) * scale[:, None]) @ hessian[part]
     return _Rounded(values, scales)

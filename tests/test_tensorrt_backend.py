@@ -36,9 +36,11 @@ Fakes = tuple[Cuda, Faults]
 JETSON_CLOCK = 918_000_000
 
 
-def jetson(power_mode: str = "15W", gpu_max_hz: int = JETSON_CLOCK) -> Machine:
-    board = Board("Fake Orin NX", "36.4.3", power_mode, gpu_max_hz, None)
-    return Machine("jetson", "Linux", "Fake Orin NX", 8, "3.10.12", board)
+def jetson(
+    power_mode: str = "15W", gpu_max_hz: int = JETSON_CLOCK, model: str = "Fake Orin NX"
+) -> Machine:
+    board = Board(model, "36.4.3", power_mode, gpu_max_hz, None)
+    return Machine("jetson", "Linux", model, 8, "3.10.12", board)
 
 
 @pytest.fixture(autouse=True)
@@ -240,6 +242,19 @@ def test_memory_that_runs_out_is_a_sentence_and_nothing_is_kept(built: Path, fak
 
 @pytest.mark.parametrize(
     ("fault", "words"),
+    [("refuse_stream", "no room for a stream"), ("refuse_pinned", "no page-locked memory left")],
+)
+def test_a_refusal_of_cuda_is_a_sentence_and_nothing_is_kept(
+    built: Path, fakes: Fakes, fault: str, words: str
+) -> None:
+    setattr(fakes[0], fault, True)
+    with pytest.raises(BundleProblem, match=words):
+        TensorRtBackend(open_bundle(built), BackendOptions())
+    assert fakes[0].leaks() == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
     [("no_context", "cannot create an execution context"), ("refuse_address", "refuses the addr")],
 )
 def test_a_refusal_of_tensorrt_is_a_sentence(
@@ -378,6 +393,15 @@ def test_another_power_mode_is_a_note(
         backend = TensorRtBackend(open_bundle(copy), options)
         backend.close()
         assert backend.notes == []
+
+
+def test_an_engine_of_another_board_is_a_note(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To CUDA, the GPU of every Orin has one name: the model of the board tells them apart."""
+    set_machine(monkeypatch, jetson(model="Fake Orin Nano"))
+    backend = TensorRtBackend(open_bundle(copy), BackendOptions(plugins=copy / PLUGINS))
+    backend.close()
+    (note,) = backend.notes
+    assert note.startswith("the engine was built for the board Fake Orin NX, here Fake Orin Nano")
 
 
 def test_plugin_libraries_that_do_not_load(copy: Path) -> None:

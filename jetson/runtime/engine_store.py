@@ -44,6 +44,7 @@ NAMES = {
     "cuda": "CUDA",
     "gpu": "the GPU",
     "compute_capability": "compute capability",
+    "board": "the board",
     "sms": "SMs",
     "power_mode": "power mode",
     "gpu_max_hz": "GPU clock",
@@ -129,6 +130,7 @@ def surroundings(
             "compute_capability": gpu.compute_capability,
         },
         conditions={
+            "board": board.get("model"),  # CUDA calls the GPU of every module "Orin"
             "sms": gpu.sms,
             "power_mode": board.get("power_mode"),
             "gpu_max_hz": board.get("gpu_max_hz"),

@@ -29,6 +29,10 @@ nvinfer1::ILogger* find_logger() noexcept {
 void log(Severity severity, const char* format, va_list arguments) noexcept {
   char message[512];
   std::vsnprintf(message, sizeof(message), format, arguments);
+  // A field's text comes from a file: loggers in Python take UTF-8 alone, and a message is one line.
+  for (char* c = message; *c != '\0'; ++c) {
+    if (*c < ' ' || *c > '~') *c = '?';
+  }
   if (nvinfer1::ILogger* logger = find_logger()) {
     logger->log(severity, message);
   } else {

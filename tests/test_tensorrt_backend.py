@@ -405,7 +405,11 @@ def test_an_engine_of_another_board_is_a_note(copy: Path, monkeypatch: pytest.Mo
 
 
 def test_plugin_libraries_that_do_not_load(copy: Path) -> None:
-    for data, words in ((b"ELF", "cannot be loaded"), (b"fake but empty", "registered no plugin")):
+    for data, words in (
+        (b"ELF", "cannot be loaded"),
+        (b"fake but empty", "is not a plugin library of ours"),
+        (b"fake plugins for 11", r"built for TensorRT 11, this is 10\.3\.0; build it again"),
+    ):
         (copy / PLUGINS).write_bytes(data)
         foreign(plugins=sha256(copy / PLUGINS))(copy)
         with pytest.raises(BundleProblem, match=words):

@@ -301,6 +301,14 @@ BAD_ENGINES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         lambda f: only_engine(f).with_name("build_log.json").write_text("{"),
         ["no TensorRT engine yet", "none that is whole", "build_engine.py"],
     ),
+    "half a log": (
+        edit_log(lambda log: log["engine"].pop("sha256")),
+        ["no TensorRT engine yet", "none that is whole", "build_engine.py"],
+    ),
+    "a log of other types": (
+        edit_log(lambda log: log.update(layers=None)),
+        ["no TensorRT engine yet", "none that is whole", "build_engine.py"],
+    ),
     "cut short": (
         lambda f: os.truncate(only_engine(f), 20),
         ["has 20 bytes", "build_log.json lists", "build it again"],

@@ -29,7 +29,6 @@ fail() {
 # at_least 10.3 10.16.2: whether the second version is not before the first
 at_least() { [[ $(printf '%s\n%s\n' "$1" "$2" | sort -V | head -n 1) == "$1" ]]; }
 
-
 check_jetpack() {
     local release
     release=$(dpkg-query --show --showformat '${Version}' nvidia-l4t-core 2>/dev/null) || release=
@@ -104,7 +103,8 @@ make_venv() {
         # pycuda is compiled here, for this CUDA.
         PATH=$(dirname -- "$nvcc"):$PATH "$venv/bin/python" -m pip install --no-cache-dir \
             --disable-pip-version-check --quiet "${packages[@]}" ||
-            fail "pip could not install ${packages[*]}; its messages are above."
+            fail "pip could not install ${packages[*]}; its messages are above (pycuda takes the\
+ whole CUDA toolkit, curand.h too: sudo apt install nvidia-jetpack)."
     fi
     mapfile -t packages < <(packages_to_install)
     ((${#packages[@]} == 0)) || fail "${packages[*]} was installed and cannot be imported."

@@ -44,6 +44,8 @@ class Cuda:
         self.launches = 0
         self.interrupt_next_wait = False
         self.refuse_capture = False
+        self.refuse_stream = False
+        self.refuse_pinned = False
         self.memory_limit = TOTAL_MEMORY
         self._next = FIRST_ADDRESS
 
@@ -167,6 +169,8 @@ def make_driver(cuda: Cuda) -> types.ModuleType:
 
     def pagelocked_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         cuda.require_context()
+        if cuda.refuse_pinned:
+            raise CudaError("out of memory")
         memory = PinnedMemory(int(np.prod(shape)) * np.dtype(dtype).itemsize)
         memory.register(cuda)
         return np.ndarray(shape, dtype, buffer=memory)
@@ -199,6 +203,12 @@ def make_driver(cuda: Cuda) -> types.ModuleType:
 
         stream.put(fill)
 
+    def make_stream() -> Stream:
+        cuda.require_context()
+        if cuda.refuse_stream:
+            raise CudaError("out of memory")
+        return cuda.stream
+
     class Device:
         def __init__(self, number: int) -> None:
             assert number == 0
@@ -209,7 +219,7 @@ def make_driver(cuda: Cuda) -> types.ModuleType:
     driver.Error = CudaError  # type: ignore[attr-defined]
     driver.init = lambda: None  # type: ignore[attr-defined]
     driver.Device = Device  # type: ignore[attr-defined]
-    driver.Stream = lambda: cuda.stream  # type: ignore[attr-defined]
+    driver.Stream = make_stream  # type: ignore[attr-defined]
     driver.mem_alloc = lambda nbytes: _Allocation(cuda, nbytes)  # type: ignore[attr-defined]
     driver.mem_get_info = lambda: (TOTAL_MEMORY - cuda.used(), TOTAL_MEMORY)  # type: ignore[attr-defined]
     for function in (
@@ -293,6 +303,5 @@ class FakeCtypes(types.SimpleNamespace):
 
     def __init__(self, cuda: Cuda) -> None:
         super().__init__(**{n: getattr(ctypes, n) for n in dir(ctypes) if not n.startswith("_")})
-        self.CDLL = lambda name: LibCuda(cuda)
         self._libraries = LibCuda(cuda)
         self.CDLL = lambda name: self._libraries

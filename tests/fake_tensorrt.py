@@ -334,9 +334,15 @@ def make_tensorrt(cuda: Cuda, faults: Faults, version: str = VERSION) -> types.M
     return trt
 
 
-def _load(path: str) -> None:
-    if not Path(path).read_bytes().startswith(b"fake"):
+def _load(path: str) -> Any:
+    """What ctypes shows of a file that begins with "fake plugins", and may end with a version."""
+    data = Path(path).read_bytes()
+    if not data.startswith(b"fake"):
         raise OSError(f"{path}: invalid ELF header")
+    if not data.startswith(b"fake plugins"):
+        return types.SimpleNamespace()
+    major = 11 if data.endswith(b"11") else 10
+    return types.SimpleNamespace(ssdi8_tensorrt_major=lambda: major)
 
 
 @contextmanager

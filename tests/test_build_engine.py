@@ -137,7 +137,7 @@ def test_an_engine_and_its_log(bundle: Path, tmp_path: Path) -> None:
         "compute_capability": "8.7",
     }
     assert log["conditions"] == {
-        "sms": 8, "power_mode": None, "gpu_max_hz": None, "emc_cap_hz": None,
+        "board": None, "sms": 8, "power_mode": None, "gpu_max_hz": None, "emc_cap_hz": None,
     }  # fmt: skip
     assert log["bundle_key"] == manifest["key"] and log["gpu"]["sms"] == 8
     assert set(log["seconds"]) == {"parse", "build", "load"} and log["peak_rss_bytes"] > MIB
@@ -171,6 +171,10 @@ def test_places_can_be_chosen(bundle: Path, tmp_path: Path) -> None:
     log = json.loads(Path(report["path"]).with_name("build_log.json").read_text())
     assert log["workspace_bytes"] == 300 * MIB
     assert not (bundle / "engine").exists()
+    # It fits as long as the same workspace is asked for.
+    again = [f"--out={out}", f"--timing-cache={cache}"]
+    assert not run_json(bundle, *again, "--workspace-mb=300")["built"]
+    assert run_json(bundle, *again)["built"]
     # A cache of another machine, or no cache at all, is replaced.
     cache.write_bytes(b"of another version")
     assert run_json(bundle, f"--out={out}", f"--timing-cache={cache}", "--force")["built"]
@@ -262,9 +266,25 @@ def test_graphs_that_do_not_fit(bundle: Path) -> None:
     assert_one_sentence(run(bundle), ["cannot read", "model.onnx", "pack it again"])
 
 
-def test_a_bundle_for_the_cpu_has_no_engine_shapes(bundle: Path) -> None:
-    edit_manifest(bundle, lambda m: m["target"].pop("engine"))
-    assert_one_sentence(run(bundle), ["names no engine shapes", "--target"])
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        None,
+        {"batch": [1, 1, 1], "tokens": [1, 32, 64]},
+        {"batch": [1, 1], "tokens": [1, 32, 64], "workspace_mb": 1},
+        {"batch": [1, 1, 1], "tokens": [1, 128, 64], "workspace_mb": 1},
+        {"batch": [0, 1, 1], "tokens": [1, 32, 64], "workspace_mb": 1},
+        {"batch": "111", "tokens": [1, 32, 64], "workspace_mb": 1},
+        {"batch": [1, 1, 1], "tokens": [1, 32, 64], "workspace_mb": -1},
+    ],
+)
+def test_engine_shapes_that_are_none(packed: Path, tmp_path: Path, shapes: Any) -> None:
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    shutil.copy(packed / "fp16" / "bundle" / "manifest.json", bundle)
+    edit_manifest(bundle, lambda m: m["target"].update(engine=shapes))
+    with pytest.raises(BundleProblem, match=r"names no engine shapes .*--target"):
+        build.build(build.parse([], bundle))
 
 
 def test_script_alone(tmp_path: Path) -> None:

@@ -150,6 +150,16 @@ def test_fields_that_contradict_each_other(
     refused(harness, op, {**valid_fields(op), **changes}, words)
 
 
+@pytest.mark.parametrize("value", [b"\xff\xfe", b"half\neven", b"half\0even", b"\x1b[2J", "é" * 40])
+def test_what_a_message_quotes_is_one_line_of_ascii(harness: Harness, value: Value) -> None:
+    """Loggers in Python take UTF-8 alone; and a file must not write on a terminal as it likes."""
+    fields = spoiled(harness, "Ssdi8RmsNorm", "rounding", value)
+    assert harness.create("Ssdi8RmsNorm", fields) is None
+    message = harness.messages()
+    assert message.isascii() and message.removesuffix("\n").isprintable()
+    assert "field rounding is " in message
+
+
 def test_odd_collections(harness: Harness) -> None:
     """Fields that nobody asked for do no harm; no list at all is refused."""
     fields = [harness.field(k, v) for k, v in valid_fields("Ssdi8RmsNorm").items()]

@@ -66,7 +66,8 @@ def test_one_file_is_enough(harness: Harness) -> None:
     names = {line.split()[-1] for line in listing.splitlines()}
     assert {"getCreators", "setLoggerFinder", "ssdi8_ssd_scan"} <= names
     assert {n for n in names if not n.startswith("ssdi8_")} == {"getCreators", "setLoggerFinder"}
-    kernel_library.load(harness.library)  # the C ABI, as the host's mirror knows it
+    library = kernel_library.load(harness.library)  # the C ABI, as the host's mirror knows it
+    assert library.ssdi8_tensorrt_major() == harness.version[0]
 
 
 def test_a_wrong_tensorrt_root_is_an_error(tmp_path: Path) -> None:

@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import tiny_bundle  # puts jetson/ on the path, so it comes first
+from onnx import TensorProto, helper
 from runtime.backend import BackendOptions, open_backend
 from runtime.bundle import Bundle, BundleProblem, RunFailure, open_bundle, sha256
 from runtime.generate import Conversation, Timings, generate, prefill, prefill_pieces
-from runtime.onnxruntime_backend import OnnxRuntimeBackend
+from runtime.onnxruntime_backend import UNWANTED_OPTIMIZERS, OnnxRuntimeBackend
 from runtime.sampling import Sampler
 from runtime.text import REPLACEMENT, TextCodec, TextStream
 from runtime.verify import relative_error
@@ -136,6 +138,30 @@ def test_forward_leaves_its_states_intact(backend: OnnxRuntimeBackend) -> None:
     states = backend.zero_states(1)
     backend.forward(np.ones((1, 5), np.int32), states)
     assert not any(value.any() for value in states.values())
+
+
+def test_onnxruntime_is_kept_from_an_op_that_it_may_lack(tmp_path: Path) -> None:
+    """The optimization has the name by which it is switched off."""
+    tensors = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [2, 2]) for name in ("x", "y", "z")
+    ]
+    nodes = [
+        helper.make_node("Transpose", ["y"], ["t"], perm=[1, 0]),
+        helper.make_node("MatMul", ["x", "t"], ["z"]),
+    ]
+    graph = helper.make_graph(nodes, "product", tensors[:2], tensors[2:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    for unwanted in ([], UNWANTED_OPTIMIZERS):
+        options = onnxruntime.SessionOptions()
+        options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+        onnxruntime.InferenceSession(
+            model.SerializeToString(),
+            options,
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=unwanted,
+        )
+        ops = {node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node}
+        assert ("FusedMatMul" in ops) == (not unwanted)
 
 
 def test_backend_failure_is_a_sentence(backend: OnnxRuntimeBackend) -> None:
@@ -514,6 +540,11 @@ BAD_BUNDLES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "another schema": (edit_manifest(lambda m: m.update(schema=2)), ["schema 2", "schema 1"]),
     "no sizes": (edit_manifest(lambda m: m["model"].pop("d_conv")), ["d_conv", "pack"]),
     "no files": (edit_manifest(lambda m: m.update(files={})), ["files", "pack"]),
+    "a size of nothing": (
+        edit_manifest(lambda m: m["model"].update(headdim=0)),
+        ["not positive", "pack"],
+    ),
+    "a step is text": (edit_manifest(lambda m: m.update(steps=["x"])), ["a step is not a dict"]),
     "steps are text": (edit_manifest(lambda m: m.update(steps="x")), ["steps is not a list"]),
     "unknown state dtype": (
         edit_manifest(lambda m: m["recipe"].update(state_dtype="int4")),
@@ -575,6 +606,7 @@ def test_bad_bundle_is_one_sentence(copy: Path, case: str) -> None:
         (["--prompt", "a", "--seed", "-3"], ["--seed", "'-3'"]),
         (["--bench", "--seq-lens", "256,0"], ["--seq-lens", "'0'", "at least 1"]),
         (["--bench", "--seq-lens", "256,,512"], ["--seq-lens", "''"]),
+        (["--bench", "--seq-lens", "1000000000000000"], ["memory ran out", "fewer tokens"]),
         (["--bench", "--repeat", "0"], ["--repeat", "'0'"]),
         (["--bench", "--seconds", "inf"], ["--seconds", "'inf'"]),
         (["--bench", "--profile"], ["--profile", "not allowed with"]),

@@ -36,9 +36,11 @@ Fakes = tuple[Cuda, Faults]
 JETSON_CLOCK = 918_000_000
 
 
-def jetson(power_mode: str = "15W", gpu_max_hz: int = JETSON_CLOCK) -> Machine:
-    board = Board("Fake Orin NX", "36.4.3", power_mode, gpu_max_hz, None)
-    return Machine("jetson", "Linux", "Fake Orin NX", 8, "3.10.12", board)
+def jetson(
+    power_mode: str = "15W", gpu_max_hz: int = JETSON_CLOCK, model: str = "Fake Orin NX"
+) -> Machine:
+    board = Board(model, "36.4.3", power_mode, gpu_max_hz, None)
+    return Machine("jetson", "Linux", model, 8, "3.10.12", board)
 
 
 @pytest.fixture(autouse=True)
@@ -240,6 +242,19 @@ def test_memory_that_runs_out_is_a_sentence_and_nothing_is_kept(built: Path, fak
 
 @pytest.mark.parametrize(
     ("fault", "words"),
+    [("refuse_stream", "no room for a stream"), ("refuse_pinned", "no page-locked memory left")],
+)
+def test_a_refusal_of_cuda_is_a_sentence_and_nothing_is_kept(
+    built: Path, fakes: Fakes, fault: str, words: str
+) -> None:
+    setattr(fakes[0], fault, True)
+    with pytest.raises(BundleProblem, match=words):
+        TensorRtBackend(open_bundle(built), BackendOptions())
+    assert fakes[0].leaks() == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
     [("no_context", "cannot create an execution context"), ("refuse_address", "refuses the addr")],
 )
 def test_a_refusal_of_tensorrt_is_a_sentence(
@@ -284,6 +299,14 @@ BAD_ENGINES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     ),
     "unreadable log": (
         lambda f: only_engine(f).with_name("build_log.json").write_text("{"),
+        ["no TensorRT engine yet", "none that is whole", "build_engine.py"],
+    ),
+    "half a log": (
+        edit_log(lambda log: log["engine"].pop("sha256")),
+        ["no TensorRT engine yet", "none that is whole", "build_engine.py"],
+    ),
+    "a log of other types": (
+        edit_log(lambda log: log.update(layers=None)),
         ["no TensorRT engine yet", "none that is whole", "build_engine.py"],
     ),
     "cut short": (
@@ -380,8 +403,21 @@ def test_another_power_mode_is_a_note(
         assert backend.notes == []
 
 
+def test_an_engine_of_another_board_is_a_note(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To CUDA, the GPU of every Orin has one name: the model of the board tells them apart."""
+    set_machine(monkeypatch, jetson(model="Fake Orin Nano"))
+    backend = TensorRtBackend(open_bundle(copy), BackendOptions(plugins=copy / PLUGINS))
+    backend.close()
+    (note,) = backend.notes
+    assert note.startswith("the engine was built for the board Fake Orin NX, here Fake Orin Nano")
+
+
 def test_plugin_libraries_that_do_not_load(copy: Path) -> None:
-    for data, words in ((b"ELF", "cannot be loaded"), (b"fake but empty", "registered no plugin")):
+    for data, words in (
+        (b"ELF", "cannot be loaded"),
+        (b"fake but empty", "is not a plugin library of ours"),
+        (b"fake plugins for 11", r"built for TensorRT 11, this is 10\.3\.0; build it again"),
+    ):
         (copy / PLUGINS).write_bytes(data)
         foreign(plugins=sha256(copy / PLUGINS))(copy)
         with pytest.raises(BundleProblem, match=words):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +175,10 @@ def open_bundle(root: Path) -> Bundle:
             if not isinstance(manifest[key], kind):
                 raise TypeError(f"{key} is not a {kind.__name__}")
         model = ModelSizes(**{f.name: int(manifest["model"][f.name]) for f in fields(ModelSizes)})
+        if min(asdict(model).values()) < 1:
+            raise ValueError("a size of the model is not positive")
+        if not all(isinstance(step, dict) for step in manifest["steps"]):
+            raise TypeError("a step is not a dict")
         bundle = Bundle(
             root=root,
             manifest=manifest,

@@ -54,6 +54,12 @@ def _guarded(program: str, command: Callable[[], int]) -> int:
         # Python flushes stdout once more at exit, which would complain again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
+    except MemoryError as error:
+        print(
+            f"{program}: memory ran out ({error}); end other programs, or ask for fewer tokens.",
+            file=sys.stderr,
+        )
+        return 2
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         remedy = "free some space" if full else "check that this user may read and write there"

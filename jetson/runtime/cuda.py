@@ -41,9 +41,18 @@ class Gpu:
                 f"no usable NVIDIA GPU here ({error})",
                 "check that its driver is loaded and that this user may use it (group video)",
             ) from error
+        self._stream: Any = None
         self._context.push()
-        self._free_at_start = self._free_memory()
-        self._stream = driver.Stream()
+        try:
+            self._free_at_start = self._free_memory()
+            self._stream = driver.Stream()
+        except BaseException as error:
+            self.close()
+            if not isinstance(error, driver.Error):
+                raise
+            raise BundleProblem(
+                f"the GPU has no room for a stream ({error})", "end other programs that use it"
+            ) from error
 
     @property
     def stream(self) -> int:
@@ -72,7 +81,12 @@ class Gpu:
 
     def pinned(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         """Page-locked host memory, which a graph can copy from and to; freed by `close`."""
-        array = self._driver.pagelocked_empty(shape, dtype)
+        try:
+            array = self._driver.pagelocked_empty(shape, dtype)
+        except self._driver.Error as error:
+            raise BundleProblem(
+                f"there is no page-locked memory left ({error})", "end other programs"
+            ) from error
         self._pinned.append(array)
         return array
 
@@ -125,8 +139,9 @@ class Gpu:
         """Wait, then free everything; may be called again."""
         if self._context is None:
             return
-        with suppress(self._driver.Error):  # it was said when the GPU failed
-            self._stream.synchronize()
+        if self._stream is not None:
+            with suppress(self._driver.Error):  # it was said when the GPU failed
+                self._stream.synchronize()
         for array in self._pinned:
             array.base.free()
         for allocation in self._allocations:

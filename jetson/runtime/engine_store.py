@@ -44,10 +44,21 @@ NAMES = {
     "cuda": "CUDA",
     "gpu": "the GPU",
     "compute_capability": "compute capability",
+    "board": "the board",
     "sms": "SMs",
     "power_mode": "power mode",
     "gpu_max_hz": "GPU clock",
     "emc_cap_hz": "memory clock",
+}
+# What the runtime reads of a build log.
+LOG_TYPES: Mapping[tuple[str, ...], Any] = {
+    ("engine", "bytes"): int,
+    ("engine", "sha256"): str,
+    ("requirements",): dict,
+    ("conditions",): dict,
+    ("plugins",): str | None,
+    ("layers",): list,
+    ("built_unix",): int | float,
 }
 # Hashes: that they differ says all.
 UNREADABLE = ("onnx", "weights", "plugins", "shapes")
@@ -129,6 +140,7 @@ def surroundings(
             "compute_capability": gpu.compute_capability,
         },
         conditions={
+            "board": board.get("model"),  # CUDA calls the GPU of every module "Orin"
             "sms": gpu.sms,
             "power_mode": board.get("power_mode"),
             "gpu_max_hz": board.get("gpu_max_hz"),
@@ -160,15 +172,19 @@ def engines_in(store: Path) -> list[Engine]:
     for path in store.glob(f"*/{LOG}"):
         try:
             log = json.loads(path.read_text(encoding="utf-8"))
-            if log["schema"] != SCHEMA or not isinstance(log["engine"]["bytes"], int):
+            typed = all(isinstance(_entry(log, at), kind) for at, kind in LOG_TYPES.items())
+            if log["schema"] != SCHEMA or not typed:
                 continue
-            for part in ("requirements", "conditions"):
-                dict(log[part])
-            float(log["built_unix"])
         except (OSError, ValueError, KeyError, TypeError):
             continue
         found.append(Engine(path.parent, log))
-    return sorted(found, key=lambda engine: float(engine.log["built_unix"]), reverse=True)
+    return sorted(found, key=lambda engine: engine.log["built_unix"], reverse=True)
+
+
+def _entry(log: Any, at: tuple[str, ...]) -> Any:
+    for key in at:
+        log = log[key]
+    return log
 
 
 def differences(built: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:

@@ -17,6 +17,8 @@ from runtime.bundle import Bundle, BundleProblem, RunFailure, output_name
 
 GRAPH = "model.portable.onnx"
 ERRORS_ONLY = 3  # onnxruntime's warnings speak to those who export a graph, not to those who run it
+# Up to 1.23, the last for Python 3.10, it makes an op for FP64 that onnxruntime does not have.
+UNWANTED_OPTIMIZERS = ["MatmulTransposeFusion"]
 MICROSECOND = 1e-6
 
 
@@ -41,7 +43,10 @@ class OnnxRuntimeBackend:
         path = bundle.path(GRAPH)
         try:
             self._session = onnxruntime.InferenceSession(
-                path, options, providers=["CPUExecutionProvider"]
+                path,
+                options,
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=UNWANTED_OPTIMIZERS,
             )
         except Exception as error:  # onnxruntime's exceptions have no common base of their own
             self.close()

@@ -86,15 +86,27 @@ def load_plugins(trt: ModuleType, library: Path) -> None:
     """Register the plugins in `library`.
 
     Raises:
-        BundleProblem: it cannot be loaded, or has none of ours.
+        BundleProblem: it cannot be loaded, has none of ours, or is for another TensorRT.
     """
     try:
-        ctypes.CDLL(str(library))  # the registry below would not say why it cannot be loaded
+        # The registry below would not say why it cannot be loaded.
+        built_for = ctypes.CDLL(str(library)).ssdi8_tensorrt_major()
+    except AttributeError as error:
+        raise BundleProblem(
+            f"{library} is not a plugin library of ours ({error})",
+            "build it on this machine with setup.sh, or name another with --plugins",
+        ) from error
     except OSError as error:
         raise BundleProblem(
             f"the plugin library {library} cannot be loaded ({error})",
             "build it on this machine: setup.sh",
         ) from error
+    version: str = trt.__version__
+    if not version.startswith(f"{built_for}."):
+        raise BundleProblem(
+            f"the plugin library {library} was built for TensorRT {built_for}, this is {version}",
+            "build it again on this machine: setup.sh",
+        )
     registry = trt.get_plugin_registry()
     # Gives nothing back also where equal creators are there already, so what is there decides.
     registry.load_library(str(library))

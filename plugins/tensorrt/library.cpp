@@ -29,6 +29,10 @@ nvinfer1::ILogger* find_logger() noexcept {
 void log(Severity severity, const char* format, va_list arguments) noexcept {
   char message[512];
   std::vsnprintf(message, sizeof(message), format, arguments);
+  // A field's text comes from a file; loggers in Python take UTF-8 alone, and a message is a line.
+  for (char* c = message; *c != '\0'; ++c) {
+    if (*c < ' ' || *c > '~') *c = '?';
+  }
   if (nvinfer1::ILogger* logger = find_logger()) {
     logger->log(severity, message);
   } else {
@@ -50,6 +54,10 @@ bool log_error(const char* format, ...) noexcept {
 
 // The rest of the library is hidden, but for the C ABI of kernels.h.
 #define SSDI8_EXPORT extern "C" __attribute__((visibility("default")))
+
+// Major version of the headers. With a TensorRT of another one a call may end the process, so the
+// runtime asks before it lets TensorRT load the library.
+SSDI8_EXPORT int32_t ssdi8_tensorrt_major() { return NV_TENSORRT_MAJOR; }
 
 // Called by IPluginRegistry::loadLibrary.
 SSDI8_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) {

@@ -120,7 +120,7 @@ def build(options: argparse.Namespace) -> int:
         workspace=workspace * MIB,
     )
     with _locked(store):
-        if not options.force and (engine := _fitting(store, job.here.key)):
+        if not options.force and (engine := _fitting(job)):
             return _report(engine, options, built=False)
         weights = bundle.files[WEIGHTS]["bytes"] if WEIGHTS in bundle.files else 0
         _check_disk(store, weights)
@@ -195,11 +195,18 @@ def _record(job: _Job, seconds: dict[str, float], engine: Path) -> dict[str, Any
 
 def _target_shapes(bundle: Bundle) -> Mapping[str, Any]:
     shapes = bundle.manifest["target"].get("engine")
-    if not isinstance(shapes, dict) or not {"batch", "tokens", "workspace_mb"} <= shapes.keys():
+    try:
+        for name in ("batch", "tokens"):
+            low, best, high = shapes[name]
+            if not 1 <= low <= best <= high:
+                raise ValueError(f"{name} is not min <= opt <= max")
+        if shapes["workspace_mb"] < 0:
+            raise ValueError("workspace_mb is negative")
+    except (KeyError, TypeError, ValueError) as error:
         raise BundleProblem(
-            f"bundle {bundle.name} names no engine shapes in its target",
+            f"bundle {bundle.name} names no engine shapes in its target ({error!r})",
             "pack it again for the board's target: ssdi8-edge build --target",
-        )
+        ) from error
     return shapes
 
 
@@ -215,10 +222,10 @@ def _plugins(bundle: Bundle, named: Path | None) -> Path | None:
     return library
 
 
-def _fitting(store: Path, key: str) -> Engine | None:
-    """The whole engine with this key, if there is one."""
-    for engine in engines_in(store):
-        if engine.key == key:
+def _fitting(job: _Job) -> Engine | None:
+    """The whole engine with this key and built with this workspace, if there is one."""
+    for engine in engines_in(job.store):
+        if engine.key == job.here.key and engine.log.get("workspace_bytes") == job.workspace:
             try:
                 engine.check()
             except BundleProblem:

@@ -68,7 +68,7 @@ def _engines(bundle: Bundle, options: argparse.Namespace) -> list[dict[str, Any]
             name: value
             for part in ("requirements", "conditions")
             for name, value in engine.log[part].items()
-            if name in ("tensorrt", "cuda", "gpu", "sms", "power_mode", "gpu_max_hz")
+            if name in ("tensorrt", "cuda", "gpu", "board", "sms", "power_mode", "gpu_max_hz")
         }
         found.append(
             {

@@ -153,8 +153,14 @@ def profile(method: str = "edge-w8a8", length: int = 512, speed: float = 1.0) ->
 
 
 EVALUATION = [
-    {"model": "fp16", "text": "wikitext2", "perplexity": 20.0, "window_tokens": 2048},
-    {"model": "edge-w8a8", "text": "wikitext2", "perplexity": 20.5, "window_tokens": 2048},
+    {"model": "fp16", "text": "wikitext2", "perplexity": 20.0, "windows": 4, "window_tokens": 2048},
+    {
+        "model": "edge-w8a8",
+        "text": "wikitext2",
+        "perplexity": 20.5,
+        "windows": 4,
+        "window_tokens": 2048,
+    },
     {"model": "edge-w8a8", "task": "piqa", "accuracy": 0.625, "stderr": 0.01},
 ]
 
@@ -274,6 +280,8 @@ def test_numbers_of_the_tables(folder: Path) -> None:
     assert edge[5] == "2.00" and edge[7] == "2.00"
     assert cells["J/token"] == "0.800" and cells["memory, MB"] == "500"
     assert cells["perplexity"] == "20.500" and cells["change"] == "+2.50 %"
+    accuracy = tables.accuracy()
+    assert accuracy.columns[1] == "wikitext2, 4 × 2048 tokens, perplexity"
     gains = tables.speedups()
     assert {cell for row in gains.rows for cell in row[4:]} == {"2.00", "–"}
     ssd = column(tables.latency(), "512 tokens", board="desk, 25W", method="edge-w8a8", kind="SSD")
@@ -293,7 +301,7 @@ def test_rows_of_the_paper_are_there_as_published_and_marked(folder: Path) -> No
     paper = [row for row in table.rows if "paper" in row]
     assert [row[1] for row in paper] == list(SSD_LATENCY_MS)
     shown_there = [cell for cell in paper[0] if re.fullmatch(r"[0-9.]+", cell)]
-    assert shown_there == ["55.3", "76.1", "134", "263"]
+    assert shown_there == ["55.30", "76.10", "134.40", "262.90"]
     assert any("does not state their unit" in note for note in table.notes)
 
 

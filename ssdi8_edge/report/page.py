@@ -55,7 +55,7 @@ def sections(data: Measurements) -> list[Section]:
             "summary",
             "Speed, energy, memory and accuracy",
             "One row per method, at the longest prompt that all methods of its board have.",
-            draw.accuracy(),
+            [],
             tables.summary(),
         ),
         Section(
@@ -94,7 +94,13 @@ def sections(data: Measurements) -> list[Section]:
             draw.memory(),
             tables.memory(),
         ),
-        Section("accuracy", "Accuracy", "As evaluated.", [], tables.accuracy()),
+        Section(
+            "accuracy",
+            "Accuracy beside speed",
+            "Perplexity is of the first text; the columns say which windows of a text were read.",
+            draw.accuracy(),
+            tables.accuracy(),
+        ),
         Section("machines", "Machines", "What the boards are.", [], tables.machines()),
         Section("points", "All points", "With the spread of the repeats.", [], tables.points()),
         Section(

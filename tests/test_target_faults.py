@@ -288,6 +288,19 @@ def test_a_board_that_is_unplugged_is_said_to_be_so(
         lab.connect("far").run(["true"])
 
 
+def test_a_network_that_does_not_lead_there_is_said_to_be_so(lab: Lab, network: Network) -> None:
+    """No route: told at once."""
+    route = ["unreachable", f"{network.there}/32"]
+    subprocess.run(["ip", "route", "add", *route], check=True)
+    try:
+        with pytest.raises(LinkLost, match=r"no way to far \(.*\) \(No route to host\)") as caught:
+            lab.connect("far").run(["true"])
+    finally:
+        subprocess.run(["ip", "route", "del", *route], check=True)
+    assert caught.value.exit_code == 3
+    assert lab.connect("far").run(["true"]).exit == 0
+
+
 def test_a_silent_cut_frees_the_board(
     lab: Lab, network: Network, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,6 +33,11 @@ class HostKey:
     kind: str
     blob: bytes
 
+    @property
+    def algorithm(self) -> str:
+        """As sshd names its files: ed25519, rsa or ecdsa."""
+        return self.kind.removeprefix("ssh-").partition("-")[0]
+
     def __str__(self) -> str:
         """Its kind, and its fingerprint as ssh-keygen -l prints it."""
         digest = hashlib.sha256(self.blob).digest()

@@ -103,10 +103,11 @@ def sections(data: Measurements) -> list[Section]:
         ),
         Section("machines", "Machines", "What the boards are.", [], tables.machines()),
         Section("points", "All points", "With the spread of the repeats.", [], tables.points()),
+        Section("runs", "Runs", "What was run, how often and when.", [], tables.runs()),
         Section(
             "conditions",
             "Conditions",
-            "What was set, and what was read back while the engine ran.",
+            "How the board was while the engine ran.",
             [],
             tables.conditions(),
         ),

@@ -271,6 +271,15 @@ class Tables:
         )
         return Table(columns, rows, len(self._head))
 
+    def runs(self) -> Table:
+        """What was run, and when."""
+        rows = [
+            [*self._begin(setup, method), *_runs_row(points)]
+            for setup, method, points in self._each()
+        ]
+        columns = (*self._head, "bundle", "engine", "runs", "date", "ssdi8-edge")
+        return Table(columns, rows, len(columns))
+
     def conditions(self) -> Table:
         """The state of the board while each method was measured."""
         rows = [
@@ -278,9 +287,8 @@ class Tables:
             for setup, method, points in self._each()
         ]
         columns = (
-            *(*self._head, "bundle", "engine", "SMs", "GPU, MHz", "EMC, MHz", "CPU, MHz"),
-            *("pinned", "heat, °C", "over-current", "throttle alerts", "runs", "date"),
-            "ssdi8-edge",
+            *(*self._head, "SMs", "GPU, MHz", "EMC, MHz", "CPU, MHz", "pinned", "heat, °C"),
+            *("over-current", "throttle alerts"),
         )
         notes = [
             "Clocks are read back while the engine ran: mean (lowest – highest) over the lengths."
@@ -304,18 +312,26 @@ def _power_row(used: Power) -> list[str]:
     ]
 
 
-def _conditions_row(points: Sequence[Point]) -> list[str]:
-    last, states = points[-1], [point.conditions for point in points]
+def _runs_row(points: Sequence[Point]) -> list[str]:
+    last = points[-1]
     used = last.settings
     dates = sorted(point.date for point in points)
-    counts = [sum(s.over_current_events.values()) for s in states if s.over_current_events]
-    alerts = sorted({alert for state in states for alert in state.throttle_alerts})
     differs = sorted({d for p in points if p.engine for d in p.engine.differs})
-    engine = "; ".join([last.engine.key[:12], *differs]) if last.engine else ABSENT
     return [
         last.bundle.digest[:12],
-        engine,
-        str(last.conditions.sms or ABSENT),
+        "; ".join([last.engine.key[:12], *differs]) if last.engine else ABSENT,
+        f"{used.repeat} × {used.new_tokens} tokens, {used.warmup} warm-up",
+        dates[0] if dates[0] == dates[-1] else f"{dates[0]} – {dates[-1]}",
+        last.ssdi8_edge,
+    ]
+
+
+def _conditions_row(points: Sequence[Point]) -> list[str]:
+    states = [point.conditions for point in points]
+    counts = [sum(s.over_current_events.values()) for s in states if s.over_current_events]
+    alerts = sorted({alert for state in states for alert in state.throttle_alerts})
+    return [
+        str(states[-1].sms or ABSENT),
         _clock([s.gpu_mhz for s in states]),
         _clock([s.emc_mhz for s in states]),
         _clock([s.cpu_mhz for s in states]),
@@ -323,9 +339,6 @@ def _conditions_row(points: Sequence[Point]) -> list[str]:
         _heat(points),
         str(sum(counts)) if counts else ABSENT,
         ", ".join(alerts) or ABSENT,
-        f"{used.repeat} × {used.new_tokens} tokens, {used.warmup} warm-up",
-        dates[0] if dates[0] == dates[-1] else f"{dates[0]} – {dates[-1]}",
-        last.ssdi8_edge,
     ]
 
 

@@ -231,11 +231,21 @@ def test_sms_follow_the_mask_of_the_power_mode(lab: Lab) -> None:
     assert facts.sms is None and facts.power_modes == [] and facts.memory_mb is None
 
 
-def test_a_simulated_board_can_be_started_by_hand(lab: Lab) -> None:
-    """As its page says: one command prints the configuration and the next command."""
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_a_simulated_board_can_be_started_by_hand(lab: Lab, end: signal.Signals) -> None:
+    """As its page says: one command prints the configuration and the next command. Its server ends
+    with it.
+    """
     command = [sys.executable, "-m", "tests.board_simulator", "--folder", str(lab.folder / "sim")]
     here = Path(__file__).parents[1]
-    with subprocess.Popen(command, cwd=here, stdout=subprocess.PIPE, text=True) as board:
+    with subprocess.Popen(
+        command,
+        cwd=here,
+        stdout=subprocess.PIPE,
+        text=True,
+        # Ignored in what a shell starts in the background, and inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as board:
         assert board.stdout is not None
         lines = []
         while not lines or not lines[-1].startswith("ssdi8-edge"):
@@ -243,8 +253,10 @@ def test_a_simulated_board_can_be_started_by_hand(lab: Lab) -> None:
         start = lines.index("Host simulated-board\n")
         lab.add("".join(lines[start:-1]))
         said = cli(*lines[-1].split()[1:], "--json")
-        board.send_signal(signal.SIGINT)
+        board.send_signal(end)
     assert json.loads(said.stdout)["simulated"] is True and board.returncode == 0
+    with pytest.raises(LinkLost):
+        lab.connect("simulated-board").run(["true"])
 
 
 def test_a_simulated_board_changes_mode_and_reboots(lab: Lab) -> None:

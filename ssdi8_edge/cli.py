@@ -411,4 +411,4 @@ def main() -> None:
 
 def _interrupted(number: int, frame: object) -> NoReturn:
     # typer would turn KeyboardInterrupt into exit code 1.
-    raise Interrupted("stopped;", "finished stages are kept.")
+    raise Interrupted("stopped;", "what was finished is kept.")

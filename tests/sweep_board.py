@@ -113,7 +113,7 @@ class Record:
         self.points.append(point)
         self._on_measured(point)
 
-    def ended(self, board: str, problem: str | None) -> None:
+    def ended(self, board: str, how: str) -> None:
         pass
 
 

@@ -595,7 +595,7 @@ def test_ctrl_c_during_a_build(scene: Scene, tmp_path: Path, stage: str) -> None
         stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
     assert stdout == "" and "Traceback" not in stderr
-    assert stderr.splitlines()[-1] == "ssdi8-edge: stopped; finished stages are kept."
+    assert stderr.splitlines()[-1] == "ssdi8-edge: stopped; what was finished is kept."
     present = {path.name for path in out.iterdir()} - BOOKKEEPING
     assert present == (set() if stage == "calibrate" else {"calibration.safetensors"})
     result = scene.build("--out", out, "--calibration", text, "--dry-run", "--json")

@@ -153,8 +153,14 @@ def profile(method: str = "edge-w8a8", length: int = 512, speed: float = 1.0) ->
 
 
 EVALUATION = [
-    {"model": "fp16", "text": "wikitext2", "perplexity": 20.0, "window_tokens": 2048},
-    {"model": "edge-w8a8", "text": "wikitext2", "perplexity": 20.5, "window_tokens": 2048},
+    {"model": "fp16", "text": "wikitext2", "perplexity": 20.0, "windows": 4, "window_tokens": 2048},
+    {
+        "model": "edge-w8a8",
+        "text": "wikitext2",
+        "perplexity": 20.5,
+        "windows": 4,
+        "window_tokens": 2048,
+    },
     {"model": "edge-w8a8", "task": "piqa", "accuracy": 0.625, "stderr": 0.01},
 ]
 
@@ -274,6 +280,8 @@ def test_numbers_of_the_tables(folder: Path) -> None:
     assert edge[5] == "2.00" and edge[7] == "2.00"
     assert cells["J/token"] == "0.800" and cells["memory, MB"] == "500"
     assert cells["perplexity"] == "20.500" and cells["change"] == "+2.50 %"
+    accuracy = tables.accuracy()
+    assert accuracy.columns[1] == "wikitext2, 4 × 2048 tokens, perplexity"
     gains = tables.speedups()
     assert {cell for row in gains.rows for cell in row[4:]} == {"2.00", "–"}
     ssd = column(tables.latency(), "512 tokens", board="desk, 25W", method="edge-w8a8", kind="SSD")
@@ -281,9 +289,11 @@ def test_numbers_of_the_tables(folder: Path) -> None:
     modules = tables.modules()
     assert column(modules, "all, ms", method="edge-w8a8", phase="prefill") == ["8.50"]
     assert column(modules, "Linear", method="fp16", phase="prefill") == ["10.0"]
+    runs = tables.runs()
+    row = dict(zip(runs.columns, runs.rows[0], strict=True))
+    assert row["engine"] == "0123456789ab; built at other clocks"
     conditions = tables.conditions()
     row = dict(zip(conditions.columns, conditions.rows[0], strict=True))
-    assert row["engine"] == "0123456789ab; built at other clocks"
     assert (row["heat, °C"], row["over-current"], row["pinned"]) == ("45.0 → 61.5", "6", "yes")
     assert row["GPU, MHz"] == "900 (306 – 918)"
 
@@ -293,7 +303,7 @@ def test_rows_of_the_paper_are_there_as_published_and_marked(folder: Path) -> No
     paper = [row for row in table.rows if "paper" in row]
     assert [row[1] for row in paper] == list(SSD_LATENCY_MS)
     shown_there = [cell for cell in paper[0] if re.fullmatch(r"[0-9.]+", cell)]
-    assert shown_there == ["55.3", "76.1", "134", "263"]
+    assert shown_there == ["55.30", "76.10", "134.40", "262.90"]
     assert any("does not state their unit" in note for note in table.notes)
 
 
@@ -303,7 +313,7 @@ def test_everything_simulated_is_marked(folder: Path) -> None:
     tables = Tables(data)
     for table in (
         *(tables.summary(), tables.latency(), tables.speedups(), tables.power(), tables.memory()),
-        *(tables.points(), tables.machines(), tables.conditions()),
+        *(tables.points(), tables.machines(), tables.runs(), tables.conditions()),
     ):
         rows = [row for row in table.rows if any(cell.startswith("toy, 25W") for cell in row)]
         assert rows and all("simulated" in row for row in rows)
@@ -331,9 +341,9 @@ def test_csv_has_every_point_in_si_units(folder: Path) -> None:
 
 def test_markdown_has_the_tables(folder: Path) -> None:
     text = to_markdown(load([folder]))
-    assert text.count("\n## ") == 10
+    assert text.count("\n## ") == 11
     tables = re.findall(r"(?m)(?:^\|.*\n)+", text)
-    assert len(tables) == 10
+    assert len(tables) == 11
     for table in tables:
         assert len({row.count("|") for row in table.splitlines()}) == 1
 
@@ -564,7 +574,7 @@ def test_a_browser_finds_the_charts(folder: Path, tmp_path: Path) -> None:
     # Per board: accuracy, two of latency, two of speed-up, two of power, memory; the profiles of
     # one board; and the paper's.
     assert elements.tags["figure"] == elements.tags["svg"] == 2 * 8 + 2 + 1
-    assert elements.tags["table"] == 10
+    assert elements.tags["table"] == 11
     assert elements.tags["path"] > 50 and elements.tags["rect"] > 8
 
 

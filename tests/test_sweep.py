@@ -12,11 +12,12 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
+from board_simulator.lab import FAULT_SEEDS
 from board_simulator.machine import make_board
 from board_simulator.server import SshServer, sshd_path
 from sweep_board import (
@@ -39,9 +40,6 @@ from ssdi8_edge.target import board_sweep, measuring, points, sweep_commands
 from ssdi8_edge.target.hosts import connect
 from ssdi8_edge.target.points import PointFile, PointId, open_points, read_points
 from ssdi8_edge.target.profile import profile
-
-# How many seeded runs with faults there are; 50 by hand, fewer with every push.
-SEEDS = int(os.environ.get("SWEEP_SEEDS", "2"))
 
 needs_sshd = pytest.mark.skipif(sshd_path() is None, reason="sshd is missing (openssh-server)")
 
@@ -688,20 +686,28 @@ def test_a_board_that_stays_away_is_given_up(
 
 
 @needs_sshd
-@pytest.mark.parametrize("seed", range(SEEDS))
-def test_faults_at_random_moments(seed: int, server: SshServer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("seed", range(FAULT_SEEDS or 2))
+def test_a_sweep_with_faults_at_random_moments(
+    seed: int,
+    server: SshServer,
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
+) -> None:
     """Sessions cut, the server killed, our own process killed: no point lost, none doubled."""
     chance = random.Random(seed)
     root, out = tmp_path / "board/root", tmp_path / "out.jsonl"
     for method in ("fp16", "edge-w8a8"):
         make_source(tmp_path / method, method, pace=0.02)
     stop = threading.Event()
+    killed = {"sessions": 0, "servers": 0, "sweeps": 0}
 
     def sabotage() -> None:
         while not stop.wait(chance.uniform(0.1, 1.2)):
             if chance.random() < 0.6:
+                killed["sessions"] += 1
                 server.kill_sessions()
             else:
+                killed["servers"] += 1
                 server.kill()
                 stop.wait(chance.uniform(0.0, 0.5))
                 server.start()
@@ -714,6 +720,7 @@ def test_faults_at_random_moments(seed: int, server: SshServer, tmp_path: Path) 
             child = sweep_process(tmp_path, out)
             time.sleep(chance.uniform(0.5, 2.5))
             child.kill()
+            killed["sweeps"] += 1
             child.communicate()
             content = out.read_bytes() if out.exists() else b""
             assert content.startswith(b"".join(seen[-1:])), "a point was lost"
@@ -723,6 +730,8 @@ def test_faults_at_random_moments(seed: int, server: SshServer, tmp_path: Path) 
     finally:
         stop.set()
         saboteur.join()
+    for what, count in killed.items():
+        record_property(f"killed {what}", count)
     said = child.communicate(timeout=60)[1]
     # Only a board that is away at the first word is not waited for.
     assert child.returncode == 0 or "measured=0, kept=0" in said, said

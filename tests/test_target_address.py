@@ -161,7 +161,9 @@ def test_verdicts(tmp_path: Path) -> None:
     add_key(name, KEY, file, hashed=False)
     assert judge("orin", name, KEY, known_keys(name, [file])) is True
     for shown in (OTHER, RSA):  # also one of another kind: it may be someone else's only one
-        with pytest.raises(BoardError, match=r"not the one in .*known:1.*ssh-keygen -R orin"):
+        with pytest.raises(
+            BoardError, match=r"not the one in .*known:1.*ssh-keygen -f .*known -R orin"
+        ):
             judge("orin", name, shown, known_keys(name, [file]))
     file.write_text(file.read_text() + "@revoked * " + file.read_text().split(" ", 1)[1])
     with pytest.raises(BoardError, match="revoked"):

@@ -49,7 +49,9 @@ ORIN_NX = BoardFacts(
     sms=8,
     gpu_mhz=306.0,
     gpu_max_mhz=1173.0,
-    emc_mhz=3199.0,
+    cpu_mhz=729.6,
+    cpu_max_mhz=1984.0,
+    emc_max_mhz=3199.0,
     memory_mb=16338.0,
     memory_free_mb=14205.0,
     swap_mb=8169.0,
@@ -82,6 +84,8 @@ def test_a_simulated_board_is_read_and_marked(lab: Lab) -> None:
     """Over SSH, by way of its fake tools and tree, and nothing is changed or added there."""
     lab.simulate("board")
     folder = lab.folder / "board"
+    (folder / "root/sys/class/thermal/cooling_device3/cur_state").write_text("1\n")
+    (folder / "root/usr/lib/aarch64-linux-gnu/libnvinfer.so.8.6.2").touch()  # left from before
     watched = [p for p in folder.rglob("*") if "sshd" not in p.parts]
     before = {path: path.stat().st_mtime_ns for path in watched}
     said = json.loads(cli("doctor", "--host", "board", "--json").stdout)
@@ -94,7 +98,9 @@ def test_a_simulated_board_is_read_and_marked(lab: Lab) -> None:
     assert (said["sms"], said["gpu_mhz"], said["gpu_max_mhz"]) == (8, 306.0, 1173.0)
     assert said["memory_mb"] == pytest.approx(16338.3, abs=0.1)
     assert said["temperatures_c"]["tj"] == 48.5 and said["rails_w"]["VDD_IN"] > 7
+    assert (said["cpu_mhz"], said["cpu_max_mhz"], said["emc_max_mhz"]) == (729.6, 1984.0, 3199.0)
     assert said["over_current_events"] == {"oc1": 0, "oc2": 0, "oc3": 0}
+    assert said["throttle_alerts"] == ["oc3-throttle-alert"]
     assert said["runs"]["tensorrt"] is False  # there is no GPU behind it
     assert any("tensorrt module" in finding["what"] for finding in said["findings"])
     shown = cli("doctor", "--host", "board").stdout
@@ -225,11 +231,21 @@ def test_sms_follow_the_mask_of_the_power_mode(lab: Lab) -> None:
     assert facts.sms is None and facts.power_modes == [] and facts.memory_mb is None
 
 
-def test_a_simulated_board_can_be_started_by_hand(lab: Lab) -> None:
-    """As its page says: one command prints the configuration and the next command."""
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_a_simulated_board_can_be_started_by_hand(lab: Lab, end: signal.Signals) -> None:
+    """As its page says: one command prints the configuration and the next command. Its server ends
+    with it.
+    """
     command = [sys.executable, "-m", "tests.board_simulator", "--folder", str(lab.folder / "sim")]
     here = Path(__file__).parents[1]
-    with subprocess.Popen(command, cwd=here, stdout=subprocess.PIPE, text=True) as board:
+    with subprocess.Popen(
+        command,
+        cwd=here,
+        stdout=subprocess.PIPE,
+        text=True,
+        # Ignored in what a shell starts in the background, and inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as board:
         assert board.stdout is not None
         lines = []
         while not lines or not lines[-1].startswith("ssdi8-edge"):
@@ -237,8 +253,10 @@ def test_a_simulated_board_can_be_started_by_hand(lab: Lab) -> None:
         start = lines.index("Host simulated-board\n")
         lab.add("".join(lines[start:-1]))
         said = cli(*lines[-1].split()[1:], "--json")
-        board.send_signal(signal.SIGINT)
+        board.send_signal(end)
     assert json.loads(said.stdout)["simulated"] is True and board.returncode == 0
+    with pytest.raises(LinkLost):
+        lab.connect("simulated-board").run(["true"])
 
 
 def test_a_simulated_board_changes_mode_and_reboots(lab: Lab) -> None:

@@ -1,7 +1,4 @@
-"""Everything that can happen to a link: whatever it is, the next attempt finishes the work.
-
-SSDI8_FAULT_SEEDS says how many seeded runs are made; 10 where it is not set.
-"""
+"""Everything that can happen to a link: whatever it is, the next attempt finishes the work."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from board_simulator.lab import PATH, Lab, needs_sshd
+from board_simulator.lab import FAULT_SEEDS, PATH, Lab, needs_sshd
 from board_simulator.proxy import Fault, Proxy
 from board_simulator.server import SshServer
 from test_target_deploy import (
@@ -38,7 +35,6 @@ from ssdi8_edge.target.jobs import start_job
 
 pytestmark = needs_sshd
 
-SEEDS = int(os.environ.get("SSDI8_FAULT_SEEDS", "10"))
 STEPS = 40
 
 
@@ -110,11 +106,11 @@ class Witness:
         assert self.looks and self.problems == []
 
 
-@pytest.mark.parametrize("seed", range(SEEDS))
-def test_a_deploy_over_a_bad_wire(
+@pytest.mark.parametrize("seed", range(FAULT_SEEDS or 8))
+def test_a_deploy_with_faults_at_random_moments(
     lab: Lab, run_folder: Path, seed: int, record_property: Callable[[str, object], None]
 ) -> None:
-    """Cuts, resets, flipped bits and killed sessions at random moments of upload and build.
+    """Cuts, resets, flipped bits; sessions or the whole server killed, in upload and build.
 
     No half-written file is ever in place, the build runs once, its log is read once, and the deploy
     ends as if nothing had happened; the next one moves nothing.
@@ -131,22 +127,40 @@ def test_a_deploy_over_a_bad_wire(
     lab.known_hosts.write_text(server.known_host().replace(str(server.port), str(proxy.port)))
     manifest = json.loads((run_folder / "bundle/manifest.json").read_text())
     witness = Witness(lab.store("board"), manifest["files"])
-    kills = sorted(chance.randrange(STEPS) for _ in range(chance.randint(0, 2)))
+    # Moments: bytes sent in one attempt of the upload, steps of the build.
+    in_upload = sorted(chance.randrange(1_600_000) for _ in range(chance.randint(0, 2)))
+    in_build = sorted(chance.randrange(STEPS) for _ in range(chance.randint(0, 2)))
+    killed: list[str] = []
     lines: list[str] = []
+
+    def kill() -> None:
+        killed.append(chance.choice(["sessions", "server"]))
+        if killed[-1] == "sessions":
+            server.kill_sessions()
+        else:
+            server.kill()
+            server.start()
+
+    def on_bytes(done: int, total: int) -> None:
+        if in_upload and done > in_upload[0]:
+            in_upload.pop(0)
+            kill()
 
     def on_line(line: str) -> None:
         lines.append(line)
-        if kills and line == f"step {kills[0]}":
-            kills.pop(0)
-            server.kill_sessions()
+        if in_build and line == f"step {in_build[0]}":
+            in_build.pop(0)
+            kill()
 
     here = lab.folder / "run"
     shutil.copytree(run_folder, here)
     connection = lab.connect("board")
     said: list[str] = []
-    placed = deploy(connection, here, on_line=on_line, say=said.append)
+    placed = deploy(connection, here, on_line=on_line, on_bytes=on_bytes, say=said.append)
     witness.end()
     record_property("faults", len(proxy.met))
+    record_property("killed sessions", killed.count("sessions"))
+    record_property("killed servers", killed.count("server"))
     record_property("lost links", sum("trying again" in line for line in said))
     record_property("looks", witness.looks)
     assert placed.verification is not None and placed.verification["verified"] is True
@@ -161,30 +175,6 @@ def test_a_deploy_over_a_bad_wire(
     again = deploy(connection, here)
     assert again.sent_bytes == 0 and again.engine is not None and not again.engine["built"]
     proxy.close()
-
-
-def test_a_power_cut_at_random_moments_of_an_upload(lab: Lab, run_folder: Path) -> None:
-    """Server and sessions die by SIGKILL, again and again; each attempt goes on from there."""
-    chance = random.Random(1)
-    server = lab.serve("board", environment=with_tensorrt(lab.folder))
-    connection = lab.connect("board")
-    manifest = json.loads((run_folder / "bundle/manifest.json").read_text())
-    witness = Witness(lab.store("board"), manifest["files"])
-    moments = iter(sorted(chance.randrange(1_500_000) for _ in range(3)))
-    state = {"next": next(moments), "seen": 0}
-
-    def on_bytes(done: int, total: int) -> None:
-        if done > state["next"] - state["seen"]:
-            state["next"] = next(moments, 1 << 40)
-            server.kill()
-            server.start()
-
-    here = lab.folder / "run"
-    shutil.copytree(run_folder, here)
-    placed = deploy(connection, here, on_bytes=on_bytes, verify=False)
-    witness.end()
-    assert Path(placed.folder).is_dir()
-    assert list((lab.store("board") / "partial").iterdir()) == []
 
 
 def test_a_peer_that_falls_silent_is_given_up(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,6 +286,19 @@ def test_a_board_that_is_unplugged_is_said_to_be_so(
     network.pull()
     with pytest.raises(LinkLost, match=r"far \(198.18.77.2:\d+\) does not answer|no way to far"):
         lab.connect("far").run(["true"])
+
+
+def test_a_network_that_does_not_lead_there_is_said_to_be_so(lab: Lab, network: Network) -> None:
+    """No route: told at once."""
+    route = ["unreachable", f"{network.there}/32"]
+    subprocess.run(["ip", "route", "add", *route], check=True)
+    try:
+        with pytest.raises(LinkLost, match=r"no way to far \(.*\) \(No route to host\)") as caught:
+            lab.connect("far").run(["true"])
+    finally:
+        subprocess.run(["ip", "route", "del", *route], check=True)
+    assert caught.value.exit_code == 3
+    assert lab.connect("far").run(["true"]).exit == 0
 
 
 def test_a_silent_cut_frees_the_board(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import pty
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -74,14 +76,19 @@ def test_a_new_key_is_hashed_where_the_configuration_says_so(lab: Lab) -> None:
 
 @pytest.mark.parametrize("accept", [False, True])
 def test_a_changed_host_key_is_always_refused(lab: Lab, accept: bool) -> None:
-    server = lab.serve("board", StrictHostKeyChecking="no")
+    """Whatever was asked for; the command of the remedy then removes the old key."""
+    server = lab.serve("board", StrictHostKeyChecking="no", UserKnownHostsFile=str(lab.known_hosts))
     server.stop()
     server.new_key("host_key")
     server.start()
     before = lab.known_hosts.read_text()
-    with pytest.raises(BoardError, match=r"not the one in .*known_hosts:1.*ssh-keygen -R"):
+    with pytest.raises(BoardError, match=r"not the one in .*known_hosts:1.*ssh-keygen") as caught:
         lab.connect("board", accept_new_host_key=accept).run(["true"])
     assert lab.known_hosts.read_text() == before
+    remedy = re.search(r"ssh-keygen .*$", str(caught.value))
+    assert remedy
+    subprocess.run(shlex.split(remedy[0]), check=True, capture_output=True)
+    assert lab.connect("board", accept_new_host_key=accept).run(["true"]).exit == 0
 
 
 def test_the_kind_of_key_that_is_known_is_asked_for(lab: Lab) -> None:
@@ -169,10 +176,13 @@ def test_an_unknown_jump_host_is_refused_too(lab: Lab) -> None:
 
 
 def test_a_key_that_nobody_knows(lab: Lab) -> None:
-    server = lab.serve("board")
+    """The command of the remedy reaches the same server: by the alias, and its port if named."""
+    server, user = lab.serve("board"), getpass.getuser()
     server.new_key("identity")
-    said = assert_refused(lab, "board", r"1 keys were offered, it takes publickey")
-    assert "ssh-copy-id" in said
+    said = assert_refused(lab, "board", r"1 key was offered, it takes publickey")
+    assert f"ssh-copy-id {user}@board;" in said
+    said = assert_refused(lab, f"board:{server.port}", "1 key was offered")
+    assert f"ssh-copy-id -p {server.port} {user}@board;" in said
 
 
 def test_a_key_with_a_passphrase_and_nobody_to_ask(lab: Lab) -> None:

@@ -80,7 +80,7 @@ def line_chart(
     inset = 14.0 if len(lengths) > 1 else 0.0
     x = Scale(lengths[0], lengths[-1], _LEFT + inset, right - inset, log=True)
 
-    parts = [text(0, 14, y_label, class_="axis")]
+    parts = [text(0, 14, y_label + (", log scale" if y.log else ""), class_="axis")]
     parts += _y_axis(y, right)
     parts += _x_axis(x, lengths, bottom, right)
     if baseline:

@@ -298,10 +298,13 @@ def _evaluations(rows: Sequence[Mapping[str, Any]], model: str | None) -> Iterab
 
 
 def _text_name(row: Mapping[str, Any]) -> str:
-    """Of a text, and of the part of each window that counts where that is not all of it."""
-    name, scored, window = (row.get(key) for key in ("text", "scored_tokens", "window_tokens"))
-    if isinstance(scored, int) and isinstance(window, int) and scored < window - 1:
-        name = f"{name}, last {scored} of {window}"
+    """Of a text and its windows, and of their part that counts where that is not all of them."""
+    keys = ("text", "windows", "scored_tokens", "window_tokens")
+    name, windows, scored, window = (row.get(key) for key in keys)
+    if isinstance(windows, int) and isinstance(window, int):
+        name = f"{name}, {windows} × {window} tokens"
+        if isinstance(scored, int) and scored < window - 1:
+            name = f"{name}, last {scored} of each"
     return plain(str(name))
 
 

@@ -69,14 +69,11 @@ class Tables:
             for method, points in self._data.of(setup).items():
                 yield setup, method, points
 
-    def _over_length(
-        self, unit: str, rows: Sequence[tuple[list[str], Mapping[int, float], float]]
-    ) -> Table:
-        """Rows (head, length -> value, unit of the value), one column a length."""
-        lengths = sorted({length for _, values, _ in rows for length in values})
+    def _over_length(self, unit: str, rows: Sequence[tuple[list[str], Mapping[int, str]]]) -> Table:
+        """Rows (head, length -> value as text), one column a length."""
+        lengths = sorted({length for _, values in rows for length in values})
         cells = [
-            [*head, *(shown(values.get(length), factor) for length in lengths)]
-            for head, values, factor in rows
+            [*head, *(values.get(length, ABSENT) for length in lengths)] for head, values in rows
         ]
         columns = (*self._head, unit, *(f"{length} tokens" for length in lengths))
         return Table(columns, cells, len(self._head) + 1)
@@ -118,7 +115,7 @@ class Tables:
 
     def latency(self) -> Table:
         """Medians over prompt length, and the paper's rows below."""
-        rows: list[tuple[list[str], Mapping[int, float], float]] = []
+        rows: list[tuple[list[str], Mapping[int, str]]] = []
         for setup, method in self._data.lines:
             points = self._data.of(setup).get(method, [])
             profiles = [p for p in self._data.profiles_of(setup) if p.bundle.method == method]
@@ -130,10 +127,11 @@ class Tables:
                 (SSD, {length: s for length, s in alone.items() if s}),
             ):
                 if times:
-                    rows.append(([*self._begin(setup, method), quantity], times, MS))
+                    cells = {length: shown(seconds, MS) for length, seconds in times.items()}
+                    rows.append(([*self._begin(setup, method), quantity], cells))
         for method, paper in SSD_LATENCY_MS.items():
             head = self._cells(NOT_STATED, f"{PAPER_BOARD}, mode {NOT_STATED}", method, PAPER, SSD)
-            rows.append((head, paper, 1.0))
+            rows.append((head, {length: f"{value:.2f}" for length, value in paper.items()}))
         table = self._over_length("ms", rows)
         note = (
             f"“{FIRST_TOKEN}” includes the whole prompt; “{PER_TOKEN}” is each further token,"
@@ -144,16 +142,16 @@ class Tables:
 
     def speedups(self) -> Table:
         """Against FP16 on the same board, in the same mode, for the same target and length."""
-        rows: list[tuple[list[str], Mapping[int, float], float]] = []
+        rows: list[tuple[list[str], Mapping[int, str]]] = []
         for setup, method, points in self._each():
             gains = speedup(points, self._data.baseline(setup))
             if method == BASELINE or not gains:
                 continue
             head = self._begin(setup, method)
-            rows.append(([*head, "prefill"], {n: g.prefill for n, g in gains.items()}, 1.0))
-            decode = {n: g.decode for n, g in gains.items() if g.decode}
+            rows.append(([*head, "prefill"], {n: shown(g.prefill) for n, g in gains.items()}))
+            decode = {n: shown(g.decode) for n, g in gains.items() if g.decode}
             if decode:
-                rows.append(([*head, "decode"], decode, 1.0))
+                rows.append(([*head, "decode"], decode))
         return self._over_length("times FP16", rows)
 
     def power(self) -> Table:
@@ -222,7 +220,8 @@ class Tables:
         head = [*(["model"] if self._models else []), "method"]
         columns = [part for name in texts for part in (f"{name}, perplexity", "change")]
         columns += [f"{name}, %" for name in tasks]
-        return Table((*head, *columns), rows, len(head))
+        notes = ["“change” is against the first row that has the text."] if texts else []
+        return Table((*head, *columns), rows, len(head), notes)
 
     def machines(self) -> Table:
         """What each board is."""
@@ -272,6 +271,15 @@ class Tables:
         )
         return Table(columns, rows, len(self._head))
 
+    def runs(self) -> Table:
+        """What was run, and when."""
+        rows = [
+            [*self._begin(setup, method), *_runs_row(points)]
+            for setup, method, points in self._each()
+        ]
+        columns = (*self._head, "bundle", "engine", "runs", "date", "ssdi8-edge")
+        return Table(columns, rows, len(columns))
+
     def conditions(self) -> Table:
         """The state of the board while each method was measured."""
         rows = [
@@ -279,9 +287,8 @@ class Tables:
             for setup, method, points in self._each()
         ]
         columns = (
-            *(*self._head, "bundle", "engine", "SMs", "GPU, MHz", "EMC, MHz", "CPU, MHz"),
-            *("pinned", "heat, °C", "over-current", "throttle alerts", "runs", "date"),
-            "ssdi8-edge",
+            *(*self._head, "SMs", "GPU, MHz", "EMC, MHz", "CPU, MHz", "pinned", "heat, °C"),
+            *("over-current", "throttle alerts"),
         )
         notes = [
             "Clocks are read back while the engine ran: mean (lowest – highest) over the lengths."
@@ -305,18 +312,26 @@ def _power_row(used: Power) -> list[str]:
     ]
 
 
-def _conditions_row(points: Sequence[Point]) -> list[str]:
-    last, states = points[-1], [point.conditions for point in points]
+def _runs_row(points: Sequence[Point]) -> list[str]:
+    last = points[-1]
     used = last.settings
     dates = sorted(point.date for point in points)
-    counts = [sum(s.over_current_events.values()) for s in states if s.over_current_events]
-    alerts = sorted({alert for state in states for alert in state.throttle_alerts})
     differs = sorted({d for p in points if p.engine for d in p.engine.differs})
-    engine = "; ".join([last.engine.key[:12], *differs]) if last.engine else ABSENT
     return [
         last.bundle.digest[:12],
-        engine,
-        str(last.conditions.sms or ABSENT),
+        "; ".join([last.engine.key[:12], *differs]) if last.engine else ABSENT,
+        f"{used.repeat} × {used.new_tokens} tokens, {used.warmup} warm-up",
+        dates[0] if dates[0] == dates[-1] else f"{dates[0]} – {dates[-1]}",
+        last.ssdi8_edge,
+    ]
+
+
+def _conditions_row(points: Sequence[Point]) -> list[str]:
+    states = [point.conditions for point in points]
+    counts = [sum(s.over_current_events.values()) for s in states if s.over_current_events]
+    alerts = sorted({alert for state in states for alert in state.throttle_alerts})
+    return [
+        str(states[-1].sms or ABSENT),
         _clock([s.gpu_mhz for s in states]),
         _clock([s.emc_mhz for s in states]),
         _clock([s.cpu_mhz for s in states]),
@@ -324,9 +339,6 @@ def _conditions_row(points: Sequence[Point]) -> list[str]:
         _heat(points),
         str(sum(counts)) if counts else ABSENT,
         ", ".join(alerts) or ABSENT,
-        f"{used.repeat} × {used.new_tokens} tokens, {used.warmup} warm-up",
-        dates[0] if dates[0] == dates[-1] else f"{dates[0]} – {dates[-1]}",
-        last.ssdi8_edge,
     ]
 
 

@@ -23,6 +23,7 @@ from ssdi8_edge.target.telemetry import (
     mhz_of,
     over_current_counts,
     thermal_zones_c,
+    throttle_alerts,
 )
 
 # Part number -> SMs with all of them powered. All are Tegra234, of compute capability 8.7.
@@ -56,6 +57,7 @@ SMS_PER_TPC = 2
 
 _GPU = "/sys/devices/platform/17000000.gpu/devfreq_dev"
 _GPU_5 = "/sys/devices/17000000.ga10b/devfreq/17000000.ga10b"
+_CPU = "/sys/devices/system/cpu/cpu0/cpufreq"
 _FILES = (
     "/proc/device-tree/model",
     "/proc/device-tree/compatible",
@@ -66,6 +68,7 @@ _FILES = (
     "/usr/local/cuda/version.json",
     f"{_GPU}/*_freq",
     f"{_GPU_5}/*_freq",
+    f"{_CPU}/scaling_*_freq",
     "/sys/kernel/nvpmodel_clk_cap/emc",
     "/sys/devices/platform/gpu.0/tpc_pg_mask",
     "/sys/bus/i2c/devices/*/hwmon/hwmon*/in*_label",
@@ -74,6 +77,8 @@ _FILES = (
     "/sys/devices/platform/soctherm-oc-event/hwmon/hwmon*/oc*_event_cnt",
     "/sys/class/thermal/thermal_zone*/type",
     "/sys/class/thermal/thermal_zone*/temp",
+    "/sys/class/thermal/cooling_device*/type",
+    "/sys/class/thermal/cooling_device*/cur_state",
 )
 _NAMES = (
     "/usr/lib/*/libnvinfer.so.*",
@@ -120,7 +125,9 @@ class BoardFacts:
     sms: int | None
     gpu_mhz: float | None
     gpu_max_mhz: float | None
-    emc_mhz: float | None
+    cpu_mhz: float | None
+    cpu_max_mhz: float | None
+    emc_max_mhz: float | None
     memory_mb: float | None
     memory_free_mb: float | None
     swap_mb: float | None
@@ -128,6 +135,7 @@ class BoardFacts:
     temperatures_c: Mapping[str, float] = field(default_factory=dict)
     rails_w: Mapping[str, float] = field(default_factory=dict)
     over_current_events: Mapping[str, int] = field(default_factory=dict)
+    throttle_alerts: Sequence[str] = ()
 
     @property
     def is_jetson(self) -> bool:
@@ -182,7 +190,9 @@ def read_facts(connection: Connection) -> BoardFacts:
         sms=_powered_sms(files.get("/sys/devices/platform/gpu.0/tpc_pg_mask")),
         gpu_mhz=clocks.get("cur_freq"),
         gpu_max_mhz=clocks.get("max_freq"),
-        emc_mhz=mhz_of(files.get("/sys/kernel/nvpmodel_clk_cap/emc")),
+        cpu_mhz=mhz_of(files.get(f"{_CPU}/scaling_cur_freq"), 1e3),
+        cpu_max_mhz=mhz_of(files.get(f"{_CPU}/scaling_max_freq"), 1e3),
+        emc_max_mhz=mhz_of(files.get("/sys/kernel/nvpmodel_clk_cap/emc")),
         memory_mb=memory.get("MemTotal"),
         memory_free_mb=memory.get("MemAvailable"),
         swap_mb=memory.get("SwapTotal"),
@@ -190,6 +200,7 @@ def read_facts(connection: Connection) -> BoardFacts:
         temperatures_c=thermal_zones_c(files),
         rails_w=ina3221_rails_w(files),
         over_current_events=over_current_counts(files),
+        throttle_alerts=throttle_alerts(files),
     )
 
 
@@ -216,7 +227,11 @@ def _tensorrt(names: Sequence[str]) -> str | None:
     """The most exact version that a library's name carries: libnvinfer.so.10.3.0."""
     found = [re.search(r"libnvinfer\.so\.(\d+(?:\.\d+)*)$", name) for name in names]
     versions = [match[1] for match in found if match]
-    return max(versions, key=lambda version: (version.count("."), version), default=None)
+    return max(versions, key=lambda v: (v.count("."), _numbers(v)), default=None)
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in version.split(".")]
 
 
 def _powered_sms(mask: str | None) -> int | None:

@@ -57,7 +57,7 @@ class Watcher(Protocol):
     def say(self, board: str, sentence: str) -> None: ...
     def running(self, board: str, what: str) -> None: ...
     def measured(self, board: str, point: Point) -> None: ...
-    def ended(self, board: str, problem: str | None) -> None: ...
+    def ended(self, board: str, how: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,8 @@ class BoardSweep:
                     "cannot be reached any more; it puts power mode and clocks back by itself"
                 )
         finally:
-            self._watcher.ended(self.name, str(self.error) if self.error else None)
+            stopped = "stopped" if self._stop.is_set() else "done"
+            self._watcher.ended(self.name, "given up" if self.error else stopped)
             self.ended.set()
 
     def _measure_all(self) -> None:

@@ -94,10 +94,13 @@ def _rows(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "power mode", f"{known(found['power_mode'])} of {modes or 'unknown ones'}"
         clock, most = known(found["gpu_mhz"]), known(found["gpu_max_mhz"])
         yield "GPU", f"{known(found['sms'])} SMs at {clock} of {most} MHz"
+        yield "CPU", f"{known(found['cpu_mhz'])} of {known(found['cpu_max_mhz'])} MHz"
+        yield "EMC", f"at most {known(found['emc_max_mhz'])} MHz"
         for rail, watts in found["rails_w"].items():
             yield rail, f"{watts:.2f} W"
         counts = found["over_current_events"].items()
         yield "over-current events", ", ".join(f"{k} {v}" for k, v in counts) or "unknown"
+        yield "throttled now", ", ".join(found["throttle_alerts"]) or "by nothing that says so"
     yield "Python", f"{python['path']} {known(python['version'])}"
     yield "modules", ", ".join(f"{k} {v}" for k, v in python["modules"].items()) or "none"
     if found["memory_mb"] is not None:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ssdi8_edge.artifacts import sha256_file
+from ssdi8_edge.artifacts import sha256_file, whole_or_absent
 from ssdi8_edge.errors import BoardError
 from ssdi8_edge.target.connection import Connection, Say
 from ssdi8_edge.target.jobs import start_job
@@ -72,8 +72,8 @@ def build_engine(
         on_line(line)
 
     status = job.follow(take, say=say)
-    results.mkdir(parents=True, exist_ok=True)
-    (results / "build.log").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with whole_or_absent(results / "build.log") as scratch:
+        scratch.write_text("\n".join(lines) + "\n", encoding="utf-8")
     if status != 0:
         raise BoardError(
             f"plugins or engine could not be built on {connection.name}: {_last_words(lines)}",

@@ -33,6 +33,11 @@ class HostKey:
     kind: str
     blob: bytes
 
+    @property
+    def algorithm(self) -> str:
+        """As sshd names its files: ed25519, rsa or ecdsa."""
+        return self.kind.removeprefix("ssh-").partition("-")[0]
+
     def __str__(self) -> str:
         """Its kind, and its fingerprint as ssh-keygen -l prints it."""
         digest = hashlib.sha256(self.blob).digest()
@@ -45,7 +50,8 @@ class Known:
 
     key: HostKey
     revoked: bool
-    place: str
+    file: Path
+    number: int
 
 
 def host_name(host: str, port: int) -> str:
@@ -76,7 +82,7 @@ def _read(name: str, file: Path) -> Iterator[Known]:
             blob = base64.b64decode(encoded, validate=True)
         except binascii.Error:
             continue
-        yield Known(HostKey(kind, blob), marker == _REVOKED, f"{file}:{number}")
+        yield Known(HostKey(kind, blob), marker == _REVOKED, file, number)
 
 
 def _applies(patterns: str, name: str) -> bool:
@@ -119,10 +125,12 @@ def judge(label: str, name: str, shown: HostKey, known: Sequence[Known]) -> bool
     if not revoked and (not stored or any(line.key == shown for line in stored)):
         return bool(stored)
     why = "which was revoked in" if revoked else "which is not the one in"
+    line = (revoked or stored)[0]
+    remove = shlex.join(["ssh-keygen", "-f", str(line.file), "-R", name])
     raise BoardError(
-        f"{label} shows the host key {shown}, {why} {(revoked or stored)[0].place}: someone may "
-        "stand between;",
-        f"only if its keys were renewed, remove the old one: ssh-keygen -R {shlex.quote(name)}",
+        f"{label} shows the host key {shown}, {why} {line.file}:{line.number}: someone may stand "
+        "between;",
+        f"only if its keys were renewed, remove the old one: {remove}",
     )
 
 

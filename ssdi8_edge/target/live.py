@@ -70,9 +70,9 @@ class Display:
         if not self._console.is_terminal:
             self.say(board, f"{progress} {_label(point)}: {', '.join(_cells(point))}")
 
-    def ended(self, board: str, problem: str | None) -> None:
+    def ended(self, board: str, how: str) -> None:
         with self._lock:
-            self._row(board).now = "given up" if problem else "done"
+            self._row(board).now = how
 
     # ----------------------------------------------------------------------------------------------
 

@@ -139,7 +139,7 @@ class SshConnection(Connection):
         try:
             found = transport.get_remote_server_key()
             shown = HostKey(found.get_name(), found.asbytes())
-            if not judge(settings.label, settings.key_name, shown, known):
+            if not judge(str(settings.address), settings.key_name, shown, known):
                 self._take_new_key(settings, shown)
             _Authentication(transport, settings).run()
         except Exception as error:
@@ -153,8 +153,9 @@ class SshConnection(Connection):
     def _take_new_key(self, settings: Settings, shown: HostKey) -> None:
         if not (self._accept_new or settings.accept_new):
             raise BoardError(
-                f"{settings.label} shows an unknown host key, {shown};",
-                "compare it with `ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub` there, then "
+                f"{settings.address} shows an unknown host key, {shown};",
+                f"compare it with `ssh-keygen -lf /etc/ssh/ssh_host_{shown.algorithm}_key.pub` "
+                "there, then "
                 f"accept it: ssdi8-edge doctor --host {shlex.quote(self.name)} "
                 "--accept-new-host-key",
             )
@@ -162,7 +163,7 @@ class SshConnection(Connection):
             add_key(settings.key_name, shown, settings.key_files[0], hashed=settings.hash_names)
         except (OSError, IndexError) as error:
             raise UsageError(
-                f"the host key of {settings.label} cannot be stored ({dial.words(error)});",
+                f"the host key of {settings.address} cannot be stored ({dial.words(error)});",
                 "mend ~/.ssh/known_hosts.",
             ) from error
 
@@ -310,10 +311,14 @@ class _Authentication:
                 if transport.is_authenticated():
                     return
                 _prompts.forget(question)
-        notes = [f"{self._offered} keys were offered", *self._notes]
+        keys = "1 key was" if self._offered == 1 else f"{self._offered} keys were"
+        notes = [f"{keys} offered", *self._notes]
+        # As the user wrote it: ssh-copy-id reads the same configuration.
+        address = self._settings.address
+        port = f"-p {address.port} " if address.port else ""
         raise BoardError(
             f"{self._settings} does not let {user} in ({', '.join(notes)}, it takes "
             f"{' or '.join(methods) or 'others'});",
-            f"bring your key there: ssh-copy-id {user}@{self._settings.host}; or add it to the "
+            f"bring your key there: ssh-copy-id {port}{user}@{address.host}; or add it to the "
             "agent: ssh-add",
         )

@@ -28,7 +28,7 @@ _MAX_INCLUDES = 16
 @dataclass(frozen=True)
 class Settings:
     """Attributes:
-    label: the host as the user wrote it.
+    address: the host as the user wrote it.
     jumps: hosts to go through, the first one first.
     identities: key files, configured or the usual ones; they need not exist.
     only_identities: whether the agent may offer no other keys.
@@ -38,7 +38,7 @@ class Settings:
     hash_names: whether names of hosts are hashed there.
     """
 
-    label: str
+    address: Address
     host: str
     port: int
     user: str
@@ -51,7 +51,7 @@ class Settings:
     hash_names: bool
 
     def __str__(self) -> str:
-        return f"{self.label} ({self.host}:{self.port})"
+        return f"{self.address} ({self.host}:{self.port})"
 
 
 def look_up(address: Address, parse: Parse) -> Settings:
@@ -81,7 +81,7 @@ def look_up(address: Address, parse: Parse) -> Settings:
     key_files = found.get("userknownhostsfile", _USER_KEYS).split()
     key_files += found.get("globalknownhostsfile", _SYSTEM_KEYS).split()
     return Settings(
-        label=str(address),
+        address=address,
         host=host,
         port=port,
         user=address.user or found.get("user") or getpass.getuser(),

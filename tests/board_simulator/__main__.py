@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import signal
+import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -17,6 +19,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="for its files (default: a temporary one)")
     parser.add_argument("--port", type=int, help="(default: a free one)")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so that the server ends, too
     with tempfile.TemporaryDirectory(prefix="simulated-board-") as scratch:
         folder = (options.folder or Path(scratch)).resolve()
         server = SshServer(folder / "ssh", environment=make_board(folder), port=options.port)

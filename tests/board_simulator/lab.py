@@ -18,6 +18,9 @@ from .server import SshServer, sshd_path
 # The interpreter of the tests first: a python3 that is a shell script takes long to start.
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 
+# How many seeded runs each test with random faults makes; where it is not set, a few.
+FAULT_SEEDS = int(os.environ.get("FAULT_SEEDS", "0"))
+
 needs_sshd = pytest.mark.skipif(sshd_path() is None, reason="sshd is missing: openssh-server")
 
 

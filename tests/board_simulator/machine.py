@@ -12,6 +12,7 @@ MODES = {0: "MAXN_SUPER", 1: "10W", 2: "15W", 3: "25W", 4: "40W"}
 GPU_MHZ = {0: 1173, 1: 612, 2: 612, 3: 408, 4: 1173}
 # A mask of 252 powers two of the four TPCs, 240 all of them.
 TPC_MASK = {0: 240, 1: 252, 2: 252, 3: 240, 4: 240}
+CPU = "sys/devices/system/cpu/cpu0/cpufreq"
 GPU = "sys/devices/platform/17000000.gpu/devfreq_dev"
 RAILS = {1: ("VDD_IN", 4984, 1480), 2: ("VDD_CPU_GPU_CV", 4976, 520), 3: ("VDD_SOC", 4976, 312)}
 ZONES = ("cpu-thermal", "gpu-thermal", "soc0-thermal", "tj-thermal")
@@ -51,11 +52,17 @@ def _files() -> dict[str, str]:
         "usr/lib/aarch64-linux-gnu/libnvinfer.so.10.3.0": "",
         "sys/devices/platform/gpu.0/tpc_pg_mask": "240\n",
         "sys/kernel/nvpmodel_clk_cap/emc": "3199000000\n",
+        f"{CPU}/scaling_cur_freq": "729600\n",
+        f"{CPU}/scaling_max_freq": "1984000\n",
         f"{GPU}/cur_freq": "306000000\n",
         f"{GPU}/min_freq": "306000000\n",
         f"{GPU}/max_freq": "1173000000\n",
         f"{GPU}/available_frequencies": "306000000 408000000 612000000 918000000 1173000000\n",
     }
+    for number in (1, 2, 3):
+        device = f"sys/class/thermal/cooling_device{number}"
+        files[f"{device}/type"] = f"oc{number}-throttle-alert\n"
+        files[f"{device}/cur_state"] = "0\n"
     for number, (label, millivolt, milliampere) in RAILS.items():
         rail = "sys/bus/i2c/devices/1-0040/hwmon/hwmon1/"
         files[f"{rail}in{number}_label"] = label + "\n"

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from ssdi8_edge.target.board.wire import Wire
 
 BLOCK = 1 << 20
+PIECE = 1 << 16  # what a pipe holds; room for more is new memory with every read
+BATCH = 1 << 23
 SYNCS_AT_ONCE = 8
 SPARE = 8 << 20  # bytes left free: folders, logs
 WAIT_S = 60.0  # for prune, or for another deploy of the same content; more than its link may take
@@ -156,12 +158,17 @@ def _receive(wire: Wire, folders: dict, sha256: str, left: int) -> bool:
     digest = _digest(partial)
     try:
         with open(partial, "ab", buffering=0) as file:
+            begun = file.tell()
             while left:
-                block = memoryview(wire.read(min(left, BLOCK)))
-                digest.update(block)
-                left -= len(block)
-                while block:
-                    block = block[file.write(block) :]
+                piece = memoryview(wire.read(min(left, PIECE)))
+                digest.update(piece)
+                left -= len(piece)
+                while piece:
+                    piece = piece[file.write(piece) :]
+                if file.tell() - begun >= BATCH:
+                    # Starts writing to the disk now, so that little is left to wait for in _keep.
+                    os.posix_fadvise(file.fileno(), begun, BATCH, os.POSIX_FADV_DONTNEED)
+                    begun = file.tell()
     except OSError:
         os.unlink(partial)  # a full disk needs the room more than we do
         raise

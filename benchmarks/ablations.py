@@ -38,6 +38,7 @@ SHARED: dict[str, dict[str, Any]] = {
     "weight of the gated norm not folded": {"fold_gate_norm": False},
     "half away from zero": {"rounding": "half_away"},
     "Scan2 all in FP16": {"scan2": "fp16"},
+    "SSD in FP16 but for B, C and CB": {"scan2": "fp16", "scaling": "none"},
     "no mean correction": {"correction": "none"},
     "correction of out_proj's output": {"correction": "out"},
     "correction by 0.15": {"correction_strength": 0.15},

@@ -135,6 +135,7 @@ def test_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_run_on_gpu_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UsageError, match="no CUDA GPU"):
         run_on_gpu(tmp_path, ["--info"], "cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -198,6 +198,13 @@ def ssd_values(s: Sizes, tokens: int) -> dict[str, Tensor]:
     return values
 
 
+def ssd_operations(s: Sizes, tokens: int) -> int:
+    """Multiplications and additions of the products in SSD, causal halves alone: the chunk states,
+    C times the states, CB times x for each head, and CB for the group."""
+    p, n, positions = 64, 128, (min(CHUNK, tokens) + 1) / 2
+    return int(2 * s.batch * tokens * (s.nheads * p * (2 * n + positions) + n * positions))
+
+
 def ssd_inputs(op: str) -> list[str]:
     """The scales that come last are inputs of scaling "static" only."""
     return [
@@ -254,6 +261,7 @@ def ssd_cases(op: str, modules: bool) -> Callable[[Sizes, int], Iterable[Case]]:
                 ssd_attributes(s, op, scaling),
                 read_bytes=size(values[name] for name in names)
                 - ("zxbcdt" in names) * int(2 * unread),
+                operations=ssd_operations(s, tokens) if op == "Ssdi8SsdScan" else 0,
             )
 
     return cases
@@ -384,10 +392,13 @@ def run(case: Case, variant: int, checked: bool, with_mamba: bool) -> dict[str, 
     return row
 
 
-def describe(row: dict[str, Any]) -> str:
+def describe(row: dict[str, Any], beside: dict[str, Any] | None) -> str:
+    """`beside` is the row before, of the same shape with INT8 operands."""
     library = f"{row['us'] / row['library_us']:5.2f}x library" if row["library_us"] else ""
     if row["mamba_us"]:
         library = f"{row['mamba_us'] / row['us']:5.2f}x mamba in this run"
+    if beside is not None:
+        library += f", {row['us'] / beside['us']:.2f}x the time of INT8"
     return (
         f"{row['op']:15}{row['model']:5}{row['layer']:11}{row['tokens']:5} v{row['variant']}"
         f"{row['us']:9.1f} us {row['gb_s']:6.0f} GB/s {row['copy_us'] / row['us']:4.0%} of a copy "
@@ -449,8 +460,9 @@ def main() -> None:
                             "of_copy": result["gb_s"] * 1e9 / copy_rate,
                             "of_int_mm": result["top_s"] * 1e12 / product_rate,
                         }
+                        beside = rows[-1] if case.label == "fp16" else None
                         rows.append(row)
-                        print(describe(row), flush=True)
+                        print(describe(row, beside), flush=True)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         with options.out.open("w", newline="") as file:

@@ -41,13 +41,7 @@ int ssdi8_chunk_cumsum(const Ssdi8ChunkCumsumParams* p, void* stream) {
     return refuse("chunk_cumsum: columns %d to %d of %d", p->dt_column, p->dt_column + p->nheads,
                   p->row_stride);
   }
-  const ssd::Cumsum cumsum = {static_cast<const __half*>(p->zxbcdt),
-                              p->dt_bias,
-                              p->a_rate,
-                              p->row_stride,
-                              p->dt_column,
-                              p->dt_min,
-                              p->dt_max};
+  const ssd::Cumsum cumsum = ssd::cumsum_of(*p);
   chunk_cumsum_kernel<<<ssd::cumsum_blocks(shape), ssd::kThreads, 0,
                         static_cast<cudaStream_t>(stream)>>>(shape, cumsum, p->dt, p->a);
   return check(cudaGetLastError(), "chunk_cumsum");

@@ -458,13 +458,7 @@ template <typename P>
 cudaError_t launch_scan(const Shape& shape, const Ssdi8SsdScanParams& p, int processors,
                         cudaStream_t stream) {
   const Workspace w = carve(shape, p.workspace);
-  const ssd::Cumsum cumsum = {static_cast<const __half*>(p.zxbcdt),
-                              p.dt_bias,
-                              p.a_rate,
-                              p.row_stride,
-                              p.dt_column,
-                              p.dt_min,
-                              p.dt_max};
+  const ssd::Cumsum cumsum = ssd::cumsum_of(p);
   const ssd::PrepareGroup prepare = {p.b_q,     p.c_q,     p.b_scale, p.c_scale, p.cb_scale,
                                      w.b_units, w.c_units, w.cb8,     w.cb16};
   const ssd::Scales scales = {p.x_scale, p.x_tile_scale, p.state_scale, p.b_scale,

@@ -136,13 +136,7 @@ template <typename P>
 cudaError_t launch(const Shape& shape, const Ssdi8SsdScanParams& p, int processors,
                    cudaStream_t stream) {
   const Workspace w = carve(shape, p.workspace);
-  const ssd::Cumsum cumsum = {static_cast<const __half*>(p.zxbcdt),
-                              p.dt_bias,
-                              p.a_rate,
-                              p.row_stride,
-                              p.dt_column,
-                              p.dt_min,
-                              p.dt_max};
+  const ssd::Cumsum cumsum = ssd::cumsum_of(p);
   const ssd::PrepareGroup prepare = {p.b_q,     p.c_q,     p.b_scale, p.c_scale, p.cb_scale,
                                      w.b_units, w.c_units, nullptr,   w.cb16};
   ssd::Scales scales{};

@@ -7,6 +7,7 @@
 
 #include "../common.cuh"
 #include "../kernels.h"
+#include "cumsum.cuh"
 #include "shape.cuh"
 
 namespace ssdi8 {
@@ -79,6 +80,18 @@ inline int check_scale(const char* op, const Shape& shape, const char* name, con
 template <typename Kernel>
 cudaError_t grant_shared(Kernel* kernel, size_t bytes) {
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+}
+
+// What an op with its own dt takes it from.
+template <typename Params>
+Cumsum cumsum_of(const Params& p) {
+  return {static_cast<const __half*>(p.zxbcdt),
+          p.dt_bias,
+          p.a_rate,
+          p.row_stride,
+          p.dt_column,
+          p.dt_min,
+          p.dt_max};
 }
 
 // Blocks of a scan over chunks, of which the chip holds `slots` at once. All lanes of work walk the

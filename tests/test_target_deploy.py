@@ -407,6 +407,11 @@ def test_a_host_that_does_not_fit_is_said_before_the_build(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_wrong_address_is_not_waited_for(run_folder: Path) -> None:
+    done = cli("deploy", run_folder, "--host", f"127.0.0.1:{free_port()}", exit_code=3)
+    assert "refuses connections" in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_deploy_to_this_machine(lab: Lab, run_folder: Path) -> None:
     """The same command without SSH: host-cpu's own board."""
     options = ("--host", "this-machine", "--store", lab.folder / "store")

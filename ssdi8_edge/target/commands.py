@@ -136,6 +136,8 @@ def deploy(
         host, accept_new_host_key=accept_new_host_key, store=store, python=python
     ) as connection:
         if bundle is not None:
+            # A board that was reached is waited for when it goes away; a wrong address is not.
+            connection.run(["true"])
             result = _bring(connection, bundle, verify).to_dict()
         if prune:
             from ssdi8_edge.target.upload import prune as remove

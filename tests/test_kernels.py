@@ -546,6 +546,8 @@ FP16_ROWS: list[dict[str, Any]] = [
         *({"length": n} for n in (2, 5, 15, 16, 17, 63, 64, 65, 127, 129, 255, 256, 257, 2048)),
         {"batch": 2},
         {"batch": 3, "length": 300, "nheads": 80},
+        # More heads than an H100 or H200 holds at once: chunks of 128.
+        *({"batch": 8, "length": 300, "nheads": 80, "d_state": n} for n in (64, 128, 256)),
         {"length": 2048, "nheads": 80, "d_state": 64},
         *({"ngroups": n, "nheads": 8} for n in (2, 8)),
         {"headdim": 128},

@@ -166,8 +166,8 @@ cudaError_t launch(const Shape& shape, const Ssdi8SsdScanParams& p, int processo
   return cudaGetLastError();
 }
 
-// The chunks of 256 of a head overlap less often in their carry; of 128 they need fewer products,
-// and four warps wait for less. Many heads hide the carry.
+// Chunks of 256 hand the carry on half as often; chunks of 128 need fewer products, and their four
+// warps wait for less. Where heads enough run side by side, they hide the carry.
 constexpr int kChunks[] = {128, 256};
 
 Shape with_chunk(Shape shape, int chunk) {

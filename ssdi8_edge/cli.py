@@ -397,7 +397,7 @@ def main() -> None:
         sys.argv.append("--help")
     try:
         sys.exit(app(standalone_mode=False))
-    except Ssdi8Error as error:
+    except (Ssdi8Error, Interrupted) as error:
         human.print(f"ssdi8-edge: {error}", markup=False, soft_wrap=True)
         sys.exit(error.exit_code)
     except Exception as error:
@@ -411,4 +411,4 @@ def main() -> None:
 
 def _interrupted(number: int, frame: object) -> NoReturn:
     # typer would turn KeyboardInterrupt into exit code 1.
-    raise Interrupted("stopped;", "what was finished is kept.")
+    raise Interrupted("stopped; what was finished is kept.")

@@ -4,10 +4,11 @@ Ssdi8Error                 exit code 1   a stage failed
 ├── UsageError             exit code 2   an option, target, method or file that does not fit
 │   ├── CheckpointError    exit code 2   a checkpoint that cannot be read, or lacks a tensor
 │   └── BundleError        exit code 2   a bundle that is incomplete, altered or of another schema
-├── BoardError             exit code 3   a board that cannot be reached, or cannot do what was asked
-│   ├── LinkLost           exit code 3   the network to it failed; the same again may work
-│   └── BoardBusy          exit code 3   someone else holds the lock that was asked for
-└── Interrupted            exit code 130 stopped by Ctrl-C
+└── BoardError             exit code 3   a board that cannot be reached, or cannot do what was asked
+    ├── LinkLost           exit code 3   the network to it failed; the same again may work
+    └── BoardBusy          exit code 3   someone else holds the lock that was asked for
+
+Interrupted                exit code 130 Ctrl-C; no Exception, which a library could catch
 """
 
 from __future__ import annotations
@@ -58,7 +59,11 @@ class BoardBusy(BoardError):
     """Someone else holds a lock on the board."""
 
 
-class Interrupted(Ssdi8Error):
-    """Ctrl-C; finished stages stay as they are."""
+class Interrupted(BaseException):
+    """Ctrl-C; finished stages stay as they are.
+
+    Like KeyboardInterrupt it passes every `except Exception`: the signal may come while a library
+    is loading or calling back, and must not be lost there.
+    """
 
     exit_code = 130

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 from ssdi8_edge.model import Mamba2Config, Mamba2LM
+
+# A job that a script starts in the background ignores Ctrl-C, and so would every command that the
+# tests start. A handler of our own is not inherited: they begin with the default again.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 MakeConfig = Callable[..., Mamba2Config]
 MakeCheckpoint = Callable[..., Path]

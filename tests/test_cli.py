@@ -23,7 +23,7 @@ from test_pipeline import BOOKKEEPING, write_model, write_text
 
 from ssdi8_edge.checkpoint import DEMO_FOLDER
 
-COMMAND = [sys.executable, "-c", "from ssdi8_edge.cli import main; main()"]
+COMMAND = [sys.executable, "-m", "ssdi8_edge"]
 PROMPT = "The sea"
 
 Result = subprocess.CompletedProcess[str]

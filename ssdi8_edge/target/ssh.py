@@ -292,8 +292,6 @@ class _Authentication:
                 phrase = _prompts.ask(question)
                 if phrase is not None:
                     return paramiko.PKey.from_path(path, phrase.encode())
-        except Ssdi8Error:  # Ctrl-C
-            raise
         except Exception:  # of paramiko or cryptography: wrong passphrase, unknown kind, unreadable
             _prompts.forget(question)
         self._notes.append(f"{path} cannot be opened")

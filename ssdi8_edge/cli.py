@@ -392,23 +392,29 @@ def _data(value: Any, as_json: bool, show: Any) -> None:
 
 def main() -> None:
     """Entry point: errors of ours become one sentence and their exit code."""
-    signal.signal(signal.SIGINT, _interrupted)
+    stopped: list[Interrupted] = []
+
+    def interrupted(number: int, frame: object) -> NoReturn:
+        # typer would turn KeyboardInterrupt into exit code 1.
+        stopped.append(Interrupted("stopped; what was finished is kept."))
+        raise stopped[-1]
+
+    signal.signal(signal.SIGINT, interrupted)
     if len(sys.argv) == 1:
         sys.argv.append("--help")
     try:
         sys.exit(app(standalone_mode=False))
     except (Ssdi8Error, Interrupted) as error:
-        human.print(f"ssdi8-edge: {error}", markup=False, soft_wrap=True)
-        sys.exit(error.exit_code)
+        _end(error)
     except Exception as error:
+        if stopped:  # while a library was loading, which made an error of its own of it
+            _end(stopped[-1])
         # typer's own usage errors, wherever the installed version keeps their class
         if not hasattr(error, "format_message"):
             raise
-        reason = error.format_message().rstrip(".")
-        human.print(f"ssdi8-edge: {reason}; see --help.", markup=False, soft_wrap=True)
-        sys.exit(2)
+        _end(UsageError(error.format_message().rstrip("."), "see --help."))
 
 
-def _interrupted(number: int, frame: object) -> NoReturn:
-    # typer would turn KeyboardInterrupt into exit code 1.
-    raise Interrupted("stopped; what was finished is kept.")
+def _end(error: Ssdi8Error | Interrupted) -> NoReturn:
+    human.print(f"ssdi8-edge: {error}", markup=False, soft_wrap=True)
+    sys.exit(error.exit_code)

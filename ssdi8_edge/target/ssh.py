@@ -109,7 +109,7 @@ class SshConnection(Connection):
                 transports: list[paramiko.Transport] = []
                 try:
                     self._reach(look_up(self._address, _parse_config), transports, 0)
-                except Exception:
+                except BaseException:
                     for transport in reversed(transports):
                         quietly(transport.close)
                     raise
@@ -202,7 +202,8 @@ def _greet(settings: Settings, sock: Any, known_kinds: set[str]) -> paramiko.Tra
         known_kinds |= {"rsa-sha2-512", "rsa-sha2-256"}
     options.key_types = sorted(options.key_types, key=lambda kind: kind not in known_kinds)
     try:
-        dial.within(lambda: transport.start_client(timeout=dial.STEP_S))
+        # Without a timeout of its own: at that one, start_client returns as if all were well.
+        dial.within(transport.start_client)
     except IncompatiblePeer as error:
         quietly(transport.close)
         raise BoardError(
@@ -220,7 +221,7 @@ def _greet(settings: Settings, sock: Any, known_kinds: set[str]) -> paramiko.Tra
 
 
 def _told(error: Exception, lost: LinkLost) -> Ssdi8Error:
-    """`lost`, unless `error` is ours already, such as Ctrl-C."""
+    """`lost`, unless `error` is ours already."""
     return error if isinstance(error, Ssdi8Error) else lost
 
 

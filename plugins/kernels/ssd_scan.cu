@@ -491,7 +491,8 @@ cudaError_t launch_scan(const Shape& shape, const Ssdi8SsdScanParams& p, int pro
   static_assert(kMostBytes <= kMaxSharedBytes);
   const size_t bytes = kMostBytes - (shape.tiled ? 0 : P::kXtWords * sizeof(uint4));
   auto* kernel = scan_kernel<P, false>;
-  if constexpr (P::kN == 128) {  // of all published models
+  // N of all published models; a chunk of one tile has none in INT8.
+  if constexpr (P::kN == 128 && P::kChunk > ssd::kScanTile) {
     if (is_usual(shape, integer_gate)) kernel = scan_kernel<P, true>;
   }
   if (cudaError_t error = ssd::grant_shared(kernel, bytes)) return error;

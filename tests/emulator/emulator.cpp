@@ -7,6 +7,7 @@
 #include <stdio.h>
 #include <sys/mman.h>
 #include <ucontext.h>
+#include <unistd.h>
 
 #include <map>
 #include <memory>
@@ -25,14 +26,16 @@ constexpr unsigned kLauncher = kMaxThreads;  // the fiber that runs the grid
 constexpr unsigned kMaxGridYZ = 65535;
 // What a block may have without asking, and at all: of sm_86, the least of the chips from there on.
 constexpr size_t kGivenShared = 48 * 1024, kMaxShared = 99 * 1024;
-constexpr size_t kStackBytes = 64 * 1024;
-constexpr size_t kPage = 4096;
+constexpr size_t kStackBytes = 64 * 1024;  // of a thread
+const size_t kPage = sysconf(_SC_PAGESIZE);
 constexpr int kGarbage = 0x7f;    // large as FP32 and as INT8, NaN as FP16
 constexpr int kMaxReads = 10000;  // in a row, of flags that no thread can set any more
 
+size_t whole_pages(size_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
+
 // `bytes` with a page before and one behind whose use is a fault. Never freed.
 char* fenced_memory(size_t bytes) {
-  bytes = (bytes + kPage - 1) / kPage * kPage;
+  bytes = whole_pages(bytes);
   void* p = mmap(nullptr, bytes + 2 * kPage, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   char* usable = static_cast<char*>(p) + kPage;
   if (p == MAP_FAILED || mprotect(usable, bytes, PROT_READ | PROT_WRITE) != 0) {
@@ -78,7 +81,7 @@ unsigned current;
 unsigned random_number;
 int reads;
 char* const arena = fenced_memory(kMaxShared);
-char* const arena_end = arena + (kMaxShared + kPage - 1) / kPage * kPage;
+char* const arena_end = arena + whole_pages(kMaxShared);
 char* shared;  // ends at the fence
 size_t shared_bytes;
 sigjmp_buf grid_failed;
@@ -150,6 +153,11 @@ void wait_in(const char* instruction) {
   switch_to(next_turn(current));
 }
 
+// In random order, one who need not wait may be overtaken all the same.
+void offer_turn() {
+  if (seed != 0) switch_to(next_turn(current));
+}
+
 void release_barrier() {
   if (at_barrier == 0 || at_barrier < live) return;
   at_barrier = 0;
@@ -176,28 +184,40 @@ void run_fiber() {
 // blocks and grids
 // ---------------------------------------------------------------------------------------------
 
-// Static shared memory: what the library keeps per thread of the CPU and does not initialise.
-int fill_static_shared(dl_phdr_info* info, size_t, void*) {
+// Static shared memory: what this library keeps per thread of the CPU and does not initialise.
+struct Memory {
+  char* start = nullptr;
+  size_t bytes = 0;
+};
+
+int find_uninitialised(dl_phdr_info* info, size_t, void* found) {
+  bool own = false;
+  Memory memory;
   for (int i = 0; i < info->dlpi_phnum; ++i) {
     const auto& segment = info->dlpi_phdr[i];
-    const auto start = reinterpret_cast<char*>(info->dlpi_addr + segment.p_vaddr);
-    const auto own = reinterpret_cast<char*>(&fibers);
-    if (segment.p_type == PT_LOAD && own >= start && own < start + segment.p_memsz) {
-      for (int k = 0; k < info->dlpi_phnum; ++k) {
-        const auto& tls = info->dlpi_phdr[k];
-        if (tls.p_type != PT_TLS || info->dlpi_tls_data == nullptr) continue;
-        memset(static_cast<char*>(info->dlpi_tls_data) + tls.p_filesz, kGarbage,
-               tls.p_memsz - tls.p_filesz);
-      }
-      return 1;
+    const size_t offset = reinterpret_cast<size_t>(&fibers) - info->dlpi_addr - segment.p_vaddr;
+    if (segment.p_type == PT_LOAD && offset < segment.p_memsz) own = true;
+    if (segment.p_type == PT_TLS) {
+      memory = {static_cast<char*>(info->dlpi_tls_data) + segment.p_filesz,
+                segment.p_memsz - segment.p_filesz};
     }
   }
-  return 0;
+  if (own) *static_cast<Memory*>(found) = memory;
+  return own;
 }
 
-void run_block() {
+Memory static_shared() {
+  // The system provides the memory when it is first used.
+  [[maybe_unused]] static thread_local volatile char used;
+  used = 1;
+  Memory memory;
+  dl_iterate_phdr(find_uninitialised, &memory);
+  return memory;
+}
+
+void run_block(const Memory& fixed) {
   memset(arena, kGarbage, arena_end - arena);
-  dl_iterate_phdr(fill_static_shared, nullptr);
+  memset(fixed.start, kGarbage, fixed.bytes);
   live = threads;
   at_barrier = 0;
   for (unsigned i = 0; i < threads; ++i) {
@@ -248,9 +268,10 @@ class FaultHandlers {
 };
 
 void run_blocks() {
+  const Memory fixed = static_shared();
   for (blockIdx.z = 0; blockIdx.z < gridDim.z; ++blockIdx.z) {
     for (blockIdx.y = 0; blockIdx.y < gridDim.y; ++blockIdx.y) {
-      for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) run_block();
+      for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) run_block(fixed);
     }
   }
 }
@@ -302,12 +323,9 @@ void fail(const char* format, ...) {
 // ---------------------------------------------------------------------------------------------
 
 void meet_block() {
-  if (++at_barrier < live) {
-    wait_in("__syncthreads");
-  } else {
-    release_barrier();
-    make_ready(current);
-  }
+  if (++at_barrier < live) return wait_in("__syncthreads");
+  release_barrier();
+  offer_turn();
 }
 
 void meet_warp(const char* instruction, unsigned mask, void* operands, Finish finish) {
@@ -317,13 +335,13 @@ void meet_warp(const char* instruction, unsigned mask, void* operands, Finish fi
   lanes[lane].mask = mask;
   lanes[lane].operands = operands;
   if ((mask >> lane & 1) == 0) fail("%s with mask %08x in lane %u", instruction, mask, lane);
-  unsigned others = mask & ~(1u << lane);
+  const unsigned others = mask & ~(1u << lane);
   void* all[kWarp] = {};
   all[lane] = operands;
   for (unsigned rest = others; rest != 0; rest &= rest - 1) {
     const int i = __builtin_ctz(rest);
     if (warp + i >= threads || lanes[i].ended) fail("%s waits for a lane that ended", instruction);
-    if (lanes[i].operands == nullptr) return wait_in(instruction);  // it will finish, or a later one
+    if (lanes[i].operands == nullptr) return wait_in(instruction);  // the last will finish
     all[i] = lanes[i].operands;
   }
   for (unsigned rest = others; rest != 0; rest &= rest - 1) {
@@ -337,6 +355,7 @@ void meet_warp(const char* instruction, unsigned mask, void* operands, Finish fi
   }
   lanes[lane].operands = nullptr;
   finish(all, mask);
+  offer_turn();
 }
 
 void waiting_for_block() {

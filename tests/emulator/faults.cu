@@ -82,7 +82,7 @@ __global__ void copy(int* out) {
 
 // Runs a kernel of this name; `memory` is what it reads and writes. The launch's error.
 extern "C" __attribute__((visibility("default"))) const char* run_kernel(const char* name,
-                                                                        int* memory) {
+                                                                         int* memory) {
   const auto is = [&](const char* other) { return strcmp(name, other) == 0; };
   const auto launch = [](auto kernel, int blocks, int threads, size_t bytes, auto... arguments) {
     return ssdi8::launch(kernel, blocks, threads, bytes, nullptr, arguments...);

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from zlib import crc32
 
 import kernel_emulator
 import pytest
@@ -64,6 +65,13 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def skip_unless_affordable(work: float) -> None:
     if not GPU and work > MOST_EMULATED:
         pytest.skip("no CUDA device, and too much to emulate")
+
+
+@pytest.fixture(autouse=True)
+def order(request: pytest.FixtureRequest, kernels: None) -> None:
+    """Emulated, every test runs the threads of a block in an order of its own."""
+    if not GPU:
+        kernel_emulator.configure(seed=crc32(request.node.name.encode()))
 
 
 @contextmanager

@@ -75,8 +75,9 @@ char message[512] = "";
 // The block that runs.
 const std::function<void()>* body;
 Fiber fibers[kMaxThreads + 1];
-uint64_t ready[kMaxThreads / 64];
-unsigned threads, live, at_barrier;
+unsigned ready[kMaxThreads / kWarp];  // which lanes of each warp can go on
+unsigned order[kMaxThreads / kWarp];  // of warps, first those that are preferred
+unsigned threads, warps, live, at_barrier;
 unsigned current;
 unsigned random_number;
 int reads;
@@ -90,18 +91,8 @@ sigjmp_buf grid_failed;
 // turns
 // ---------------------------------------------------------------------------------------------
 
-void make_ready(unsigned thread) { ready[thread / 64] |= uint64_t{1} << thread % 64; }
-
-// The first thread from `first` on and round that can go on, or `threads`.
-unsigned next_ready(unsigned first) {
-  const unsigned words = (threads + 63) / 64;
-  for (unsigned i = 0; i <= words; ++i) {
-    const unsigned word = (first / 64 + i) % words;
-    const uint64_t bits = ready[word] & (i == 0 ? ~uint64_t{0} << first % 64 : ~uint64_t{0});
-    if (bits != 0) return word * 64 + __builtin_ctzll(bits);
-  }
-  return threads;
-}
+void make_ready(unsigned thread) { ready[thread / kWarp] |= 1u << thread % kWarp; }
+void make_unready(unsigned thread) { ready[thread / kWarp] &= ~(1u << thread % kWarp); }
 
 [[noreturn]] void fail_at_standstill() {
   std::map<std::string, int> places;
@@ -113,16 +104,31 @@ unsigned next_ready(unsigned first) {
   fail("no thread can go on: of %u threads%s", threads, text.c_str() + 1);
 }
 
-// The thread whose turn comes after that of `thread`.
-unsigned next_turn(unsigned thread) {
-  unsigned first = thread + 1;
-  if (seed != 0) {
-    random_number = random_number * 1664525u + 1013904223u;
-    first = random_number >> 8;
+unsigned draw(unsigned bound) {
+  random_number = random_number * 1664525u + 1013904223u;
+  return (random_number >> 8) % bound;
+}
+
+// A new order for a block. Warps that run as far as they can before others begin are what a missing
+// barrier does not stand.
+void shuffle_warps() {
+  for (unsigned i = 0; i < warps; ++i) {
+    const unsigned other = seed == 0 ? i : draw(i + 1);
+    order[i] = order[other];
+    order[other] = i;
   }
-  const unsigned next = next_ready(first % threads);
-  if (next == threads) fail_at_standstill();
-  return next;
+}
+
+// A thread that can go on, of the first warp that has one.
+unsigned next_turn() {
+  for (unsigned i = 0; i < warps; ++i) {
+    const unsigned first = seed == 0 ? 0 : draw(kWarp);
+    const unsigned lanes = ready[order[i]];
+    if (lanes == 0) continue;
+    const unsigned later = lanes >> first << first;
+    return order[i] * kWarp + __builtin_ctz(later != 0 ? later : lanes);
+  }
+  fail_at_standstill();
 }
 
 void run_fiber();
@@ -149,13 +155,8 @@ __attribute__((noinline)) void switch_to(unsigned next) {
 // Waits in `instruction` until another thread makes this one ready.
 void wait_in(const char* instruction) {
   fibers[current].instruction = instruction;
-  ready[current / 64] &= ~(uint64_t{1} << current % 64);
-  switch_to(next_turn(current));
-}
-
-// In random order, one who need not wait may be overtaken all the same.
-void offer_turn() {
-  if (seed != 0) switch_to(next_turn(current));
+  make_unready(current);
+  switch_to(next_turn());
 }
 
 void release_barrier() {
@@ -173,10 +174,10 @@ void run_fiber() {
     fibers[current].ended = true;
     fibers[current].copies.clear();
     fibers[current].groups.clear();
-    ready[current / 64] &= ~(uint64_t{1} << current % 64);
+    make_unready(current);
     --live;
     release_barrier();  // it does not wait for threads that have ended
-    switch_to(live == 0 ? kLauncher : next_turn(current));
+    switch_to(live == 0 ? kLauncher : next_turn());
   }
 }
 
@@ -224,9 +225,10 @@ void run_block(const Memory& fixed) {
     fibers[i].ended = false;
     make_ready(i);
   }
+  shuffle_warps();
   current = kLauncher;
   fibers[kLauncher].started = true;
-  switch_to(next_turn(threads - 1));
+  switch_to(next_turn());
 }
 
 void on_fault(int signal, siginfo_t* info, void*) {
@@ -290,6 +292,7 @@ cudaError_t run_grid(const void* kernel, dim3 grid, dim3 block, size_t bytes,
   gridDim = grid;
   blockDim = block;
   threads = block.x;
+  warps = (threads + kWarp - 1) / kWarp;
   shared_bytes = bytes;
   shared = arena_end - (bytes + 15) / 16 * 16;
   random_number = seed;
@@ -325,7 +328,6 @@ void fail(const char* format, ...) {
 void meet_block() {
   if (++at_barrier < live) return wait_in("__syncthreads");
   release_barrier();
-  offer_turn();
 }
 
 void meet_warp(const char* instruction, unsigned mask, void* operands, Finish finish) {
@@ -355,7 +357,6 @@ void meet_warp(const char* instruction, unsigned mask, void* operands, Finish fi
   }
   lanes[lane].operands = nullptr;
   finish(all, mask);
-  offer_turn();
 }
 
 void waiting_for_block() {

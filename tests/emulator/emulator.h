@@ -1,8 +1,9 @@
 // Runs CUDA kernels on a CPU, to prove what they compute without a GPU.
 //
 // A thread of the GPU is a fiber. A grid runs one block after the other, x fastest, then y, then z;
-// within a block the fibers take turns, each running until it has to wait for others. A kernel that
-// cannot go on, or that touches memory which is not its own, ends its launch with a message.
+// within a block a fiber runs until it has to wait for others, and the warp that has its turn as
+// far as it can. A kernel that cannot go on, or that touches memory which is not its own, ends its
+// launch with a message.
 
 #ifndef SSDI8_TESTS_EMULATOR_H_
 #define SSDI8_TESTS_EMULATOR_H_

@@ -760,6 +760,38 @@ def test_ssd_modules(generator: torch.Generator, row: dict[str, Any]) -> None:
     assert relative_error(y, wanted("Ssdi8ChunkScan")) < 1e-3
 
 
+@pytest.mark.parametrize("rounding", ["half_even", "half_away"])
+def test_ssd_modules_round_ties(rounding: str) -> None:
+    """Halves, which random values never are, in every rounding of the modules."""
+    n, length = 64, 128
+    ones, zeros = torch.ones(1, n, device=DEVICE), torch.zeros(1, 1, length, device=DEVICE)
+    halves = torch.arange(-32, 32, device=DEVICE) / 2
+    position = torch.arange(n, device=DEVICE)
+    x = halves.half().repeat(1, length, 1)
+    b_q = torch.zeros(1, length, n, dtype=torch.int8, device=DEVICE)
+    c_q = torch.zeros_like(b_q)
+    b_q[0, position, position] = 1
+    sizes = {"nheads": 1, "headdim": n, "ngroups": 1, "d_state": n, "chunk_size": length}
+    choice = {"rounding": rounding, "scaling": "static"}
+    one = ones[0, :1]
+
+    states = (x, b_q, zeros + 1, zeros, one, ones, ones)  # Q(x)
+    compare("Ssdi8ChunkState", *states, **sizes, **choice, gate="fp32")
+
+    # CB, in steps of 2, meets itself on the diagonal and then Q(x), tile by tile.
+    c_q[0, position, position] = c_q[0, n + position, position] = torch.arange(
+        -32, 32, dtype=torch.int8, device=DEVICE
+    )
+    passed = torch.zeros(1, 1, 1, n, n, dtype=torch.int8, device=DEVICE)
+    scan = (x, b_q, c_q, zeros + 1, zeros, passed, torch.ones(1, 1, 1, n, device=DEVICE))
+    scales = (zeros[0, 0, :1], one, one, 2 * one, ones)
+    compare("Ssdi8ChunkScan", *scan, *scales, **sizes, **choice, scan_tile=64)
+
+    passing = (torch.zeros(1, 1, 1, n, n, device=DEVICE), zeros, halves.repeat(1, 1, n, 1), ones)
+    gate = {"chunk_size": length, "gate": "fp32"}
+    compare("Ssdi8StatePassing", *passing, **gate, **choice, fractions=(0.0, 0.0, 0.0))
+
+
 @pytest.mark.parametrize("row", [*SSD_ROWS, *FP16_ROWS, {"length": 1}], ids=str)
 def test_ssd_scan(generator: torch.Generator, row: dict[str, Any]) -> None:
     case = ssd_case(generator, row)

@@ -1,6 +1,5 @@
-// Kernels that do what the emulator has to notice, for tests/test_kernel_emulator.py.
-
-#include "../../plugins/kernels/gpu.cuh"
+// Kernels that do what the emulator has to notice, for tests/test_kernel_emulator.py. Compiled as the
+// other kernels are, with gpu.cuh before the first line.
 
 namespace {
 

@@ -1,4 +1,4 @@
-"""CUDA kernels against the torch references, on a GPU.
+"""CUDA kernels against the torch references, on a GPU or else emulated on the CPU.
 
 Each table is a base row and rows that change one thing. Outputs are allocated full of garbage with
 a guard behind them; columns that a kernel must not read hold NaN.
@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from zlib import crc32
 
+import kernel_emulator
 import pytest
 import torch
 from torch import Tensor
@@ -19,11 +21,17 @@ from ssdi8_edge.int8 import scale_from_absmax
 from ssdi8_edge.ops import OPS, kernel_library
 from ssdi8_edge.ops.linear import unpack_w4
 
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
     pytest.mark.skipif(
-        kernel_library.find_library() is None, reason="libssdi8_kernels.so is not built"
+        GPU and kernel_library.find_library() is None, reason="libssdi8_kernels.so is not built"
+    ),
+    pytest.mark.skipif(
+        not GPU and kernel_emulator.COMPILER is None,
+        reason="no CUDA device, and no g++ to emulate one",
     ),
 ]
 
@@ -33,6 +41,52 @@ GARBAGE = 0xA5
 # falls on a rounding boundary may go to the other side: by 1 step, in this fraction of the values
 # (measured on an H100: rms_norm 8e-7, gated norm 7e-6, convolution 6e-5).
 BOUNDARY_FRACTION = 5e-4
+
+
+needs_gpu = pytest.mark.skipif(not GPU, reason="no CUDA device")
+needs_emulation = pytest.mark.skipif(GPU, reason="shown by the emulation alone")
+# Of multiplications, roughly; a second of one core.
+MOST_EMULATED = 150e6
+# Of a weight whose every value is looked at.
+EXPANDED = 4096 if GPU else 512
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The built library on a GPU, else the emulated one."""
+    if GPU:
+        yield
+        return
+    library = kernel_emulator.build(tmp_path_factory.mktemp("emulator"))
+    with kernel_emulator.emulated_kernels(library):
+        yield
+
+
+def skip_unless_affordable(work: float) -> None:
+    if not GPU and work > MOST_EMULATED:
+        pytest.skip("no CUDA device, and too much to emulate")
+
+
+@pytest.fixture(autouse=True)
+def order(request: pytest.FixtureRequest, kernels: None) -> None:
+    """Emulated, every test runs the threads of a block in an order of its own."""
+    if not GPU:
+        kernel_emulator.configure(seed=crc32(request.node.name.encode()))
+
+
+@contextmanager
+def threads_in_order(seed: int) -> Iterator[None]:
+    """Emulated, the threads of a block take turns in this order; on a GPU as they come."""
+    if not GPU:
+        kernel_emulator.configure(seed=seed)
+    yield
+    if not GPU:
+        kernel_emulator.configure()
+
+
+def synchronize() -> None:
+    if GPU:
+        torch.cuda.synchronize()
 
 
 @contextmanager
@@ -103,7 +157,7 @@ def compare(
     """Run the op's kernel and its reference; one fraction per output."""
     with guarded_allocations():
         got = kernel_of(op, variant)(*inputs, **attributes)
-        torch.cuda.synchronize()
+        synchronize()
     want = reference(op, *inputs, **attributes)
     pairs = zip(got, want, strict=True) if isinstance(got, tuple) else ((got, want),)
     for (g, w), fraction in zip(pairs, fractions, strict=True):
@@ -113,15 +167,15 @@ def compare(
 
 @pytest.fixture
 def generator() -> torch.Generator:
-    return torch.Generator("cuda").manual_seed(1)
+    return torch.Generator(DEVICE).manual_seed(1)
 
 
 def normal(generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
-    return torch.randn(shape, generator=generator, device="cuda").to(dtype)
+    return torch.randn(shape, generator=generator, device=DEVICE).to(dtype)
 
 
 def random_int8(generator: torch.Generator, *shape: int) -> Tensor:
-    return torch.randint(-128, 128, shape, generator=generator, device="cuda", dtype=torch.int8)
+    return torch.randint(-128, 128, shape, generator=generator, device=DEVICE, dtype=torch.int8)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -211,8 +265,15 @@ LINEAR_ROWS = [
 VARIANTS = [0, 1, 2, 3, 4]
 
 
+def linear_work(tokens: int, n_in: int, n_out: int, variant: int) -> int:
+    """Multiplications: of eight tokens, or of whole tiles."""
+    if variant == 1 or (variant == 0 and tokens <= 8):
+        return 8 * n_in * n_out
+    return -(-tokens // 128) * 128 * n_in * -(-n_out // 128) * 128
+
+
 def scale_and_bias(generator: torch.Generator, n_out: int) -> tuple[Tensor, Tensor]:
-    scale = torch.rand(n_out, generator=generator, device="cuda") * 1e-4 + 1e-6
+    scale = torch.rand(n_out, generator=generator, device=DEVICE) * 1e-4 + 1e-6
     return scale, normal(generator, n_out, dtype=torch.float32)
 
 
@@ -223,6 +284,7 @@ def test_linear(
 ) -> None:
     if variant == 1 and batch * length > 8:
         return
+    skip_unless_affordable(linear_work(batch * length, n_in, n_out, variant))
     x = random_int8(generator, batch, length, n_in)
     weight = random_int8(generator, n_out, n_in)
     compare("Ssdi8Linear", x, weight, *scale_and_bias(generator, n_out), variant=variant)
@@ -235,8 +297,8 @@ def test_linear(
 def test_linear_extremes(
     generator: torch.Generator, length: int, x_value: int, weight_value: int
 ) -> None:
-    x = torch.full((1, length, 5120), x_value, dtype=torch.int8, device="cuda")
-    weight = torch.full((48, 5120), weight_value, dtype=torch.int8, device="cuda")
+    x = torch.full((1, length, 5120), x_value, dtype=torch.int8, device=DEVICE)
+    weight = torch.full((48, 5120), weight_value, dtype=torch.int8, device=DEVICE)
     scale, bias = scale_and_bias(generator, 48)
     compare("Ssdi8Linear", x, weight, scale, bias)
     compare("Ssdi8Linear", x, weight, scale * 1e4, bias)  # overflows FP16
@@ -245,13 +307,13 @@ def test_linear_extremes(
 def w4_weight(
     generator: torch.Generator, n_out: int, n_in: int, group_size: int, sigma: float
 ) -> tuple[Tensor, Tensor]:
-    factor = torch.rand((n_out, n_in // group_size), generator=generator, device="cuda")
+    factor = torch.rand((n_out, n_in // group_size), generator=generator, device=DEVICE)
     return random_int8(generator, n_out, n_in // 2), ((0.2 + 0.8 * factor) * sigma).half()
 
 
 def integer_scales(generator: torch.Generator, n_out: int, n_in: int) -> Tensor:
     shape = (n_out, n_in // 128)
-    scales = torch.randint(-15, 16, shape, dtype=torch.int8, device="cuda", generator=generator)
+    scales = torch.randint(-15, 16, shape, dtype=torch.int8, device=DEVICE, generator=generator)
     return scales + (scales >= 0)  # from -15 to 16, not 0
 
 
@@ -271,6 +333,7 @@ def test_linear_w4(
         return
     if group_size != 128 and n_in >= 1536:
         return  # the small shapes cover the other groups
+    skip_unless_affordable(linear_work(batch * length, n_in, n_out, variant))
     x = random_int8(generator, batch, length, n_in)
     packed, group_scale = w4_weight(generator, n_out, n_in, group_size, 18.1)
     compare(
@@ -291,6 +354,7 @@ def test_linear_w4_with_integer_scales(
 ) -> None:
     if (variant == 1 and batch * length > 8) or n_in % 128:
         return
+    skip_unless_affordable(linear_work(batch * length, n_in, n_out, variant))
     x = random_int8(generator, batch, length, n_in)
     if length == 1:
         x.fill_(-128)  # the largest sums
@@ -305,10 +369,10 @@ def test_linear_w4_with_integer_scales(
 def test_linear_w4_expands_every_value_with_integer_scales(
     generator: torch.Generator, length: int
 ) -> None:
-    packed = random_int8(generator, 4096, 64)
-    scales = integer_scales(generator, 4096, 128)
-    eye = torch.eye(128, dtype=torch.int8, device="cuda")[None]
-    one, zero = torch.ones(4096, device="cuda"), torch.zeros(4096, device="cuda")
+    packed = random_int8(generator, EXPANDED, 64)
+    scales = integer_scales(generator, EXPANDED, 128)
+    eye = torch.eye(128, dtype=torch.int8, device=DEVICE)[None]
+    one, zero = torch.ones(EXPANDED, device=DEVICE), torch.zeros(EXPANDED, device=DEVICE)
     kernel = kernel_of("Ssdi8LinearW4")
     rows = [kernel(x, packed, scales, one, zero, group_size=128)[0] for x in eye.split(length, 1)]
     assert_close(torch.cat(rows).t().to(torch.int8), unpack_w4(packed, scales, 128))
@@ -321,9 +385,9 @@ def test_linear_w4_expands_every_value(
 ) -> None:
     """With the identity as x, the output is the expanded weight itself."""
     n_in = 64
-    packed, group_scale = w4_weight(generator, 4096, n_in, 32, sigma)
-    eye = torch.eye(n_in, dtype=torch.int8, device="cuda")[None]
-    one, zero = torch.ones(4096, device="cuda"), torch.zeros(4096, device="cuda")
+    packed, group_scale = w4_weight(generator, EXPANDED, n_in, 32, sigma)
+    eye = torch.eye(n_in, dtype=torch.int8, device=DEVICE)[None]
+    one, zero = torch.ones(EXPANDED, device=DEVICE), torch.zeros(EXPANDED, device=DEVICE)
     kernel = kernel_of("Ssdi8LinearW4")
     rows = [
         kernel(part, packed, group_scale, one, zero, group_size=32)[0]
@@ -353,7 +417,7 @@ def conv_case(
     conv_dim = d_inner + 2 * ngroups * d_state
     heads = 8
     zxbcdt = torch.full(
-        (batch, length, d_inner + conv_dim + heads), torch.nan, dtype=torch.float16, device="cuda"
+        (batch, length, d_inner + conv_dim + heads), torch.nan, dtype=torch.float16, device=DEVICE
     )
     columns = normal(generator, batch, length, conv_dim) * magnitude
     zxbcdt[..., d_inner : d_inner + conv_dim] = columns
@@ -362,8 +426,8 @@ def conv_case(
         normal(generator, batch, d_conv - 1, conv_dim) * magnitude,
         normal(generator, conv_dim, d_conv, dtype=torch.float32) * 0.5,
         normal(generator, conv_dim, dtype=torch.float32) * 0.5,
-        torch.rand(ngroups, generator=generator, device="cuda") * scale + scale / 2,
-        torch.rand(ngroups, generator=generator, device="cuda") * scale + scale / 2,
+        torch.rand(ngroups, generator=generator, device=DEVICE) * scale + scale / 2,
+        torch.rand(ngroups, generator=generator, device=DEVICE) * scale + scale / 2,
     ]
     attributes = {
         "d_inner": d_inner,
@@ -459,10 +523,10 @@ def test_rms_norm_gated(generator: torch.Generator, row: dict[str, Any]) -> None
     batch, length, d_inner = case["batch"], case["length"], case["d_inner"]
     y = normal(generator, batch, length, d_inner) * case["magnitude"]
     zxbcdt = torch.full(
-        (batch, length, 2 * d_inner + 64), torch.nan, dtype=torch.float16, device="cuda"
+        (batch, length, 2 * d_inner + 64), torch.nan, dtype=torch.float16, device=DEVICE
     )
     zxbcdt[..., :d_inner] = normal(generator, batch, length, d_inner) * max(case["magnitude"], 1)
-    weight = torch.rand(d_inner, generator=generator, device="cuda") + 0.5
+    weight = torch.rand(d_inner, generator=generator, device=DEVICE) + 0.5
     compare(
         "Ssdi8RmsNormGated",
         y,
@@ -517,6 +581,7 @@ SSD_ROWS: list[dict[str, Any]] = [
     {"d_state": 256, "chunk_size": 128, "headdim": 128, "batch": 2},
     *({"chunk_size": n} for n in (64, 128)),
     {"chunk_size": 64, "d_state": 64, "length": 1000},
+    {"chunk_size": 64, "d_state": 256, "length": 150},
     {"scan_tile": 256},
     {"scan_tile": 128, "chunk_size": 128},
     STATIC,
@@ -524,10 +589,12 @@ SSD_ROWS: list[dict[str, Any]] = [
     STATIC | {"chunk_size": 64, "length": 300},
     STATIC | {"chunk_size": 128, "batch": 2, "headdim": 128},
     STATIC | {"d_state": 256, "scan_tile": 256},
+    STATIC | {"d_state": 64, "length": 200},
     STATIC | {"scale": 0.1},
     STATIC | {"scale": 0.1, "rounding": "half_away"},
     STATIC | {"length": 2048, "nheads": 40},
     RELEASED,
+    RELEASED | {"d_state": 64, "length": 300},
     RELEASED | {"rounding": "half_away", "scan_tile": 256, "length": 2048},
     RELEASED | {"scale": 0.1, "state": torch.float16, "d_state": 256},
     {"rounding": "half_away"},
@@ -570,6 +637,7 @@ def ssd_case(generator: torch.Generator, row: dict[str, Any]) -> dict[str, Any]:
         case["scan_tile"] = 64
     batch, length, heads, p = (case[k] for k in ("batch", "length", "nheads", "headdim"))
     groups, n = case["ngroups"], case["d_state"]
+    skip_unless_affordable(batch * length * heads * p * n)
     dt_column = heads * p + 3
     zxbcdt = normal(generator, batch, length, dt_column + heads + 2)
     zxbcdt[..., :dt_column] = float("nan")
@@ -580,11 +648,11 @@ def ssd_case(generator: torch.Generator, row: dict[str, Any]) -> dict[str, Any]:
         "c_q": random_int8(generator, batch, length, groups * n),
         "zxbcdt": zxbcdt,
         "ssm_state": normal(generator, batch, heads, p, n, dtype=case["state"]),
-        "dt_bias": torch.linspace(-5.0, -2.0, heads, device="cuda") + case["dt_shift"],
-        "A": -torch.linspace(1.0, 16.0, heads, device="cuda").flip(0),
+        "dt_bias": torch.linspace(-5.0, -2.0, heads, device=DEVICE) + case["dt_shift"],
+        "A": -torch.linspace(1.0, 16.0, heads, device=DEVICE).flip(0),
         "D": normal(generator, heads, dtype=torch.float32),
-        "b_scale": torch.full((groups,), 0.02, device="cuda"),
-        "c_scale": torch.full((groups,), 0.03, device="cuda"),
+        "b_scale": torch.full((groups,), 0.02, device=DEVICE),
+        "c_scale": torch.full((groups,), 0.03, device=DEVICE),
     }
     attributes = {k: case[k] for k in OPS["Ssdi8SsdScan"].attributes if k in case} | {
         "dt_column": dt_column,
@@ -593,7 +661,7 @@ def ssd_case(generator: torch.Generator, row: dict[str, Any]) -> dict[str, Any]:
     }
     case["attributes"] = attributes
 
-    a["cb_scale"] = torch.full((groups,), 0.02 * 0.03 * 74**2 * n**0.5 / 28, device="cuda")
+    a["cb_scale"] = torch.full((groups,), 0.02 * 0.03 * 74**2 * n**0.5 / 28, device=DEVICE)
     a["cb_scale"] *= case["scale"]
     a |= dict.fromkeys(("x_scale", "state_scale", "x_tile_scale"))
     if case["scaling"] == "static":
@@ -610,7 +678,7 @@ def channel_scales(case: dict[str, Any], a: dict[str, Any]) -> dict[str, Any]:
         **select("Ssdi8ChunkCumsum", attributes),
     )
     x = a["x"].float().unflatten(2, (case["nheads"], case["headdim"]))
-    ends = torch.arange(length, device="cuda")
+    ends = torch.arange(length, device=DEVICE)
     scales: dict[str, Any] = {}
     for name, tile in (("x_scale", chunk), ("x_tile_scale", 64)):
         last = ((ends // tile + 1) * tile).clamp_max(length) - 1
@@ -654,7 +722,7 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 def run_ssd_kernel(op: str, values: dict[str, Any], attributes: dict[str, Any]) -> Any:
     with guarded_allocations():
         got = kernel_of(op)(*ssd_arguments(op, values), **select(op, attributes))
-        torch.cuda.synchronize()
+        synchronize()
     return got
 
 
@@ -692,6 +760,38 @@ def test_ssd_modules(generator: torch.Generator, row: dict[str, Any]) -> None:
     assert relative_error(y, wanted("Ssdi8ChunkScan")) < 1e-3
 
 
+@pytest.mark.parametrize("rounding", ["half_even", "half_away"])
+def test_ssd_modules_round_ties(rounding: str) -> None:
+    """Halves, which random values never are, in every rounding of the modules."""
+    n, length = 64, 128
+    ones, zeros = torch.ones(1, n, device=DEVICE), torch.zeros(1, 1, length, device=DEVICE)
+    halves = torch.arange(-32, 32, device=DEVICE) / 2
+    position = torch.arange(n, device=DEVICE)
+    x = halves.half().repeat(1, length, 1)
+    b_q = torch.zeros(1, length, n, dtype=torch.int8, device=DEVICE)
+    c_q = torch.zeros_like(b_q)
+    b_q[0, position, position] = 1
+    sizes = {"nheads": 1, "headdim": n, "ngroups": 1, "d_state": n, "chunk_size": length}
+    choice = {"rounding": rounding, "scaling": "static"}
+    one = ones[0, :1]
+
+    states = (x, b_q, zeros + 1, zeros, one, ones, ones)  # Q(x)
+    compare("Ssdi8ChunkState", *states, **sizes, **choice, gate="fp32")
+
+    # CB, in steps of 2, meets itself on the diagonal and then Q(x), tile by tile.
+    c_q[0, position, position] = c_q[0, n + position, position] = torch.arange(
+        -32, 32, dtype=torch.int8, device=DEVICE
+    )
+    passed = torch.zeros(1, 1, 1, n, n, dtype=torch.int8, device=DEVICE)
+    scan = (x, b_q, c_q, zeros + 1, zeros, passed, torch.ones(1, 1, 1, n, device=DEVICE))
+    scales = (zeros[0, 0, :1], one, one, 2 * one, ones)
+    compare("Ssdi8ChunkScan", *scan, *scales, **sizes, **choice, scan_tile=64)
+
+    passing = (torch.zeros(1, 1, 1, n, n, device=DEVICE), zeros, halves.repeat(1, 1, n, 1), ones)
+    gate = {"chunk_size": length, "gate": "fp32"}
+    compare("Ssdi8StatePassing", *passing, **gate, **choice, fractions=(0.0, 0.0, 0.0))
+
+
 @pytest.mark.parametrize("row", [*SSD_ROWS, *FP16_ROWS, {"length": 1}], ids=str)
 def test_ssd_scan(generator: torch.Generator, row: dict[str, Any]) -> None:
     case = ssd_case(generator, row)
@@ -702,6 +802,26 @@ def test_ssd_scan(generator: torch.Generator, row: dict[str, Any]) -> None:
     )
     assert relative_error(y, want_y) < 2e-3
     assert relative_error(final, want_final) < 1e-3
+
+
+@needs_emulation
+@pytest.mark.parametrize(
+    "row",
+    [
+        *({"nheads": heads, "d_state": n} for heads in (4, 5) for n in (64, 128, 256)),
+        *(NONE | {"nheads": heads, "d_state": n} for heads in (4, 9) for n in (64, 128, 256)),
+    ],
+    ids=str,
+)
+def test_ssd_scan_with_more_heads_than_the_chip_holds(
+    generator: torch.Generator, row: dict[str, Any]
+) -> None:
+    """Heads walk the chunks a few at a time; with scaling "none" in chunks of 128."""
+    kernel_emulator.configure(processors=1)
+    try:
+        test_ssd_scan(generator, row | {"length": 300})
+    finally:
+        kernel_emulator.configure()
 
 
 @pytest.mark.parametrize("state", [torch.float16, torch.float32])
@@ -769,11 +889,13 @@ def test_ssd_scan_in_place_and_repeatable(
     generator: torch.Generator, choice: dict[str, Any]
 ) -> None:
     """The state may be updated where it lies; runs agree bit by bit."""
-    case = ssd_case(generator, choice | {"length": 2000, "nheads": 80})
+    size = {"length": 2000, "nheads": 80} if GPU else {"length": 600}
+    case = ssd_case(generator, choice | size)
     values, attributes = case["inputs"], case["attributes"]
     first = run_ssd_kernel("Ssdi8SsdScan", values, attributes)
-    for _ in range(10):
-        again = run_ssd_kernel("Ssdi8SsdScan", values, attributes)
+    for run in range(10):
+        with threads_in_order(run):
+            again = run_ssd_kernel("Ssdi8SsdScan", values, attributes)
         assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
     state = values["ssm_state"].clone()
     with kernel_library.states_in_place():
@@ -842,7 +964,7 @@ def calls(generator: torch.Generator, length: int) -> dict[str, tuple[Tensor, Ca
     scale, bias = scale_and_bias(generator, 3352)
     conv_inputs, conv_attributes = conv_case(generator, 1, length, 1536, 1, 128)
     y, z = normal(generator, 1, length, 1536), normal(generator, 1, length, 3352)
-    ones = torch.ones(1536, device="cuda")
+    ones = torch.ones(1536, device=DEVICE)
     ssd = ssd_case(generator, {"length": length})
     ssd_inputs = ssd_arguments("Ssdi8SsdScan", ssd["inputs"])
     fp16 = ssd_case(generator, NONE | {"length": length})
@@ -882,19 +1004,31 @@ def calls(generator: torch.Generator, length: int) -> dict[str, tuple[Tensor, Ca
     }
 
 
-@pytest.mark.parametrize(
-    "op",
-    [
-        "rms_norm",
-        "linear",
-        "linear_w4",
-        "causal_conv1d",
-        "rms_norm_gated",
-        "ssd_scan",
-        "ssd_scan none",
-        "ssd_scan static",
-    ],
-)
+CALLED = [
+    "rms_norm",
+    "linear",
+    "linear_w4",
+    "causal_conv1d",
+    "rms_norm_gated",
+    "ssd_scan",
+    "ssd_scan none",
+    "ssd_scan static",
+]
+
+
+@needs_emulation
+@pytest.mark.parametrize("op", CALLED)
+def test_order_of_threads_changes_nothing(generator: torch.Generator, op: str) -> None:
+    """As it would where a barrier is missing."""
+    _, call = calls(generator, 70)[op]
+    first = call()
+    for seed in (1, 2):
+        with threads_in_order(seed):
+            assert all(torch.equal(a, b) for a, b in zip(call(), first, strict=True))
+
+
+@needs_gpu
+@pytest.mark.parametrize("op", CALLED)
 @pytest.mark.parametrize("length", [1, 130])
 def test_stream_and_graph(generator: torch.Generator, op: str, length: int) -> None:
     changed, call = calls(generator, length)[op]
@@ -925,12 +1059,12 @@ def test_refusals(generator: torch.Generator) -> None:
     scale, bias = scale_and_bias(generator, 8)
     refused("multiple of 32", lambda: kernel_of("Ssdi8Linear")(x, weight, scale, bias))
     refused("is expected", lambda: kernel_of("Ssdi8Linear")(x, weight.half(), scale, bias))
-    group_scale = torch.ones((8, 3), dtype=torch.float16, device="cuda")
+    group_scale = torch.ones((8, 3), dtype=torch.float16, device=DEVICE)
     refused(
         "groups of 32",
         lambda: kernel_of("Ssdi8LinearW4")(
             *(random_int8(generator, 1, 2, 64), random_int8(generator, 8, 32)),
-            torch.ones((8, 2), dtype=torch.int8, device="cuda"),
+            torch.ones((8, 2), dtype=torch.int8, device=DEVICE),
             *(scale, bias),
             group_size=32,
         ),
@@ -944,7 +1078,7 @@ def test_refusals(generator: torch.Generator) -> None:
     norm = {"scale": 0.03, "eps": 1e-5, "rounding": "half_even"}
     odd = normal(generator, 1, 2, 12)
     refused("d_model 12", lambda: kernel_of("Ssdi8RmsNorm")(odd, odd.float(), **norm))
-    y, ones = normal(generator, 1, 2, 56), torch.ones(56, device="cuda")
+    y, ones = normal(generator, 1, 2, 56), torch.ones(56, device=DEVICE)
     refused(
         "d_inner 56",
         lambda: kernel_of("Ssdi8RmsNormGated")(y, y, ones, d_inner=56, ngroups=1, **norm),

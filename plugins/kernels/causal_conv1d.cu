@@ -172,8 +172,8 @@ int ssdi8_causal_conv1d(const Ssdi8CausalConv1dParams* p, void* stream) {
   auto* kernel = p->d_conv == 4   ? causal_conv1d_kernel<4>
                  : p->d_conv == 3 ? causal_conv1d_kernel<3>
                                   : causal_conv1d_kernel<2>;
-  kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(*p, run);
-  return check(cudaGetLastError(), "causal_conv1d");
+  return check(launch(kernel, grid, kThreads, 0, static_cast<cudaStream_t>(stream), *p, run),
+               "causal_conv1d");
 }
 
 size_t ssdi8_sizeof_causal_conv1d(void) { return sizeof(Ssdi8CausalConv1dParams); }

@@ -17,7 +17,7 @@ namespace {
 __global__ __launch_bounds__(ssd::kThreads) void chunk_cumsum_kernel(ssd::Shape shape,
                                                                      ssd::Cumsum params, float* dt,
                                                                      float* a) {
-  __shared__ alignas(16) __half raw[ssd::kCumsumHeads][ssd::kMaxChunk + 8];
+  __shared__ __align__(16) __half raw[ssd::kCumsumHeads][ssd::kMaxChunk + 8];
   ssd::cumsum_block(shape, params, blockIdx.x, raw, ssd::DecaySink{shape, dt, a});
 }
 
@@ -42,9 +42,9 @@ int ssdi8_chunk_cumsum(const Ssdi8ChunkCumsumParams* p, void* stream) {
                   p->row_stride);
   }
   const ssd::Cumsum cumsum = ssd::cumsum_of(*p);
-  chunk_cumsum_kernel<<<ssd::cumsum_blocks(shape), ssd::kThreads, 0,
-                        static_cast<cudaStream_t>(stream)>>>(shape, cumsum, p->dt, p->a);
-  return check(cudaGetLastError(), "chunk_cumsum");
+  return check(launch(chunk_cumsum_kernel, ssd::cumsum_blocks(shape), ssd::kThreads, 0,
+                      static_cast<cudaStream_t>(stream), shape, cumsum, p->dt, p->a),
+               "chunk_cumsum");
 }
 
 size_t ssdi8_sizeof_chunk_cumsum(void) { return sizeof(Ssdi8ChunkCumsumParams); }

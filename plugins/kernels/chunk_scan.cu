@@ -56,7 +56,7 @@ struct Scan {
 template <typename P>  // ssd::Plan
 __global__ __launch_bounds__(P::kThreads, P::kBlocksPerSm) void chunk_scan_kernel(Shape shape,
                                                                                   Scan p) {
-  extern __shared__ uint4 shared[];
+  SSDI8_DYNAMIC_SHARED(uint4, shared);
   Tables& tables = *reinterpret_cast<Tables*>(shared);
   uint4* r_units = shared + sizeof(Tables) / sizeof(uint4);
   uint4* x16 = r_units + P::kRWords;
@@ -115,8 +115,10 @@ cudaError_t launch_chunk_scan(const Shape& shape, const Ssdi8ChunkScanParams& p,
                                      nullptr, w.c_units, w.cb8,     w.cb16};
   const size_t warps =
       shape.group_chunks() * (ssd::cb_jobs(shape.chunk) + ssd::c_jobs(shape.chunk));
-  cb_kernel<P::kN><<<ceil_div(warps, ssd::kWarps), ssd::kThreads, 0, stream>>>(shape, prepare);
-  if (cudaError_t error = cudaGetLastError()) return error;
+  if (cudaError_t error = launch(cb_kernel<P::kN>, ceil_div(warps, ssd::kWarps), ssd::kThreads, 0,
+                                 stream, shape, prepare)) {
+    return error;
+  }
 
   const Scan scan = {static_cast<const __half*>(p.x),
                      p.dt,
@@ -134,8 +136,7 @@ cudaError_t launch_chunk_scan(const Shape& shape, const Ssdi8ChunkScanParams& p,
   const size_t bytes = kMostBytes - (shape.tiled ? 0 : P::kXtWords * sizeof(uint4));
   auto* kernel = chunk_scan_kernel<P>;
   if (cudaError_t error = ssd::grant_shared(kernel, bytes)) return error;
-  kernel<<<dim3(shape.lanes(), shape.chunks), P::kThreads, bytes, stream>>>(shape, scan);
-  return cudaGetLastError();
+  return launch(kernel, dim3(shape.lanes(), shape.chunks), P::kThreads, bytes, stream, shape, scan);
 }
 
 template <int kN>

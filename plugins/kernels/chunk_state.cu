@@ -30,7 +30,7 @@ template <typename P>  // ssd::Plan
 __global__ __launch_bounds__(P::kThreads, P::kBlocksPerSm) void chunk_state_kernel(
     Shape shape, const __half* x, const float* dt, const float* a, ssd::Scales scales,
     const uint4* b_units, bool integer_states, void* states) {
-  extern __shared__ uint4 shared[];
+  SSDI8_DYNAMIC_SHARED(uint4, shared);
   Tables& tables = *reinterpret_cast<Tables*>(shared);
   uint4* xs = shared + sizeof(Tables) / sizeof(uint4);
 
@@ -92,9 +92,10 @@ cudaError_t launch_chunk_state(const Shape& shape, const Ssdi8ChunkStateParams& 
   prepare.b_q = p.b_q;
   prepare.b_units = b_units;
   const size_t warps = shape.group_chunks() * ssd::b_jobs(shape.chunk, P::kN);
-  transpose_b_kernel<P::kN>
-      <<<ceil_div(warps, ssd::kWarps), ssd::kThreads, 0, stream>>>(shape, prepare);
-  if (cudaError_t error = cudaGetLastError()) return error;
+  if (cudaError_t error = launch(transpose_b_kernel<P::kN>, ceil_div(warps, ssd::kWarps),
+                                 ssd::kThreads, 0, stream, shape, prepare)) {
+    return error;
+  }
 
   ssd::Scales scales = {};
   scales.x_scale = p.x_scale;
@@ -103,10 +104,9 @@ cudaError_t launch_chunk_state(const Shape& shape, const Ssdi8ChunkStateParams& 
   const size_t bytes = sizeof(Tables) + P::kXsWords * sizeof(uint4);
   auto* kernel = chunk_state_kernel<P>;
   if (cudaError_t error = ssd::grant_shared(kernel, bytes)) return error;
-  kernel<<<dim3(shape.lanes(), shape.chunks), P::kThreads, bytes, stream>>>(
-      shape, static_cast<const __half*>(p.x), p.dt, p.a, scales, b_units, p.gate == SSDI8_GATE_Q0_7,
-      p.states);
-  return cudaGetLastError();
+  return launch(kernel, dim3(shape.lanes(), shape.chunks), P::kThreads, bytes, stream, shape,
+                static_cast<const __half*>(p.x), p.dt, p.a, scales, b_units,
+                p.gate == SSDI8_GATE_Q0_7, p.states);
 }
 
 template <int kN>

@@ -309,13 +309,6 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&w)[4]) {
   }
 }
 
-// Transposes an 8 x 8 matrix of halves of which lane i holds elements 2 (i % 4), + 1 of row i / 4.
-__device__ __forceinline__ uint32_t transpose_8x8(uint32_t pair) {
-  uint32_t transposed;
-  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(pair));
-  return transposed;
-}
-
 template <Format kFormat, class T>
 __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm) tile_kernel(LinearArguments p) {
   constexpr bool kW4 = kFormat != kW8;
@@ -327,7 +320,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm) tile_kernel(Line
   constexpr int kWeightUnits = kWeightRow / 16;  // 16-byte units per row of a stage
   constexpr int kTokenLoads = T::kTokenBytes / 16 / T::kThreads;
   constexpr int kWeightLoads = T::template kWeightBytes<kW4> / 16 / T::kThreads;
-  extern __shared__ __align__(128) int8_t shared[];
+  SSDI8_DYNAMIC_SHARED(__align__(128) int8_t, shared);
   int8_t* shared_weight = shared + kStages * T::kTokenBytes;
 
   const int warp = threadIdx.x / kWarp;
@@ -529,8 +522,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm) tile_kernel(Line
 #pragma unroll
         for (int j = 0; j < kRowGroups; ++j) {
           int* pair = &acc[i / 2][i % 2][j / 2][j % 2 * 2];
-          words[j] = transpose_8x8(as_bits(__halves2half2(epilogue(pair[0], scale[j], bias[j]),
-                                                          epilogue(pair[1], scale[j], bias[j]))));
+          words[j] = movmatrix_trans(as_bits(__halves2half2(
+              epilogue(pair[0], scale[j], bias[j]), epilogue(pair[1], scale[j], bias[j]))));
           pair[0] = pair[1] = 0;
         }
         transpose_quad(words);
@@ -599,8 +592,7 @@ cudaError_t launch_vector(const LinearArguments& p, cudaStream_t stream) {
   for (int w = kVectorMaxWarps; w >= kVectorMaxWarps / 2; --w) {
     if (ceil_div(segments, w) * w < ceil_div(segments, warps) * warps) warps = w;
   }
-  vector_kernel<kFormat><<<blocks, warps * kWarp, 0, stream>>>(p);
-  return cudaGetLastError();
+  return launch(vector_kernel<kFormat>, blocks, warps * kWarp, 0, stream, p);
 }
 
 template <Format kFormat, class T>
@@ -610,8 +602,7 @@ cudaError_t launch_tiles(const LinearArguments& p, int sm_count, cudaStream_t st
       tile_kernel<kFormat, T>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
   const int blocks = std::min(tile_count<T>(p), sm_count * T::kBlocksPerSm);
-  tile_kernel<kFormat, T><<<blocks, T::kThreads, kBytes, stream>>>(p);
-  return cudaGetLastError();
+  return launch(tile_kernel<kFormat, T>, blocks, T::kThreads, kBytes, stream, p);
 }
 
 template <Format kFormat>

@@ -92,11 +92,11 @@ int ssdi8_rms_norm(const Ssdi8RmsNormParams* p, void* stream) {
   const int rounds = vectors > kMaxThreads ? 2 : 1;
   const int threads = static_cast<int>(ceil_div(ceil_div(vectors, rounds), kWarp)) * kWarp;
   auto* kernel = rounds == 1 ? rms_norm_kernel<1> : rms_norm_kernel<2>;
-  kernel<<<p->tokens, threads, 0, static_cast<cudaStream_t>(stream)>>>(
-      static_cast<const __half*>(p->hidden), p->residual, p->residual_out, p->quantized, p->d_model,
-      1.0f / static_cast<float>(p->d_model), p->eps, 1.0f / p->scale,
-      p->rounding == SSDI8_HALF_AWAY);
-  return check(cudaGetLastError(), "rms_norm");
+  return check(launch(kernel, p->tokens, threads, 0, static_cast<cudaStream_t>(stream),
+                      static_cast<const __half*>(p->hidden), p->residual, p->residual_out,
+                      p->quantized, p->d_model, 1.0f / static_cast<float>(p->d_model), p->eps,
+                      1.0f / p->scale, p->rounding == SSDI8_HALF_AWAY),
+               "rms_norm");
 }
 
 size_t ssdi8_sizeof_rms_norm(void) { return sizeof(Ssdi8RmsNormParams); }

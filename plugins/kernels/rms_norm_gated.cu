@@ -133,7 +133,7 @@ template <int kOrder>  // of the base matrix: 1, 12 or 20
 __global__ void __launch_bounds__(max_threads(kOrder), kOrder == 1 ? 1 : 2)
     rms_norm_gated_kernel(Ssdi8RmsNormGatedParams p, int power_bits, float root,
                           float inverse_group_size, float inverse_scale) {
-  extern __shared__ float shared[];  // padded(E); before that, a partial sum per thread
+  SSDI8_DYNAMIC_SHARED(float, shared);  // padded(E); before that, a partial sum per thread
   __shared__ float group_rstd[kMaxGroups];
   const int e0 = threadIdx.x * kVector;
   const bool active = e0 < p.d_inner;  // the last warp may be partial
@@ -276,10 +276,10 @@ int ssdi8_rms_norm_gated(const Ssdi8RmsNormGatedParams* p, void* stream) {
   auto* kernel = base == 20   ? rms_norm_gated_kernel<20>
                  : base == 12 ? rms_norm_gated_kernel<12>
                               : rms_norm_gated_kernel<1>;
-  kernel<<<p->tokens, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(
-      *p, power_bits, root, static_cast<float>(p->ngroups) / static_cast<float>(e),
-      1.0f / p->scale);
-  return check(cudaGetLastError(), "rms_norm_gated");
+  const float inverse_group_size = static_cast<float>(p->ngroups) / static_cast<float>(e);
+  return check(launch(kernel, p->tokens, threads, shared_bytes, static_cast<cudaStream_t>(stream),
+                      *p, power_bits, root, inverse_group_size, 1.0f / p->scale),
+               "rms_norm_gated");
 }
 
 size_t ssdi8_sizeof_rms_norm_gated(void) { return sizeof(Ssdi8RmsNormGatedParams); }

@@ -42,7 +42,7 @@ template <int kN>
 __global__ __launch_bounds__(ssd::kThreads) void prepare_kernel(
     Shape shape, ssd::Cumsum cumsum, ssd::PrepareGroup group, ssd::Scales scales, bool integer_gate,
     ssd::PreparedTables tables, int cumsum_blocks, int* progress) {
-  __shared__ alignas(16) __half raw[ssd::kCumsumHeads][ssd::kMaxChunk + 8];
+  __shared__ __align__(16) __half raw[ssd::kCumsumHeads][ssd::kMaxChunk + 8];
   const int block = blockIdx.x;
   if (block < cumsum_blocks) {
     const int stride = cumsum_blocks * ssd::kThreads;
@@ -284,7 +284,7 @@ __global__ __launch_bounds__(P::kThreads, P::kBlocksPerSm) void scan_kernel(Shap
     shape.ngroups = 1;
   }
   const bool integer_gate = !kUsual && p.integer_gate;
-  extern __shared__ uint4 shared[];
+  SSDI8_DYNAMIC_SHARED(uint4, shared);
   Tables& tables = *reinterpret_cast<Tables*>(shared);
   uint4* r_units = shared + sizeof(Tables) / sizeof(uint4);
   uint4* xs = r_units + P::kRWords;
@@ -469,9 +469,12 @@ cudaError_t launch_scan(const Shape& shape, const Ssdi8SsdScanParams& p, int pro
       shape.group_chunks() *
           (ssd::cb_jobs(shape.chunk) + ssd::c_jobs(shape.chunk) + ssd::b_jobs(shape.chunk, P::kN)) +
       (shape.dynamic ? 0 : size_t(shape.nheads) * shape.p_tiles());
-  prepare_kernel<P::kN><<<cumsum_blocks + ceil_div(warps, ssd::kWarps), ssd::kThreads, 0, stream>>>(
-      shape, cumsum, prepare, scales, integer_gate, w.tables, cumsum_blocks, w.progress);
-  if (cudaError_t error = cudaGetLastError()) return error;
+  if (cudaError_t error =
+          launch(prepare_kernel<P::kN>, cumsum_blocks + ceil_div(warps, ssd::kWarps), ssd::kThreads,
+                 0, stream, shape, cumsum, prepare, scales, integer_gate, w.tables, cumsum_blocks,
+                 w.progress)) {
+    return error;
+  }
 
   const Scan scan = {static_cast<const __half*>(p.x),
                      w.tables,
@@ -488,13 +491,13 @@ cudaError_t launch_scan(const Shape& shape, const Ssdi8SsdScanParams& p, int pro
   static_assert(kMostBytes <= kMaxSharedBytes);
   const size_t bytes = kMostBytes - (shape.tiled ? 0 : P::kXtWords * sizeof(uint4));
   auto* kernel = scan_kernel<P, false>;
-  if constexpr (P::kN == 128) {  // of all published models
+  // N of all published models; a chunk of one tile has none in INT8.
+  if constexpr (P::kN == 128 && P::kChunk > ssd::kScanTile) {
     if (is_usual(shape, integer_gate)) kernel = scan_kernel<P, true>;
   }
   if (cudaError_t error = ssd::grant_shared(kernel, bytes)) return error;
   const dim3 grid = ssd::scan_grid(shape, 2 * processors);
-  kernel<<<grid, P::kThreads, bytes, stream>>>(shape, scan);
-  return cudaGetLastError();
+  return launch(kernel, grid, P::kThreads, bytes, stream, shape, scan);
 }
 
 // Sixteen warps on an item halve its latency, eight twice per processor the time of many.
@@ -538,8 +541,7 @@ cudaError_t launch_step(const Ssdi8SsdScanParams& p, cudaStream_t stream) {
   static_assert(64 % kBlockRows == 0, "a block stays inside one head");
   const int blocks = p.batch * p.nheads * (p.headdim / kBlockRows);
   auto* kernel = p.state_fp32 ? step_kernel<kN, kRows, true> : step_kernel<kN, kRows, false>;
-  kernel<<<blocks, kStepThreads, 0, stream>>>(step);
-  return cudaGetLastError();
+  return launch(kernel, blocks, kStepThreads, 0, stream, step);
 }
 
 int make_shape(const Ssdi8SsdScanParams& p, Shape* shape) {

@@ -36,7 +36,7 @@ __global__ __launch_bounds__(ssd::kThreads) void prepare_kernel(Shape shape, ssd
                                                                 ssd::PrepareGroup group,
                                                                 ssd::Scales scales, void* tables,
                                                                 int cumsum_blocks, int* progress) {
-  __shared__ alignas(16) __half raw[ssd::kCumsumHeads][ssd::kMaxChunk + 8];
+  __shared__ __align__(16) __half raw[ssd::kCumsumHeads][ssd::kMaxChunk + 8];
   const int block = blockIdx.x;
   if (block < cumsum_blocks) {
     const int stride = cumsum_blocks * ssd::kThreads;
@@ -57,7 +57,7 @@ __global__ __launch_bounds__(P::kThreads, kResident<P>) void scan_kernel(
     Shape shape, const __half* x, const ssd::Fp16Tables<P::kChunk>* prepared, Operands operands,
     ssd::Carries carries, __half* y) {
   using Tables = ssd::Fp16Tables<P::kChunk>;
-  extern __shared__ uint4 shared[];
+  SSDI8_DYNAMIC_SHARED(uint4, shared);
   Tables& tables = *reinterpret_cast<Tables*>(shared);
   uint4* x16 = shared + sizeof(Tables) / sizeof(uint4);
   uint4* r16 = x16 + P::kX16Words;
@@ -133,8 +133,8 @@ Workspace carve(const Shape& shape, void* base) {
 }
 
 template <typename P>
-cudaError_t launch(const Shape& shape, const Ssdi8SsdScanParams& p, int processors,
-                   cudaStream_t stream) {
+cudaError_t launch_scan(const Shape& shape, const Ssdi8SsdScanParams& p, int processors,
+                        cudaStream_t stream) {
   const Workspace w = carve(shape, p.workspace);
   const ssd::Cumsum cumsum = ssd::cumsum_of(p);
   const ssd::PrepareGroup prepare = {p.b_q,     p.c_q,     p.b_scale, p.c_scale, p.cb_scale,
@@ -148,9 +148,11 @@ cudaError_t launch(const Shape& shape, const Ssdi8SsdScanParams& p, int processo
   const size_t warps =
       shape.group_chunks() *
       (ssd::cb_jobs(shape.chunk) + ssd::c_jobs(shape.chunk) + ssd::b_jobs(shape.chunk, P::kN));
-  prepare_kernel<P::kN><<<cumsum_blocks + ceil_div(warps, ssd::kWarps), ssd::kThreads, 0, stream>>>(
-      shape, cumsum, prepare, scales, w.tables, cumsum_blocks, w.progress);
-  if (cudaError_t error = cudaGetLastError()) return error;
+  if (cudaError_t error =
+          launch(prepare_kernel<P::kN>, cumsum_blocks + ceil_div(warps, ssd::kWarps), ssd::kThreads,
+                 0, stream, shape, cumsum, prepare, scales, w.tables, cumsum_blocks, w.progress)) {
+    return error;
+  }
 
   using Tables = ssd::Fp16Tables<P::kChunk>;
   constexpr size_t kBytes =
@@ -158,12 +160,11 @@ cudaError_t launch(const Shape& shape, const Ssdi8SsdScanParams& p, int processo
   static_assert(kBytes <= kMaxSharedBytes);
   auto* kernel = scan_kernel<P>;
   if (cudaError_t error = ssd::grant_shared(kernel, kBytes)) return error;
-  kernel<<<ssd::scan_grid(shape, kResident<P> * processors), P::kThreads, kBytes, stream>>>(
-      shape, static_cast<const __half*>(p.x), static_cast<const Tables*>(w.tables),
-      {w.b_units, w.c_units, w.cb16},
-      {p.ssm_state, p.ssm_state_out, w.carries, w.progress, p.state_fp32 != 0},
-      static_cast<__half*>(p.y));
-  return cudaGetLastError();
+  const dim3 grid = ssd::scan_grid(shape, kResident<P> * processors);
+  return launch(kernel, grid, P::kThreads, kBytes, stream, shape, static_cast<const __half*>(p.x),
+                static_cast<const Tables*>(w.tables), {w.b_units, w.c_units, w.cb16},
+                {p.ssm_state, p.ssm_state_out, w.carries, w.progress, p.state_fp32 != 0},
+                static_cast<__half*>(p.y));
 }
 
 // Chunks of 256 hand the carry on half as often; chunks of 128 need fewer products, and their four
@@ -183,9 +184,9 @@ cudaError_t launch_plan(const Shape& shape, const Ssdi8SsdScanParams& p, cudaStr
   using Small = ssd::Plan<kN, 2, 4>;
   using Large = ssd::Plan<kN, 2, 8>;
   if (shape.lanes() >= kResident<Small> * processors) {
-    return launch<Small>(with_chunk(shape, Small::kChunk), p, processors, stream);
+    return launch_scan<Small>(with_chunk(shape, Small::kChunk), p, processors, stream);
   }
-  return launch<Large>(with_chunk(shape, Large::kChunk), p, processors, stream);
+  return launch_scan<Large>(with_chunk(shape, Large::kChunk), p, processors, stream);
 }
 
 }  // namespace

@@ -189,8 +189,7 @@ cudaError_t launch_kernel(const ssd::Shape& shape, const Passing& passing, cudaS
   constexpr int kBlockValues = kBlock * kValuesOf<kKind, kN>;
   static_assert(ssd::kTileP * kN % kBlockValues == 0, "no thread is left over");
   const dim3 grid(shape.headdim * kN / kBlockValues, shape.batch * shape.nheads);
-  state_passing_kernel<kKind, kN><<<grid, kBlock, 0, stream>>>(passing);
-  return cudaGetLastError();
+  return launch(state_passing_kernel<kKind, kN>, grid, kBlock, 0, stream, passing);
 }
 
 template <Kind kKind>

@@ -183,18 +183,24 @@ def _field_value(call: Call, field: str) -> Any:
     return _NUMBERS[field][value] if field in _NUMBERS else value
 
 
+@contextmanager
+def _current_stream(device: torch.device) -> Iterator[int]:
+    """torch's current stream of `device`, which is the current device inside."""
+    with torch.cuda.device(device):
+        yield torch.cuda.current_stream(device).cuda_stream
+
+
 def _launch(op: str, call: Call, device: torch.device) -> None:
     """Enqueue `op` on torch's current stream of `device`, with scratch memory if it wants some."""
     library, struct = load(), parameter_structs()[op]
     call.workspace = None
     params = struct(**{field[0]: _field_value(call, field[0]) for field in struct._fields_})
-    with torch.cuda.device(device):
+    with _current_stream(device) as stream:
         if _needs_workspace(struct):
             size = getattr(library, f"ssdi8_{op}_workspace")(ctypes.byref(params))
             # torch keeps it until the stream has used it.
             scratch = torch.empty(size, dtype=torch.uint8, device=device)
             params.workspace = scratch.data_ptr()
-        stream = torch.cuda.current_stream(device).cuda_stream
         code = getattr(library, f"ssdi8_{op}")(ctypes.byref(params), stream)
     if code:
         raise Ssdi8Error(f"CUDA kernel {op}: {library.ssdi8_last_error().decode()}")

@@ -22,12 +22,6 @@ struct Carries {
   bool state_fp32;
 };
 
-__device__ __forceinline__ int chunks_done(const int* progress) {
-  int done;
-  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(done) : "l"(progress) : "memory");
-  return done;
-}
-
 // A warp's part of the carry: runs of eight state values per lane. Read from ssm_state before the
 // first chunk and written to ssm_state_out after the last, else kept in the slot.
 template <typename P>
@@ -84,7 +78,7 @@ struct CarrySlot {
   __device__ __forceinline__ void wait() const {
     if (it.c == 0) return;
     if (threadIdx.x % 32 == 0) {
-      while (chunks_done(progress) < it.c) {
+      while (load_relaxed(progress) < it.c) {
       }
     }
     __syncwarp();
@@ -94,9 +88,7 @@ struct CarrySlot {
   __device__ __forceinline__ void publish() const {
     if (it.c + 1 == shape.chunks) return;
     __syncwarp();
-    if (threadIdx.x % 32 == 0) {
-      asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(progress), "r"(it.c + 1) : "memory");
-    }
+    if (threadIdx.x % 32 == 0) store_release(progress, it.c + 1);
   }
 };
 

@@ -138,7 +138,7 @@ struct Fp16RowScan {
 
   // The first block of 16 rows: the warps that share a scheduler have as much to do as the others.
   __device__ __forceinline__ static int first_tile() {
-    const int warp = thread_asked_again() / 32;
+    const int warp = read_tid_x() / 32;
     return 2 * (warp < 4 ? warp : 11 - warp);
   }
   __device__ __forceinline__ static const uint4* c_unit(const uint4* c_units, int tile) {
@@ -176,7 +176,7 @@ struct Fp16RowScan {
   // column.
   __device__ __forceinline__ static uint4 weights_left(const uint4& cb, const uint2& w, float end,
                                                        const float (&a)[2]) {
-    const float e0 = exp2_approx(a[0] - end), e1 = exp2_approx(a[1] - end);
+    const float e0 = ex2_approx(a[0] - end), e1 = ex2_approx(a[1] - end);
     const uint32_t h0 = half2_pair(e0, e0), h1 = half2_pair(e1, e1);
     return make_uint4(
         half2_product(half2_product(cb.x, w.x), h0), half2_product(half2_product(cb.y, w.x), h1),
@@ -209,8 +209,8 @@ struct Fp16RowScan {
       }
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
-        const float f0 = exp2_approx(a[m][0]) * tables.c_scale;
-        const float f1 = exp2_approx(a[m][1]) * tables.c_scale;
+        const float f0 = ex2_approx(a[m][0]) * tables.c_scale;
+        const float f1 = ex2_approx(a[m][1]) * tables.c_scale;
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
 #pragma unroll

@@ -15,18 +15,9 @@ constexpr float kMaxFp16 = 65504.0f;
 constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23
 constexpr int kMagicInt = 0x4B400000;  // its bits
 
-__device__ __forceinline__ float exp2_approx(float v) {
-  float e;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(v));
-  return e;
-}
-
 // Four integers, saturated, into the bytes of a word, v0 lowest.
 __device__ __forceinline__ uint32_t saturate4(int v0, int v1, int v2, int v3) {
-  uint32_t high, word;
-  asm("cvt.pack.sat.s8.s32.b32 %0, %1, %2, 0;" : "=r"(high) : "r"(v3), "r"(v2));
-  asm("cvt.pack.sat.s8.s32.b32 %0, %1, %2, %3;" : "=r"(word) : "r"(v1), "r"(v0), "r"(high));
-  return word;
+  return cvt_pack_sat_s8(v1, v0, cvt_pack_sat_s8(v3, v2));
 }
 
 // Round to an integer that saturate4 saturates correctly. The half-even form adds 1.5 * 2^23 in
@@ -104,10 +95,7 @@ __device__ __forceinline__ void quad_max(float (&v)[n]) {
 template <bool kAway>
 __device__ __forceinline__ uint32_t saturate_rounded(int v0, int v1, int v2, int v3) {
   if (kAway) return saturate4(v0, v1, v2, v3);
-  uint32_t high, word;
-  asm("cvt.pack.sat.u8.s32.b32 %0, %1, %2, 0;" : "=r"(high) : "r"(v3), "r"(v2));
-  asm("cvt.pack.sat.u8.s32.b32 %0, %1, %2, %3;" : "=r"(word) : "r"(v1), "r"(v0), "r"(high));
-  return word ^ 0x80808080u;
+  return cvt_pack_sat_u8(v1, v0, cvt_pack_sat_u8(v3, v2)) ^ 0x80808080u;
 }
 
 // A row factor with 22 significant bits: then factor * kMagic is exact and one FMA turns an
@@ -117,7 +105,7 @@ struct RowFactor {
   float offset;
 };
 __device__ __forceinline__ RowFactor row_factor(float exponent) {
-  const float f = __int_as_float(__float_as_int(exp2_approx(exponent)) & ~3);
+  const float f = __int_as_float(__float_as_int(ex2_approx(exponent)) & ~3);
   return {f, -kMagic * f};
 }
 

@@ -30,11 +30,11 @@ __device__ __forceinline__ uint4 scan_weights(const uint4& cb, const float4& les
       const int past = position + 2 * (w / 2) - 8 * (w % 2);  // columns right of the diagonal
       if (past > 0) e0 = -INFINITY;
       if (past + 1 > 0) e1 = -INFINITY;
-      v.x = fmaf(v.x, exp2_approx(e0), past == 0 ? d_skip : 0.0f);
-      v.y = fmaf(v.y, exp2_approx(e1), past + 1 == 0 ? d_skip : 0.0f);
+      v.x = fmaf(v.x, ex2_approx(e0), past == 0 ? d_skip : 0.0f);
+      v.y = fmaf(v.y, ex2_approx(e1), past + 1 == 0 ? d_skip : 0.0f);
     } else {
-      v.x *= exp2_approx(e0);
-      v.y *= exp2_approx(e1);
+      v.x *= ex2_approx(e0);
+      v.y *= ex2_approx(e1);
     }
     const __half2 packed = __floats2half2_rn(v.x, v.y);
     reinterpret_cast<uint32_t*>(&weights)[w] = *reinterpret_cast<const uint32_t*>(&packed);
@@ -43,12 +43,7 @@ __device__ __forceinline__ uint4 scan_weights(const uint4& cb, const float4& les
 }
 
 // What follows from it is then not kept in registers around a loop.
-__device__ __forceinline__ int thread_asked_again() {
-  int thread;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-  return thread;
-}
-__device__ __forceinline__ int lane_asked_again() { return thread_asked_again() % 32; }
+__device__ __forceinline__ int lane_asked_again() { return read_tid_x() % 32; }
 
 // Rows first .. first + 15 of y, as the accumulators have them; `out` is that of row 0.
 __device__ __forceinline__ void store_rows(const float (&y)[8][4], int first, int valid, int pitch,
@@ -83,7 +78,7 @@ struct RowScan {
   uint4 cb_diagonal;  // CB of the first 16 columns in FP16
 
   __device__ __forceinline__ static int tile_of(int m) {
-    const int warp = thread_asked_again() / 32;
+    const int warp = read_tid_x() / 32;
     return m == 0 ? warp : 2 * P::kWarps - 1 - warp;
   }
   // First column block of 16 in FP16.

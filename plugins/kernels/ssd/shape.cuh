@@ -6,6 +6,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "../gpu.cuh"
+
 namespace ssdi8 {
 namespace ssd {
 
@@ -99,18 +101,12 @@ struct Item {
 
 // The lane of work of this block: blocks start in the order x, y, z, so the chunks (y) of a lane
 // (x, z) start in their order. Each phase asks again, because registers are what limits the
-// kernels: `volatile` keeps the compiler from carrying it along.
+// kernels.
 __device__ __forceinline__ int lane_of_work() {
-  int x;
-  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(x));
+  const int x = read_ctaid_x();
   return blockIdx.z * gridDim.x + x;
 }
-
-__device__ __forceinline__ int chunk_of_work() {
-  int y;
-  asm volatile("mov.u32 %0, %%ctaid.y;" : "=r"(y));
-  return y;
-}
+__device__ __forceinline__ int chunk_of_work() { return read_ctaid_y(); }
 
 __device__ __forceinline__ Item make_item(const Shape& s, int lane_index, int c) {
   Item it;

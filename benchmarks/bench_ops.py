@@ -158,6 +158,7 @@ def causal_conv1d_cases(s: Sizes, tokens: int) -> Iterable[Case]:
             "conv_dim": s.conv_dim,
             "d_conv": 4,
             "ngroups": 1,
+            "rotation": "hadamard",
             "rounding": "half_even",
         },
         read_bytes=(tokens + 3) * s.conv_dim * 2 + s.conv_dim * 20,

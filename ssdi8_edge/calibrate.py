@@ -18,7 +18,7 @@ from torch import Tensor
 from ssdi8_edge.allocator import return_freed_memory
 from ssdi8_edge.checkpoint import Checkpoint
 from ssdi8_edge.errors import CheckpointError
-from ssdi8_edge.hadamard import transform
+from ssdi8_edge.hadamard import rotate, transform
 from ssdi8_edge.histogram import MagnitudeHistogram
 from ssdi8_edge.methods import QuantConfig
 from ssdi8_edge.model import Mamba2Block, Mamba2Config
@@ -80,6 +80,7 @@ class Observers:
             self._whole("u", value)
         elif name in ("B", "C"):
             self._by_group(name, value.movedim(2, 0))
+            self._by_group(f"{name}_rotated", rotate(value.movedim(2, 0)).float())
             self._seen[name] = value
         elif name == "x":
             self._seen["x"] = value
@@ -88,6 +89,7 @@ class Observers:
             self._seen["dt"] = value
         elif name in ("chunk_state", "passed_state"):
             self._update(name, value.abs().amax((0, 1, 4)))
+            self._update(f"{name}_rotated", rotate(value).abs().amax((0, 1, 4)))
         elif name == "y":
             self._chunk_tensors()
         elif name == "r":
@@ -190,9 +192,10 @@ def calibrate(
     Returns:
         `layers.{i}.<name>` -> FP32 absolute maximum: u, r, r_folded: (); B, C, CB, CB_full: (G);
         x, x_scaled, x_tile, chunk_state, passed_state: (H, P); in_proj.z, .x, .B, .C, .dt: (), its
-        output. `<name>_mse` of u, r, r_folded, B, C and CB: the range of least squared error.
-        x_mean: (H, P), the largest mean of |x| over a window; x_percentile: (), a moving average
-        of the windows' percentiles. `norm_f`: (), the rotated input of lm_head.
+        output. `<name>_rotated` of B, C and the states: after `hadamard.rotate`. `<name>_mse` of u,
+        r, r_folded, B, C, both rotated, and CB: the range of least squared error. x_mean: (H, P),
+        the largest mean of |x| over a window; x_percentile: (), a moving average of the windows'
+        percentiles. `norm_f`: (), the rotated input of lm_head.
 
     Raises:
         CheckpointError: the model computes something that is not a number.

@@ -12,6 +12,11 @@ Rounding = Literal["half_even", "half_away"]
 # bits on an INT32 carry; ours, real states and an FP32 gate on an FP32 carry.
 Gate = Literal["q0.7", "fp32"]
 
+# Of B and C after the convolution, in each group, before they become INT8: as released, none; ours,
+# signs and a Hadamard matrix (`hadamard.rotate`). Products C·B stay the same, and the state is kept
+# in the rotated basis, so that nothing else changes; but no channel stands out any more.
+Rotation = Literal["none", "hadamard"]
+
 # The scales of tensors that exist only inside SSD (the weighted x, the passed states): as released,
 # calibrated and the same for every input; ours, taken from the tensor itself, one along each axis
 # that the following product sums over, so that nothing saturates and no step is wasted. "none":

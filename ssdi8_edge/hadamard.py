@@ -63,6 +63,21 @@ def factors(n: int) -> tuple[Tensor, Tensor]:
     )
 
 
+def signs(n: int) -> Tensor:
+    """The first n of the Golay-Rudin-Shapiro sequence, ±1 in FP64.
+
+    Its Hadamard transform is flat (n = 4^k), or flat but for zeros (2·4^k): what all channels have
+    in common is spread over all coefficients, where the bare matrix would gather it in the first.
+    Source: Rudin, "Some theorems on Fourier coefficients" (1959).
+    """
+    return torch.tensor([1.0 - 2.0 * ((i & i >> 1).bit_count() % 2) for i in range(n)]).double()
+
+
+def rotate(x: Tensor) -> Tensor:
+    """x (…, n) ↦ (x · diag(signs)) · H_n / √n, computed and returned in FP64."""
+    return transform(x.double() * signs(x.shape[-1]).to(x.device))
+
+
 def transform(x: Tensor) -> Tensor:
     """x (…, n) ↦ x · H_n / √n, computed and returned in FP64."""
     n = x.shape[-1]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
 from ssdi8_edge.errors import UsageError
-from ssdi8_edge.formats import Gate, Rounding, Scaling
+from ssdi8_edge.formats import Gate, Rotation, Rounding, Scaling
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class QuantConfig:
             does: for comparing accuracy, no op runs it.
         ssd_ops: one fused op, or the paper's modules as four.
         bc_granularity: scales of B, C and CB per group, or one per tensor.
+        bc_rotation: of B and C before they become INT8, see `formats.Rotation`.
         x_granularity: static scales of w·x and of the states (of x, with ssd "dequantized"): per
             (head, channel), or one per tensor. For "dequantized" also: one from a percentile, or
             one per cluster of channels that are alike (`quantize.clusters`).
@@ -73,6 +74,7 @@ class QuantConfig:
     ssd: Literal["fp16", "int8", "dequantized"] = "int8"
     ssd_ops: Literal["fused", "modular"] = "fused"
     bc_granularity: Literal["group", "tensor"] = "group"
+    bc_rotation: Rotation = "hadamard"
     x_granularity: Literal["head_channel", "tensor", "tensor_percentile", "cluster"] = (
         "head_channel"
     )
@@ -111,6 +113,11 @@ class QuantConfig:
             raise UsageError(
                 f"recipe {self.name}: x_granularity {self.x_granularity!r} with ssd {self.ssd!r}",
                 "is not a combination that exists: it needs ssd 'dequantized'.",
+            )
+        if self.ssd == "dequantized" and self.bc_rotation != "none":
+            raise UsageError(
+                f"recipe {self.name}: bc_rotation {self.bc_rotation!r} with ssd 'dequantized'",
+                "is not a combination that exists: it needs ssd 'int8'.",
             )
         if self.gate == "q0.7" and self.scaling != "static":
             raise UsageError(
@@ -164,6 +171,7 @@ _PUBLISHED: dict[str, Any] = {
     "descent": 0,
     "clip": "absmax",
     "ssm_params": "int8",
+    "bc_rotation": "none",
     "fold_gate_norm": False,
     "calibration_tokens": 512,
     "calibration_samples": 128,

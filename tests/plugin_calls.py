@@ -106,6 +106,7 @@ SSD_FIELDS: dict[str, Value] = {
 OTHER_FIELDS: dict[str, Value] = {
     "scale": 0.03,
     "eps": 1e-5,
+    "rotation": "hadamard",
     "rounding": "half_even",
     "group_size": 128,
     "d_inner": 1536,

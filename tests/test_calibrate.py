@@ -234,6 +234,8 @@ def direct_statistics(model: Mamba2LM, ids: Tensor, tile: int) -> dict[str, Tens
             "u": hadamard.transform(u).abs().amax(),
             "B": b.abs().amax((0, 1, 3)),
             "C": c.abs().amax((0, 1, 3)),
+            "B_rotated": hadamard.rotate(b).abs().amax((0, 1, 3)),
+            "C_rotated": hadamard.rotate(c).abs().amax((0, 1, 3)),
             "r": hadamard.transform(seen["r"]).abs().amax(),
             "r_folded": hadamard.transform(seen["r"] / block.mixer.norm.weight).abs().amax(),
             "x": x.abs().amax((0, 1)),
@@ -254,7 +256,8 @@ def direct_statistics(model: Mamba2LM, ids: Tensor, tile: int) -> dict[str, Tens
             strict=True,
         ):
             top[f"in_proj.{name}"] = value.abs().amax()
-        for name in ("x_scaled", "x_tile", "chunk_state", "passed_state"):
+        of_states = ("chunk_state", "passed_state")
+        for name in ("x_scaled", "x_tile", *of_states, *(f"{k}_rotated" for k in of_states)):
             top[name] = torch.zeros(shape, dtype=torch.float64)
         for name in ("CB", "CB_full"):
             top[name] = torch.zeros(config.nheads, dtype=torch.float64)
@@ -262,11 +265,15 @@ def direct_statistics(model: Mamba2LM, ids: Tensor, tile: int) -> dict[str, Tens
         def raise_to(name: str, value: Tensor, top: dict[str, Tensor] = top) -> None:
             top[name] = torch.maximum(top[name], value)
 
+        def see_state(name: str, state: Tensor) -> None:
+            raise_to(name, state.abs().amax(-1))
+            raise_to(f"{name}_rotated", hadamard.rotate(state).abs().amax(-1))
+
         for row in range(len(ids)):
             carried = torch.zeros(*shape, config.d_state, dtype=torch.float64)
             for start in range(0, ids.shape[1], chunk):
                 stop = min(start + chunk, ids.shape[1])
-                raise_to("passed_state", carried.abs().amax(-1))
+                see_state("passed_state", carried)
                 local = torch.zeros_like(carried)
                 for k in range(start, stop):
                     decay = torch.exp(dt[row, k] * rate)[:, None, None]
@@ -282,8 +289,8 @@ def direct_statistics(model: Mamba2LM, ids: Tensor, tile: int) -> dict[str, Tens
                         raise_to("CB_full", product)
                         if k <= m:
                             raise_to("CB", product)
-                raise_to("chunk_state", local.abs().amax(-1))
-            raise_to("passed_state", carried.abs().amax(-1))
+                see_state("chunk_state", local)
+            see_state("passed_state", carried)
         for name in ("CB", "CB_full"):
             top[name] = top[name].unflatten(0, (config.ngroups, -1)).amax(1)
         found |= {f"layers.{i}.{k}": v for k, v in top.items()}
@@ -306,7 +313,7 @@ def test_statistics_by_hand(tiny: Tiny, ngroups: int) -> None:
         want = direct_statistics(model, ids, tile=8)
     ranges = {k for k in got if k.endswith("_mse")}
     assert got.keys() - ranges == want.keys()
-    assert len(ranges) == 6 * len(model.backbone.layers)
+    assert len(ranges) == 8 * len(model.backbone.layers)
     for name in ranges:
         assert bool((got[name] <= got[name.removesuffix("_mse")]).all())
         assert bool((got[name] > 0.1 * got[name.removesuffix("_mse")]).all())
@@ -343,8 +350,9 @@ def doctored(tiny: Tiny, name: str, **changes: Any) -> tuple[dict[str, Tensor], 
     """Statistics that are all different, and the tensors of the first layer made with them."""
     made = tiny.quantized(name, 2, **changes)
     names = sorted({k.split(".", 2)[-1] for k in made.statistics})
-    factors = {name: 1.0 + 0.1 * i for i, name in enumerate(names)}
-    factors["passed_state"] = 1.0  # else it would always exceed the local states
+    factors = {name: 1.0 + 0.05 * i for i, name in enumerate(names)}
+    # Else they would always exceed the local states.
+    factors["passed_state"] = factors["passed_state_rotated"] = 1.0
     statistics = {k: v * factors[k.split(".", 2)[-1]] for k, v in made.statistics.items()}
     sink = TensorSink()
     quantize(tiny.source(2)[0], made.recipe, statistics, made.ids, sink)
@@ -355,7 +363,7 @@ def doctored(tiny: Tiny, name: str, **changes: Any) -> tuple[dict[str, Tensor], 
 def test_activation_scales(tiny: Tiny) -> None:
     """Which statistic becomes which scale: ours takes the ranges of least error, and no more."""
     p, s = doctored(tiny, "edge-w8a8")
-    want = {"u": "u", "r": "r_folded", "b": "B", "c": "C", "cb": "CB"}
+    want = {"u": "u", "r": "r_folded", "b": "B_rotated", "c": "C_rotated", "cb": "CB"}
     for name, statistic in want.items():
         assert torch.equal(p[f"{name}_scale"], s[f"{statistic}_mse"] / 127), name
     assert {k for k in p if k.endswith("_scale")} == {f"{k}_scale" for k in want}
@@ -364,14 +372,14 @@ def test_activation_scales(tiny: Tiny) -> None:
 def test_static_activation_scales(tiny: Tiny) -> None:
     """With static scales inside SSD, too: states as they are passed, and x by tile."""
     p, s = doctored(tiny, "edge-w8a8", scaling="static", clip="absmax")
-    states = torch.maximum(s["chunk_state"], s["passed_state"])
-    assert not torch.equal(states, s["chunk_state"])
-    assert not torch.equal(states, s["passed_state"])
+    states = torch.maximum(s["chunk_state_rotated"], s["passed_state_rotated"])
+    assert not torch.equal(states, s["chunk_state_rotated"])
+    assert not torch.equal(states, s["passed_state_rotated"])
     want = {
         "u_scale": s["u"],
         "r_scale": s["r_folded"],
-        "b_scale": s["B"],
-        "c_scale": s["C"],
+        "b_scale": s["B_rotated"],
+        "c_scale": s["C_rotated"],
         "cb_scale": s["CB"],
         "x_scale": s["x_scaled"],
         "x_tile_scale": s["x_tile"],

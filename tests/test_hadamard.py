@@ -71,6 +71,18 @@ def test_transform_spreads_an_outlier() -> None:
     torch.testing.assert_close(hadamard.transform(x).abs(), torch.ones(1, 1536).double())
 
 
+@pytest.mark.parametrize("n", [64, 128, 256])
+def test_rotate_spreads_what_channels_share(n: int) -> None:
+    """Equal channels become coefficients of equal size (4^k), or of two: 0 and √2 (2·4^k)."""
+    spread = hadamard.rotate(torch.ones(n)).abs()
+    sizes = torch.tensor([1.0] if n in (64, 256) else [0.0, 2**0.5], dtype=torch.float64)
+    torch.testing.assert_close(spread.round(decimals=9).unique(), sizes, atol=1e-8, rtol=0)
+    g = torch.Generator().manual_seed(n)
+    b, c = torch.randn(2, n, generator=g, dtype=torch.float64)
+    products = (hadamard.rotate(b) * hadamard.rotate(c)).sum(), (b * c).sum()
+    torch.testing.assert_close(*products)
+
+
 def test_transform_computes_in_fp64() -> None:
     """FP16 input, FP64 arithmetic and result; the sum 60000 · 64 would overflow FP16."""
     y = hadamard.transform(torch.full((1, 64), 60000.0, dtype=torch.float16))

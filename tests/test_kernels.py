@@ -413,6 +413,7 @@ def conv_case(
     d_conv: int = 4,
     magnitude: float = 1.0,
     scale: float = 0.02,
+    rotation: str = "hadamard",
 ) -> tuple[list[Tensor], dict[str, Any]]:
     conv_dim = d_inner + 2 * ngroups * d_state
     heads = 8
@@ -434,6 +435,7 @@ def conv_case(
         "conv_dim": conv_dim,
         "d_conv": d_conv,
         "ngroups": ngroups,
+        "rotation": rotation,
         "rounding": "half_even",
     }
     return inputs, attributes
@@ -452,7 +454,13 @@ def conv_case(
         {"d_conv": 3},
         {"d_conv": 3, "length": 1},
         {"d_inner": 5120, "length": 257},
-        {"d_inner": 128, "d_state": 16},
+        {"d_inner": 320, "d_state": 64},
+        {"d_state": 64, "ngroups": 3, "length": 3},
+        {"d_state": 256, "ngroups": 2, "length": 70},
+        {"d_state": 256, "d_conv": 3},
+        {"rotation": "none"},
+        {"rotation": "none", "d_inner": 128, "d_state": 16},
+        {"rotation": "none", "d_inner": 5120, "length": 257},
         {"magnitude": 0.0},
         {"magnitude": 100.0},
         {"scale": 1e-4},  # saturates
@@ -1083,5 +1091,7 @@ def test_refusals(generator: torch.Generator) -> None:
         "d_inner 56",
         lambda: kernel_of("Ssdi8RmsNormGated")(y, y, ones, d_inner=56, ngroups=1, **norm),
     )
-    inputs, attributes = conv_case(generator, 1, 2, 64, 1, 16, d_conv=5)
+    inputs, attributes = conv_case(generator, 1, 2, 64, 1, 64, d_conv=5)
     refused("width 5", lambda: kernel_of("Ssdi8CausalConv1d")(*inputs, **attributes))
+    inputs, attributes = conv_case(generator, 1, 2, 64, 1, 16)
+    refused("rotation of d_state 16", lambda: kernel_of("Ssdi8CausalConv1d")(*inputs, **attributes))

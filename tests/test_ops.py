@@ -35,6 +35,7 @@ from torch import Tensor
 
 from ssdi8_edge import int8, model
 from ssdi8_edge.export import GraphBuilder
+from ssdi8_edge.formats import Rotation
 from ssdi8_edge.int8 import Rounding
 from ssdi8_edge.ops import OPS, chunk_scan, fp16, ssd_scan
 from ssdi8_edge.ops.linear import pack_w4, unpack_w4
@@ -474,8 +475,9 @@ def test_fp32_carry_is_not_quantized() -> None:
         (5, 1, 2, 3e3),
     ],
 )
+@pytest.mark.parametrize("rotation", ["none", "hadamard"])
 def test_conv_against_loops(
-    length: int, batch: int, ngroups: int, magnitude: float, rounding: Rounding
+    length: int, batch: int, ngroups: int, magnitude: float, rounding: Rounding, rotation: Rotation
 ) -> None:
     """Taps in FP32 from the oldest, bias first; SiLU in FP64; x FP16, B and C INT8, new state."""
     e, n, taps = 16, 4, 4
@@ -492,6 +494,7 @@ def test_conv_against_loops(
         conv_dim=e2,
         d_conv=taps,
         ngroups=ngroups,
+        rotation=rotation,
         rounding=rounding,
     )
     rows = np.concatenate([conv_state.numpy(), zxbcdt[..., e : e + e2].numpy()], 1).astype(f32)
@@ -505,8 +508,13 @@ def test_conv_against_loops(
     for got, start, scale in ((got_b, e, b_scale), (got_c, e + gn, c_scale)):
         want = np.zeros((batch, length, gn), np.int64)
         for j in range(gn):
+            value = activated[..., start + j]
+            if rotation == "hadamard":  # of order 4, and the first four signs
+                group = activated[..., start + j // n * n :][..., :n].astype(np.float64)
+                row = [[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]][j % n]
+                value = ((group * [1, 1, 1, -1] * row).sum(-1) / 2).astype(f32)
             inverse = f32(1) / scale[j // n].numpy()
-            want[..., j] = saturated(activated[..., start + j] * inverse, rounding)
+            want[..., j] = saturated(value * inverse, rounding)
         assert got.dtype is torch.int8
         assert_same(got, want)
     assert_same(got_state, rows[:, length:].astype(np.float16))
@@ -516,6 +524,7 @@ def test_conv_state_of_pieces() -> None:
     """Pieces of 1, 2 and 7 tokens with a carried state equal one call, bit for bit."""
     g = torch.Generator().manual_seed(0)
     sizes = {"d_inner": 8, "conv_dim": 16, "d_conv": 4, "ngroups": 1, "rounding": "half_even"}
+    sizes["rotation"] = "hadamard"
     zxbcdt = torch.randn(2, 10, 26, generator=g).half()
     fixed = (torch.randn(16, 4, generator=g), torch.randn(16, generator=g))
     scales = (torch.tensor([0.02]), torch.tensor([0.03]))
@@ -1033,6 +1042,7 @@ def test_linear_bodies(shape: tuple[int, int, int, int], extreme: bool) -> None:
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("rotation", ["none", "hadamard"])
 @pytest.mark.parametrize("ngroups", [1, 2, 8])
 @pytest.mark.parametrize(
     ("length", "batch", "magnitude", "d_conv"),
@@ -1048,7 +1058,13 @@ def test_linear_bodies(shape: tuple[int, int, int, int], extreme: bool) -> None:
     ],
 )
 def test_conv_bodies(
-    length: int, batch: int, magnitude: float, d_conv: int, ngroups: int, rounding: Rounding
+    length: int,
+    batch: int,
+    magnitude: float,
+    d_conv: int,
+    ngroups: int,
+    rotation: Rotation,
+    rounding: Rounding,
 ) -> None:
     """x, B, C and the state exactly, with few tokens, no tokens to spare and saturating ones."""
     e, n = 32, 8
@@ -1067,7 +1083,7 @@ def test_conv_bodies(
     compare(
         "Ssdi8CausalConv1d",
         [zxbcdt, state, weight, bias, *scales],
-        {**sizes, "ngroups": ngroups, "rounding": rounding},
+        {**sizes, "ngroups": ngroups, "rotation": rotation, "rounding": rounding},
     )
     compare("CausalConv1d", [zxbcdt, state, weight, bias], sizes)
 

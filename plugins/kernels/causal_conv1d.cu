@@ -1,5 +1,6 @@
 // Depthwise causal convolution and SiLU with carried state:
-//   s = silu(bias + sum_w weight[:, w] * xBC[t - W + 1 + w]);  x = FP16(s), B, C = Q(s / scale[g]).
+//   s = silu(bias + sum_w weight[:, w] * xBC[t - W + 1 + w]);  x = FP16(s), B, C = Q(s / scale[g]),
+// where asked with s . diag(signs) . H_N / sqrt(N) in each group for the s of B and C.
 //
 // zxbcdt (B, L, R) FP16, of which columns E .. E + E2 are read (x, B, C); conv_state (B, W - 1, E2)
 // FP16 holds the rows before this call, oldest first; x (B, L, E) FP16; B, C (B, L, GN) INT8.
@@ -11,7 +12,9 @@
 // be the same memory.
 //
 // The sum is rounded after each product and each addition, in the order of the reference: exact.
-// SiLU is FP32: x may differ by 1 ulp of FP16, B and C by 1 LSB, near a rounding boundary.
+// SiLU and the rotation are FP32: x may differ by 1 ulp of FP16, B and C by 1 LSB, near a rounding
+// boundary. A group's channels lie in one warp, or two of one block (N = 256): the rotation is a
+// butterfly between their registers.
 
 #include "common.cuh"
 
@@ -40,11 +43,51 @@ __device__ __forceinline__ void store_row(__half* p, Row row) {
                                             reinterpret_cast<const uint32_t&>(row.high));
 }
 
-template <int kWidth>  // W
+// One step of the butterfly: with the value of the thread whose number differs in one bit.
+__device__ __forceinline__ float butterfly(float own, float other, bool bit) {
+  return bit ? other - own : own + other;
+}
+
+// s . H_N of the N values that N / kChannels threads hold side by side.
+template <int kN>
+__device__ __forceinline__ void hadamard(float (&s)[kChannels], float4* exchange) {
+  constexpr int kLanes = kN / kChannels;
+  const float a = s[0] + s[1], b = s[0] - s[1], c = s[2] + s[3], d = s[2] - s[3];
+  s[0] = a + c, s[1] = b + d, s[2] = a - c, s[3] = b - d;
+#pragma unroll
+  for (int bit = 1; bit < min(kLanes, kWarp); bit *= 2) {
+#pragma unroll
+    for (int i = 0; i < kChannels; ++i) {
+      s[i] = butterfly(s[i], __shfl_xor_sync(kAllLanes, s[i], bit), threadIdx.x & bit);
+    }
+  }
+  if constexpr (kLanes > kWarp) {
+    static_assert(kLanes == 2 * kWarp);
+    exchange[threadIdx.x] = make_float4(s[0], s[1], s[2], s[3]);
+    __syncthreads();
+    const float4 other = exchange[threadIdx.x ^ kWarp];
+    s[0] = butterfly(s[0], other.x, threadIdx.x & kWarp);
+    s[1] = butterfly(s[1], other.y, threadIdx.x & kWarp);
+    s[2] = butterfly(s[2], other.z, threadIdx.x & kWarp);
+    s[3] = butterfly(s[3], other.w, threadIdx.x & kWarp);
+  }
+}
+
+// Blocks of x, then of B and C: the groups begin at a whole warp.
+__host__ __device__ inline int blocks_of(int channels) {
+  return static_cast<int>(ceil_div(channels / kChannels, kThreads));
+}
+
+template <int kWidth, int kN>  // W; N if B and C are rotated, else 0
 __global__ void __launch_bounds__(kThreads)
     causal_conv1d_kernel(Ssdi8CausalConv1dParams p, int run_length) {
-  const int channel = (blockIdx.x * kThreads + threadIdx.x) * kChannels;
-  if (channel >= p.conv_dim) return;
+  __shared__ float4 exchange[2][kN == 256 ? kThreads : 1];  // of tokens in turn
+  const int blocks_of_x = blocks_of(p.d_inner);
+  const bool is_x = blockIdx.x < blocks_of_x;
+  const int position =
+      ((is_x ? blockIdx.x : blockIdx.x - blocks_of_x) * kThreads + threadIdx.x) * kChannels;
+  if (position >= (is_x ? p.d_inner : p.conv_dim - p.d_inner)) return;
+  const int channel = is_x ? position : p.d_inner + position;
   const int first = blockIdx.y * run_length;
   const int last = min(first + run_length, p.length);
   const int64_t batch = blockIdx.z;
@@ -84,13 +127,18 @@ __global__ void __launch_bounds__(kThreads)
   }
 
   const int gn = (p.conv_dim - p.d_inner) / 2;
-  const bool is_x = channel < p.d_inner;
-  const bool is_c = channel >= p.d_inner + gn;
-  const int column = channel - p.d_inner - (is_c ? gn : 0);  // in B or C
+  const bool is_c = !is_x && position >= gn;
+  const int column = is_c ? position - gn : position;  // in x, B or C
   float inverse_scale = 0.0f;
   if (!is_x) inverse_scale = __frcp_rn((is_c ? p.c_scale : p.b_scale)[column / (gn / p.ngroups)]);
   const bool half_away = p.rounding == SSDI8_HALF_AWAY;
   const int64_t token0 = batch * p.length;
+  [[maybe_unused]] bool negative[kChannels];  // the signs of the rotation
+#pragma unroll
+  for (int c = 0; c < kChannels; ++c) {
+    const int n = kN > 0 ? (column + c) % kN : 0;
+    negative[c] = __popc(n & n >> 1) % 2;
+  }
 
   for (int t = first; t < last; t += kBatchOfRows) {
 #pragma unroll
@@ -116,9 +164,17 @@ __global__ void __launch_bounds__(kThreads)
       for (int c = 0; c < kChannels; ++c) s[c] = silu(s[c]);
       const int64_t token = token0 + t + i;
       if (is_x) {
-        store_row(static_cast<__half*>(p.x) + token * p.d_inner + channel,
+        store_row(static_cast<__half*>(p.x) + token * p.d_inner + column,
                   {__floats2half2_rn(s[0], s[1]), __floats2half2_rn(s[2], s[3])});
       } else {
+        if constexpr (kN > 0) {
+          constexpr float kRoot = kN == 64 ? 0.125f : kN == 128 ? 0.08838834764831845f : 0.0625f;
+#pragma unroll
+          for (int c = 0; c < kChannels; ++c) s[c] = negative[c] ? -s[c] : s[c];
+          hadamard<kN>(s, exchange[i % 2]);
+#pragma unroll
+          for (int c = 0; c < kChannels; ++c) s[c] *= kRoot;
+        }
         int q[kChannels];
 #pragma unroll
         for (int c = 0; c < kChannels; ++c) q[c] = quantize(s[c], inverse_scale, half_away);
@@ -131,12 +187,19 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-}  // namespace
-}  // namespace ssdi8
-
 // ---------------------------------------------------------------------------------------------
 // launcher
 // ---------------------------------------------------------------------------------------------
+
+template <int kN>
+auto* kernel_of(int width) {
+  return width == 4   ? causal_conv1d_kernel<4, kN>
+         : width == 3 ? causal_conv1d_kernel<3, kN>
+                      : causal_conv1d_kernel<2, kN>;
+}
+
+}  // namespace
+}  // namespace ssdi8
 
 int ssdi8_causal_conv1d(const Ssdi8CausalConv1dParams* p, void* stream) {
   using namespace ssdi8;
@@ -151,6 +214,14 @@ int ssdi8_causal_conv1d(const Ssdi8CausalConv1dParams* p, void* stream) {
         "be multiples of %d",
         p->d_inner, p->conv_dim, p->ngroups, kChannels);
   }
+  const int d_state = bc / (2 * p->ngroups);
+  const bool rotated = p->rotation == SSDI8_ROTATION_HADAMARD;
+  if (!rotated && p->rotation != SSDI8_ROTATION_NONE) {
+    return refuse("causal_conv1d: rotation %d", p->rotation);
+  }
+  if (rotated && d_state != 64 && d_state != 128 && d_state != 256) {
+    return refuse("causal_conv1d: rotation of d_state %d, not 64, 128 or 256", d_state);
+  }
   if (p->row_stride % kChannels != 0 || p->row_stride < p->d_inner + p->conv_dim) {
     return refuse("causal_conv1d: row stride %d is not a multiple of %d that holds %d columns",
                   p->row_stride, kChannels, p->d_inner + p->conv_dim);
@@ -161,7 +232,7 @@ int ssdi8_causal_conv1d(const Ssdi8CausalConv1dParams* p, void* stream) {
   if (p->batch == 0) return SSDI8_OK;
   int sm_count = 0;
   if (const int code = check(multiprocessors(&sm_count), "causal_conv1d")) return code;
-  const int blocks_x = static_cast<int>(ceil_div(p->conv_dim / kChannels, kThreads));
+  const int blocks_x = blocks_of(p->d_inner) + blocks_of(bc);
   // Long runs read less twice; short ones fill the chip. 8 blocks are 32 warps.
   int run = 64;
   while (run > kBatchOfRows && blocks_x * ceil_div(p->length, run) * p->batch < 8 * sm_count) {
@@ -169,9 +240,10 @@ int ssdi8_causal_conv1d(const Ssdi8CausalConv1dParams* p, void* stream) {
   }
   while (ceil_div(p->length, run) > 65535) run *= 2;
   const dim3 grid(blocks_x, static_cast<unsigned>(ceil_div(p->length, run)), p->batch);
-  auto* kernel = p->d_conv == 4   ? causal_conv1d_kernel<4>
-                 : p->d_conv == 3 ? causal_conv1d_kernel<3>
-                                  : causal_conv1d_kernel<2>;
+  auto* kernel = !rotated         ? kernel_of<0>(p->d_conv)
+                 : d_state == 64  ? kernel_of<64>(p->d_conv)
+                 : d_state == 128 ? kernel_of<128>(p->d_conv)
+                                  : kernel_of<256>(p->d_conv);
   return check(launch(kernel, grid, kThreads, 0, static_cast<cudaStream_t>(stream), *p, run),
                "causal_conv1d");
 }

@@ -95,6 +95,9 @@ typedef struct Ssdi8LinearW4Params {
 int ssdi8_linear_w4(const Ssdi8LinearW4Params* params, void* stream);
 size_t ssdi8_sizeof_linear_w4(void);
 
+// Of B and C before they are quantized: ssdi8_edge/hadamard.py, rotate.
+enum { SSDI8_ROTATION_NONE = 0, SSDI8_ROTATION_HADAMARD = 1 };
+
 // silu(bias + sum_w weight[:, w] * xBC[t - W + 1 + w]) over the x, B, C columns of zxbcdt.
 typedef struct Ssdi8CausalConv1dParams {
   const void* zxbcdt;      // (B, L, R) FP16; columns d_inner .. d_inner + conv_dim are read
@@ -113,7 +116,8 @@ typedef struct Ssdi8CausalConv1dParams {
   int32_t d_inner;         // E, a multiple of 4
   int32_t conv_dim;        // E2 = E + 2GN
   int32_t d_conv;          // W, 2 to 4
-  int32_t ngroups;         // G; N must be a multiple of 4
+  int32_t ngroups;         // G; N must be a multiple of 4, if rotated 64, 128 or 256
+  int32_t rotation;
   int32_t rounding;
 } Ssdi8CausalConv1dParams;
 int ssdi8_causal_conv1d(const Ssdi8CausalConv1dParams* params, void* stream);

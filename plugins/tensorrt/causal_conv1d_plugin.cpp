@@ -31,6 +31,7 @@ Description<P> describe() {
       size_field("conv_dim", &P::conv_dim),
       size_field("d_conv", &P::d_conv, 2),
       size_field("ngroups", &P::ngroups),
+      choice_field("rotation", &P::rotation, kRotations),
       choice_field("rounding", &P::rounding, kRoundings),
   };
   op.consistent = consistent;

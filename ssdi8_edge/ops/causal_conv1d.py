@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ssdi8_edge.formats import Rounding
+from ssdi8_edge import hadamard
+from ssdi8_edge.formats import Rotation, Rounding
 from ssdi8_edge.int8 import quantize
 from ssdi8_edge.ops import onnx_text as t
 from ssdi8_edge.ops.op import Attributes, BodyForm, Op
@@ -53,15 +54,19 @@ def causal_conv1d_reference(
     conv_dim: int,
     d_conv: int,
     ngroups: int,
+    rotation: Rotation,
     rounding: Rounding,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Convolve the x · B · C columns of in_proj's output.
+
+    With rotation "hadamard" the N values of B and of C in each group go through `hadamard.rotate`
+    before they are quantized.
 
     Args:
         zxbcdt: (B, L, 2E + 2GN + H) FP16, columns z(E) · x(E) · B(GN) · C(GN) · dt(H).
         conv_state: (B, W - 1, E2) FP16, the rows before this call, oldest first.
         weight, bias: (E2, W) and (E2) FP32; d_conv = W, conv_dim = E2 = E + 2GN.
-        b_scale, c_scale: (G) FP32.
+        b_scale, c_scale: (G) FP32, of what is quantized.
 
     Returns:
         x (B, L, E) FP16, B and C (B, L, G·N) INT8, conv_state' (B, W - 1, E2) FP16.
@@ -74,6 +79,8 @@ def causal_conv1d_reference(
 
     def per_group(values: Tensor, scale: Tensor, site: str) -> Tensor:
         grouped = values.unflatten(-1, (ngroups, -1))
+        if rotation == "hadamard":
+            grouped = hadamard.rotate(grouped).float()
         return quantize(grouped, scale[:, None], rounding, site).flatten(-2)
 
     return x.half(), per_group(b, b_scale, "B"), per_group(c, c_scale, "C"), state
@@ -124,9 +131,22 @@ def silu_lines(out: str, x: str, f: int) -> str:
     )
 
 
+def rotation_lines(out: str, x: str, n: int, form: BodyForm) -> list[str]:
+    """`hadamard.rotate` of the FP32 value `x` (B, L, G, N), rounded to FP32."""
+    f = t.compute_type(form)
+    return [
+        t.cast(f"{out}_plain", x, f),
+        t.whole_numbers(f"{out}_signs", hadamard.signs(n), form),
+        f"{out}_wide = Mul ({out}_plain, {out}_signs)",
+        t.hadamard_transform(f"{out}_sum", f"{out}_wide", n, form, leading=3),
+        t.cast(out, f"{out}_sum", t.FP32),
+    ]
+
+
 def _body(a: Attributes, form: BodyForm) -> str:
     e, g = int(a["d_inner"]), int(a["ngroups"])
     gn = (int(a["conv_dim"]) - e) // 2
+    rotated = a["rotation"] == "hadamard"
     lines = [
         *convolution_lines(a, form),
         t.slice_last("x32", "activated", 0, e),
@@ -139,8 +159,14 @@ def _body(a: Attributes, form: BodyForm) -> str:
         lines += [
             t.slice_last(f"{out}_32", "activated", start, start + gn),
             f"{out}_grouped = Reshape ({out}_32, grouped)",
+        ]
+        values = f"{out}_grouped"
+        if rotated:
+            lines += rotation_lines(f"{out}_rotated", values, gn // g, form)
+            values = f"{out}_rotated"
+        lines += [
             f"{out}_scale = Reshape ({scale}, scale_shape)",
-            t.quantize(f"{out}_int", f"{out}_grouped", f"{out}_scale", a["rounding"], form),
+            t.quantize(f"{out}_int", values, f"{out}_scale", a["rounding"], form),
             f"{out} = Reshape ({out}_int, flat)",
         ]
     return "\n".join(lines)

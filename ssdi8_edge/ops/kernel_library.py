@@ -35,6 +35,7 @@ _BUILD_HINT = "Build it: cmake -S plugins -B plugins/build && cmake --build plug
 
 # Choices that an op names and the C ABI numbers: the enums of kernels.h.
 _NUMBERS: Mapping[str, Mapping[str, int]] = {
+    "rotation": {"none": 0, "hadamard": 1},
     "rounding": {"half_even": 0, "half_away": 1},
     "gate": {"fp32": 0, "q0.7": 1},
     "scaling": {"static": 0, "dynamic": 1, "none": 2},

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
+from ssdi8_edge import hadamard
 from ssdi8_edge.formats import Rounding
 from ssdi8_edge.int8 import LEAST_MAGNITUDE, QMAX
 from ssdi8_edge.ops.op import BodyForm
@@ -31,6 +34,14 @@ def number(name: str, value: float, elem: int = FP32) -> str:
     """A floating-point scalar constant of ONNX element type `elem`."""
     kind = "double" if elem == 11 else "float"
     return f"{name} = Constant <value = {kind} {{{value!r}}}> ()"
+
+
+def whole_numbers(name: str, values: Tensor, form: BodyForm) -> str:
+    """A constant of the shape of `values`, in the type an op computes in."""
+    kind = "double" if form == "cpu" else "float"
+    size = ", ".join(map(str, values.shape))
+    listed = ", ".join(str(int(v)) for v in values.flatten())
+    return f"{name} = Constant <value = {kind}[{size}] {{{listed}}}> ()"
 
 
 def cast(out: str, x: str, elem: int) -> str:
@@ -131,6 +142,25 @@ def quantize_by_largest(
             cast(step, f"{p}_step_wide", FP32),
             f"{p}_scaled = Mul ({v}, {p}_inverse)",
             round_to_int8(out, f"{p}_scaled", rounding, form),
+        ]
+    )
+
+
+def hadamard_transform(out: str, x: str, n: int, form: BodyForm, *, leading: int) -> str:
+    """`hadamard.transform` of the last axis, n, behind `leading` others; in the compute type."""
+    left, right = hadamard.factors(n)
+    return "\n".join(
+        [
+            whole_numbers(f"{out}_left", left.t(), form),
+            whole_numbers(f"{out}_right", right, form),
+            ints(f"{out}_blocks", [0] * leading + [left.shape[0], right.shape[0]]),
+            ints(f"{out}_whole", [0] * leading + [n]),
+            f"{out}_in = Reshape ({x}, {out}_blocks)",
+            f"{out}_by_right = MatMul ({out}_in, {out}_right)",
+            f"{out}_by_both = MatMul ({out}_left, {out}_by_right)",
+            f"{out}_flat = Reshape ({out}_by_both, {out}_whole)",
+            number(f"{out}_root", n**-0.5, compute_type(form)),
+            f"{out} = Mul ({out}_flat, {out}_root)",
         ]
     )
 

@@ -71,29 +71,13 @@ def gated_norm_lines(a: Attributes, form: BodyForm) -> list[str]:
     ]
 
 
-def _matrix(name: str, m: Tensor, form: BodyForm) -> str:
-    kind = "double" if form == "cpu" else "float"
-    values = ", ".join(str(int(v)) for v in m.flatten())
-    return f"{name} = Constant <value = {kind}[{m.shape[0]}, {m.shape[1]}] {{{values}}}> ()"
-
-
 def _body(a: Attributes, form: BodyForm) -> str:
     f = t.compute_type(form)
-    e = int(a["d_inner"])
-    left, right = hadamard.factors(e)
     return "\n".join(
         [
             *gated_norm_lines(a, form),
-            _matrix("h_left_t", left.t(), form),
-            _matrix("h_right", right, form),
             t.cast("r_wide", "r", f),
-            t.ints("blocks_shape", [0, 0, left.shape[0], right.shape[0]]),
-            "r_blocks = Reshape (r_wide, blocks_shape)",
-            "r_right = MatMul (r_blocks, h_right)",
-            "r_both = MatMul (h_left_t, r_right)",
-            "r_flat = Reshape (r_both, flat)",
-            t.number("root", e**-0.5, f),
-            "rotated_wide = Mul (r_flat, root)",
+            t.hadamard_transform("rotated_wide", "r_wide", int(a["d_inner"]), form, leading=2),
             t.cast("rotated", "rotated_wide", t.FP32),
             "scale_value = Constant <value_float: float = @scale> ()",
             t.quantize("quantized", "rotated", "scale_value", a["rounding"], form),

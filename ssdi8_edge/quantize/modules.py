@@ -123,6 +123,7 @@ def run_mixer(
         *(zxbcdt, state.conv, p["conv1d.weight"], p["conv1d.bias"], p["b_scale"], p["c_scale"]),
         **attributes.conv,
         ngroups=attributes.config.ngroups,
+        rotation=recipe.bc_rotation,
         rounding=rounding,
     )
     static = [k for k in ("x_scale", "state_scale", "x_tile_scale") if k in p]

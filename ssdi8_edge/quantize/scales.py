@@ -35,14 +35,15 @@ def activation_scales(
     def of_group(value: Tensor) -> Tensor:
         return scale_from_absmax(_collapse(value, recipe.bc_granularity))
 
+    rotated = "_rotated" if recipe.bc_rotation == "hadamard" else ""
     released = recipe.state_observer == "local"
     scales = {
         "u_scale": scale_from_absmax(seen("u"), PER_TENSOR_FLOOR),
         "r_scale": scale_from_absmax(
             seen("r_folded" if recipe.fold_gate_norm else "r"), PER_TENSOR_FLOOR
         ),
-        "b_scale": of_group(seen("B")),
-        "c_scale": of_group(seen("C")),
+        "b_scale": of_group(seen(f"B{rotated}")),
+        "c_scale": of_group(seen(f"C{rotated}")),
     }
     if recipe.ssd == "dequantized":
         parts = [statistics[f"in_proj.{k}"].expand(n) for k, n in in_proj_parts.items()]
@@ -54,7 +55,7 @@ def activation_scales(
     # The release observes the full square of CB, also where k > m.
     scales["cb_scale"] = of_group(statistics["CB_full"] if released else seen("CB"))
     if recipe.scaling == "static":
-        scales |= _static_ssd_scales(statistics, recipe)
+        scales |= _static_ssd_scales(statistics, recipe, rotated)
     return scales
 
 
@@ -62,11 +63,13 @@ def _collapse(value: Tensor, granularity: str) -> Tensor:
     return value.amax().expand(value.shape).clone() if granularity == "tensor" else value
 
 
-def _static_ssd_scales(statistics: Mapping[str, Tensor], recipe: QuantConfig) -> dict[str, Tensor]:
+def _static_ssd_scales(
+    statistics: Mapping[str, Tensor], recipe: QuantConfig, rotated: str
+) -> dict[str, Tensor]:
     """Of w · x and of the states, (H, P)."""
-    states = statistics["chunk_state"]
+    states = statistics[f"chunk_state{rotated}"]
     if recipe.state_observer == "passed":
-        states = torch.maximum(states, statistics["passed_state"])
+        states = torch.maximum(states, statistics[f"passed_state{rotated}"])
     ranges = {"x_scale": statistics["x_scaled"], "state_scale": states}
     if recipe.scan2 == "int8_offdiag":
         ranges["x_tile_scale"] = statistics["x_tile"]

@@ -170,6 +170,7 @@ inline int whole_to_int(float v) {
 inline int __float2int_rn(float v) { return whole_to_int(nearbyintf(v)); }
 inline int __float2int_rz(float v) { return whole_to_int(truncf(v)); }
 
+inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline unsigned __byte_perm(unsigned low, unsigned high, unsigned select) {
   const uint64_t bytes = uint64_t{high} << 32 | low;
   unsigned word = 0;

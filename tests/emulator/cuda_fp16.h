@@ -77,11 +77,16 @@ inline __half2 __hsub2(__half2 a, __half2 b) {
 inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) {
   return each_half([](double a, double b, double c) { return exact_to_half(a * b + c); }, a, b, c);
 }
-inline __half2 __hmin2(__half2 a, __half2 b) {
-  return each_half([](float a, float b) { return __float2half_rn(fminf(a, b)); }, a, b);
+// Of a number and NaN the number.
+inline __half lesser(__half a, __half b) {
+  const float v = __half2float(a);
+  return isnan(v) || __half2float(b) < v ? b : a;
 }
-inline __half2 __hmax2(__half2 a, __half2 b) {
-  return each_half([](float a, float b) { return __float2half_rn(fmaxf(a, b)); }, a, b);
+inline __half greater(__half a, __half b) {
+  const float v = __half2float(a);
+  return isnan(v) || __half2float(b) > v ? b : a;
 }
+inline __half2 __hmin2(__half2 a, __half2 b) { return {lesser(a.x, b.x), lesser(a.y, b.y)}; }
+inline __half2 __hmax2(__half2 a, __half2 b) { return {greater(a.x, b.x), greater(a.y, b.y)}; }
 
 #endif  // SSDI8_TESTS_CUDA_FP16_H_

@@ -10,7 +10,6 @@
 #include <unistd.h>
 
 #include <map>
-#include <memory>
 #include <string>
 #include <vector>
 

@@ -37,6 +37,8 @@ SHARED: dict[str, dict[str, Any]] = {
     "A_log and D in INT8": {"ssm_params": "int8"},
     "weight of the gated norm not folded": {"fold_gate_norm": False},
     "half away from zero": {"rounding": "half_away"},
+    "B and C not rotated": {"bc_rotation": "none"},
+    "inputs with their mean": {"centered": False},
     "Scan2 all in FP16": {"scan2": "fp16"},
     "SSD in FP16 but for B, C and CB": {"scan2": "fp16", "scaling": "none"},
     "no mean correction": {"correction": "none"},
@@ -54,6 +56,7 @@ DEPARTURES: dict[str, dict[str, dict[str, Any]]] = {
         "compensation": {"compensation": 0.5},
     },
     "edge-w4a8": {
+        "groups of 128": {"group_size": 128},
         "FP16 group scales": {"group_scales": "fp16"},
         "group scales from absolute maxima": {"group_search": "absmax"},
         "no compensation": {"compensation": 0.0},

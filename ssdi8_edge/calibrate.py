@@ -160,7 +160,7 @@ class Observers:
             self._weighted("x_scaled", x_k, torch.exp(a[:, -1:] - a) * dt_k)
             cb = torch.einsum("bmgn,bkgn->bgmk", c[:, part], b[:, part])
             self._update("CB_full", cb.abs().amax((0, 2, 3)))
-            self._by_group("CB", cb.tril().movedim(1, 0))
+            self._update("CB", cb.tril().abs().amax((0, 2, 3)))
             for first in range(0, x_k.shape[1], self._tile):
                 tile = slice(first, first + self._tile)
                 weight = torch.exp(a[:, tile][:, -1:] - a[:, tile]) * dt_k[:, tile]
@@ -193,8 +193,8 @@ def calibrate(
         `layers.{i}.<name>` -> FP32 absolute maximum: u, r, r_folded: (); B, C, CB, CB_full: (G);
         x, x_scaled, x_tile, chunk_state, passed_state: (H, P); in_proj.z, .x, .B, .C, .dt: (), its
         output. `<name>_rotated` of B, C and the states: after `hadamard.rotate`. `<name>_mse` of u,
-        r, r_folded, B, C, both rotated, and CB: the range of least squared error. x_mean: (H, P),
-        the largest mean of |x| over a window; x_percentile: (), a moving average of the windows'
+        r, r_folded, B, C and both rotated: the range of least squared error. x_mean: (H, P), the
+        largest mean of |x| over a window; x_percentile: (), a moving average of the windows'
         percentiles. `norm_f`: (), the rotated input of lm_head.
 
     Raises:

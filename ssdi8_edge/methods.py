@@ -23,15 +23,18 @@ class QuantConfig:
             and group.
         group_size: input columns that share a W4 scale.
         group_scales: of W4 in steps of the row: "fp16", as released, or "integer", -15 to 16,
-            which a kernel applies with a fraction of the instructions (in groups of 128).
+            which a kernel applies with a fraction of the instructions (in groups of 64 or 128).
         group_search: a W4 group's scale: from its largest weight ("absmax", as released), or the
             one of least squared error ("mse"), which may be negative: -8 to 7 is not symmetric.
         gptq: choose the values of weights by GPTQ instead of rounding to nearest.
         descent: passes of coordinate descent over the values that GPTQ has chosen.
         compensation: part of what in_proj's input and out_proj's output lack to the FP model's
             that weights are changed by before they are rounded, as far as the INT8 input tells.
+        centered: GPTQ and the compensation see inputs without their mean over the calibration text;
+            what that contributes is made good by the bias of in_proj and, with a correction, that
+            of out_proj.
         lm_head: FP16, or W8A8 per row with an INT8 norm_f.
-        clip: end of the INT8 range of u, r, B, C and CB: the largest value calibrated on
+        clip: end of the INT8 range of u, r, B and C: the largest value calibrated on
             ("absmax"), or where the squared error is least ("mse").
         ssd: "fp16" leaves SSD unquantized; "int8" is SSDi8's INT8 path; "dequantized" keeps
             in_proj's output, the convolution, x, B and C in INT8 but computes in FP16, as Quamba
@@ -69,6 +72,7 @@ class QuantConfig:
     gptq: bool = True
     descent: int = 4
     compensation: float = 0.0
+    centered: bool = True
     lm_head: Literal["fp16", "w8_row"] = "fp16"
     clip: Literal["absmax", "mse"] = "mse"
     ssd: Literal["fp16", "int8", "dequantized"] = "int8"
@@ -169,6 +173,7 @@ _PUBLISHED: dict[str, Any] = {
     "group_search": "absmax",
     "group_scales": "fp16",
     "descent": 0,
+    "centered": False,
     "clip": "absmax",
     "ssm_params": "int8",
     "bc_rotation": "none",
@@ -219,8 +224,9 @@ METHODS: dict[str, QuantConfig] = {
         ),
         QuantConfig(
             name="edge-w4a8",
-            about="ours with 4-bit weights in groups of 128, searched scales, compensation",
+            about="ours with 4-bit weights in groups of 64, searched scales, compensation",
             linear="w4",
+            group_size=64,
             compensation=0.5,
         ),
         _released(
@@ -281,6 +287,8 @@ METHODS: dict[str, QuantConfig] = {
             about="baseline: no quantization",
             linear="fp16",
             ssd="fp16",
+            centered=False,
+            bc_rotation="none",
             correction="none",
             fold_gate_norm=False,
         ),

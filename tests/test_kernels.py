@@ -311,8 +311,8 @@ def w4_weight(
     return random_int8(generator, n_out, n_in // 2), ((0.2 + 0.8 * factor) * sigma).half()
 
 
-def integer_scales(generator: torch.Generator, n_out: int, n_in: int) -> Tensor:
-    shape = (n_out, n_in // 128)
+def integer_scales(generator: torch.Generator, n_out: int, n_in: int, group_size: int) -> Tensor:
+    shape = (n_out, n_in // group_size)
     scales = torch.randint(-15, 16, shape, dtype=torch.int8, device=DEVICE, generator=generator)
     return scales + (scales >= 0)  # from -15 to 16, not 0
 
@@ -349,34 +349,42 @@ def test_linear_w4(
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("group_size", [64, 128])
 @pytest.mark.parametrize(("batch", "length", "n_in", "n_out"), LINEAR_ROWS)
 def test_linear_w4_with_integer_scales(
-    generator: torch.Generator, batch: int, length: int, n_in: int, n_out: int, variant: int
+    generator: torch.Generator,
+    batch: int,
+    length: int,
+    n_in: int,
+    n_out: int,
+    group_size: int,
+    variant: int,
 ) -> None:
-    if (variant == 1 and batch * length > 8) or n_in % 128:
+    if (variant == 1 and batch * length > 8) or n_in % group_size:
         return
     skip_unless_affordable(linear_work(batch * length, n_in, n_out, variant))
     x = random_int8(generator, batch, length, n_in)
     if length == 1:
         x.fill_(-128)  # the largest sums
     packed = random_int8(generator, n_out, n_in // 2)
-    scales = integer_scales(generator, n_out, n_in)
+    scales = integer_scales(generator, n_out, n_in, group_size)
     scales[0], scales[-1] = 16, -15
     epilogue = scale_and_bias(generator, n_out)
-    compare("Ssdi8LinearW4", x, packed, scales, *epilogue, group_size=128, variant=variant)
+    compare("Ssdi8LinearW4", x, packed, scales, *epilogue, group_size=group_size, variant=variant)
 
 
 @pytest.mark.parametrize("length", [1, 64])
+@pytest.mark.parametrize("group", [64, 128])
 def test_linear_w4_expands_every_value_with_integer_scales(
-    generator: torch.Generator, length: int
+    generator: torch.Generator, group: int, length: int
 ) -> None:
     packed = random_int8(generator, EXPANDED, 64)
-    scales = integer_scales(generator, EXPANDED, 128)
+    scales = integer_scales(generator, EXPANDED, 128, group)
     eye = torch.eye(128, dtype=torch.int8, device=DEVICE)[None]
     one, zero = torch.ones(EXPANDED, device=DEVICE), torch.zeros(EXPANDED, device=DEVICE)
     kernel = kernel_of("Ssdi8LinearW4")
-    rows = [kernel(x, packed, scales, one, zero, group_size=128)[0] for x in eye.split(length, 1)]
-    assert_close(torch.cat(rows).t().to(torch.int8), unpack_w4(packed, scales, 128))
+    rows = [kernel(x, packed, scales, one, zero, group_size=group)[0] for x in eye.split(length, 1)]
+    assert_close(torch.cat(rows).t().to(torch.int8), unpack_w4(packed, scales, group))
 
 
 @pytest.mark.parametrize("sigma", [1e-6, 0.1, 15.0, 16.0, 18.2, 40.0, 6e4])

@@ -91,11 +91,12 @@ def linear(g: torch.Generator, batch: int, length: int) -> Case:
 
 
 def linear_w4(g: torch.Generator, batch: int, length: int, integer: bool) -> Case:
-    packed, group_scale = w4_weight(g, 3352, 768, 128, 15.0)
+    group_size = 64 if integer else 128
+    packed, group_scale = w4_weight(g, 3352, 768, group_size, 15.0)
     if integer:
-        group_scale = integer_scales(g, 3352, 768)
+        group_scale = integer_scales(g, 3352, 768, group_size)
     inputs = [random_int8(g, batch, length, 768), packed, group_scale, *scale_and_bias(g, 3352)]
-    return Case("Ssdi8LinearW4", inputs, {"group_size": 128}, [steps_in(0.0)])
+    return Case("Ssdi8LinearW4", inputs, {"group_size": group_size}, [steps_in(0.0)])
 
 
 def causal_conv1d(g: torch.Generator, batch: int, length: int) -> Case:

@@ -39,7 +39,9 @@ from ssdi8_edge.checkpoint import DEMO_FOLDER, Checkpoint, open_checkpoint
 from ssdi8_edge.errors import CheckpointError, UsageError
 from ssdi8_edge.methods import METHODS, QuantConfig, find_method
 from ssdi8_edge.model import LayerState, Mamba2Config, Mamba2LM
+from ssdi8_edge.ops import fp16
 from ssdi8_edge.ops.linear import unpack_w4
+from ssdi8_edge.ops.rms_norm import RMS_NORM
 from ssdi8_edge.pipeline import Build, BuildRequest
 from ssdi8_edge.profiles import load_target
 from ssdi8_edge.quantize import quantize
@@ -47,7 +49,7 @@ from ssdi8_edge.quantize.clusters import sort_and_cluster
 from ssdi8_edge.quantize.correction import SKIP_TOKENS, MeanDifference
 from ssdi8_edge.quantize.gptq import quantize_w4, quantize_w8
 from ssdi8_edge.quantize.linears import InputStatistics
-from ssdi8_edge.quantize.modules import QuantizedMamba2, State, run_block
+from ssdi8_edge.quantize.modules import QuantizedMamba2, State, linear, run_block
 from ssdi8_edge.quantize.saved import is_quantized_checkpoint, load_quantized, read_config
 from ssdi8_edge.safetensors_writer import SafetensorsWriter
 from ssdi8_edge.stream import read_tokens
@@ -391,6 +393,43 @@ def test_regression_predicts_what_is_missing() -> None:
     for part in x.split(1):
         statistics.add(part, part.float() @ matrix.t())
     torch.testing.assert_close(statistics.regression(), matrix.double(), rtol=0.03, atol=0.03)
+
+
+def test_centred_statistics_are_those_of_a_fit_with_a_constant() -> None:
+    """Σ (x - x̄)(x - x̄)ᵀ, and an M that a constant in e does not disturb."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randint(-20, 60, (3, 500, 24), generator=g, dtype=torch.int8)
+    matrix, constant = torch.randn(10, 24, generator=g), 300 * torch.randn(10, generator=g)
+    statistics = InputStatistics(24, 10, "cpu")
+    for part in x.split(1):
+        statistics.add(part, part.float() @ matrix.t() + constant)
+    statistics.center()
+    rows = x.flatten(0, 1).double()
+    centred = rows - rows.mean(0)
+    torch.testing.assert_close(statistics.mean, rows.mean(0))
+    torch.testing.assert_close(statistics.hessian, centred.t() @ centred)
+    torch.testing.assert_close(statistics.regression(), matrix.double(), rtol=0.03, atol=0.03)
+    want = matrix.double() @ statistics.mean + constant
+    torch.testing.assert_close(statistics.missing_mean, want, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["edge-w8a8", "edge-w4a8"])
+def test_in_proj_keeps_its_mean(tiny: Tiny, name: str) -> None:
+    """Centred, the first in_proj gives what the FP model's gives, on the mean of the windows."""
+    errors = []
+    for centered in (True, False):
+        made = tiny.quantized(name, centered=centered)
+        p = {k: v.item() if v.dim() == 0 else v for k, v in layer_of(made).items()}
+        hidden, residual = fp16.EMBEDDING(made.tensors["embedding.weight"], made.ids)
+        eps = made.model.config.norm_eps
+        _, u = RMS_NORM(hidden, residual, scale=p["u_scale"], eps=eps, rounding="half_even")
+        backbone = tiny.source()[1].backbone
+        with torch.inference_mode():
+            block = backbone.layers[0]
+            want = block.mixer.in_proj(block.norm(backbone.embedding(made.ids)))
+        got = linear(p, "in_proj", u, made.recipe).float()
+        errors.append(float((got - want).mean((0, 1)).abs().max()))
+    assert errors[0] < 2e-4 and errors[1] > 5 * errors[0], errors
 
 
 def test_compensation_of_an_input_never_seen() -> None:
@@ -885,6 +924,7 @@ FIELDS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "gptq": (True, {}, "tensors"),
     "descent": (0, {"gptq": True}, "tensors"),
     "compensation": (0.5, {}, "tensors"),
+    "centered": (False, {}, "tensors"),
     "clip": ("absmax", {}, "tensors"),
     "lm_head": ("w8_row", {}, "tensors"),
     "ssd_ops": ("modular", {}, "outputs"),

@@ -160,18 +160,22 @@ __device__ __forceinline__ int load_integer_scale(const LinearArguments& p, int 
 constexpr int kVectorTokens = 8;
 constexpr int kVectorRows = 16;
 constexpr int kVectorMaxWarps = 8;
-constexpr int kIntegerGroup = 128;  // a segment of k of a warp of the vector variant
 
-// With integer scales a segment is a group: its products are summed before they are scaled.
-template <Format kFormat>
+// With integer scales products are summed over a group before they are scaled. Of a segment of 128 k
+// the lanes t = 0, 1 hold the first 64 and 2, 3 the others. If those are two groups, the columns of
+// the product are shared out among them: kGroups x kSetTokens, a token's column being zero in the
+// lanes of other groups. So lane t, which gets columns 2t and 2t + 1, scales those by the scale of
+// its own k, and nothing is computed twice. Tokens beyond kSetTokens are a second set.
+template <Format kFormat, int kGroups, int kSets>
 __global__ void __launch_bounds__(kVectorMaxWarps* kWarp, kFormat == kW8 ? 3 : 2)
     vector_kernel(LinearArguments p) {
   constexpr bool kW4 = kFormat != kW8;
-  constexpr int kUnroll = kW4 ? 4 : 5;   // segments in flight per warp
+  constexpr int kUnroll = kW4 ? 4 / kSets : 5;  // segments in flight per warp
+  constexpr int kSetTokens = kVectorTokens / kGroups;
   constexpr int kLaneK = kW4 ? 32 : 16;  // k of a segment per lane: 16 bytes of the weight
   constexpr int kSegment = 4 * kLaneK;
   constexpr int kTokenLoads = kLaneK / 16;
-  __shared__ int partial[kVectorMaxWarps][kVectorTokens][kVectorRows];
+  __shared__ int partial[kVectorMaxWarps * kGroups][kSets * kSetTokens][kVectorRows];
 
   const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const int g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
@@ -179,12 +183,18 @@ __global__ void __launch_bounds__(kVectorMaxWarps* kWarp, kFormat == kW8 ? 3 : 2
   const int rows[2] = {min(row0 + g, p.n_out - 1), min(row0 + g + 8, p.n_out - 1)};
   const int64_t row_bytes = kW4 ? p.n_in / 2 : p.n_in;
   const int8_t* weight[2] = {p.weight + rows[0] * row_bytes, p.weight + rows[1] * row_bytes};
-  const int8_t* x = p.x + static_cast<int64_t>(min(g, p.tokens - 1)) * p.n_in;
-  const bool has_token = g < p.tokens;
+  const int8_t* x[kSets];
+  bool has_token[kSets];
+#pragma unroll
+  for (int set = 0; set < kSets; ++set) {
+    const int token = set * kSetTokens + g % kSetTokens;
+    x[set] = p.x + static_cast<int64_t>(min(token, p.tokens - 1)) * p.n_in;
+    has_token[set] = token < p.tokens && g / kSetTokens == t * kGroups / 4;
+  }
 
-  int acc[4] = {};
+  int acc[kSets][4] = {};
   for (int k0 = warp * kSegment; k0 < p.n_in; k0 += kUnroll * warps * kSegment) {
-    uint4 w[kUnroll][2], tokens[kUnroll][kTokenLoads];
+    uint4 w[kUnroll][2], tokens[kUnroll][kSets][kTokenLoads];
     __half2 sigma[kUnroll][2];
     int scale[kUnroll][2];
 #pragma unroll
@@ -198,9 +208,11 @@ __global__ void __launch_bounds__(kVectorMaxWarps* kWarp, kFormat == kW8 ? 3 : 2
         if constexpr (kFormat == kW4Integer) scale[u][r] = load_integer_scale(p, rows[r], k);
       }
 #pragma unroll
-      for (int i = 0; i < kTokenLoads; ++i) {
-        tokens[u][i] = valid && has_token ? __ldg(reinterpret_cast<const uint4*>(x + k) + i)
-                                          : make_uint4(0, 0, 0, 0);
+      for (int i = 0; i < kSets * kTokenLoads; ++i) {
+        const int set = i / kTokenLoads, load = i % kTokenLoads;
+        tokens[u][set][load] = valid && has_token[set]
+                                   ? __ldg(reinterpret_cast<const uint4*>(x[set] + k) + load)
+                                   : make_uint4(0, 0, 0, 0);
       }
     }
 #pragma unroll
@@ -208,8 +220,8 @@ __global__ void __launch_bounds__(kVectorMaxWarps* kWarp, kFormat == kW8 ? 3 : 2
       const uint4 a = w[u][0], b = w[u][1];
       if constexpr (kW4) {
         const uint32_t packed[2][4] = {{a.x, a.y, a.z, a.w}, {b.x, b.y, b.z, b.w}};
-        int of_group[4] = {};
-        int (&sum)[4] = kFormat == kW4Integer ? of_group : acc;
+        int of_group[kSets][4] = {};
+        int (&sum)[kSets][4] = kFormat == kW4Integer ? of_group : acc;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           uint32_t low[2], high[2];
@@ -221,28 +233,37 @@ __global__ void __launch_bounds__(kVectorMaxWarps* kWarp, kFormat == kW8 ? 3 : 2
               expand_w4<true>(packed[r][i], sigma[u][r], low[r], high[r]);
             }
           }
-          const uint4 v = tokens[u][i / 2];
-          mma_m16n8k32(sum, low[0], low[1], high[0], high[1], i % 2 ? v.z : v.x, i % 2 ? v.w : v.y);
+#pragma unroll
+          for (int set = 0; set < kSets; ++set) {
+            const uint4 v = tokens[u][set][i / 2];
+            mma_m16n8k32(sum[set], low[0], low[1], high[0], high[1], i % 2 ? v.z : v.x,
+                         i % 2 ? v.w : v.y);
+          }
         }
         if constexpr (kFormat == kW4Integer) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) acc[i] += (of_group[i] >> 4) * scale[u][i / 2];
+          for (int i = 0; i < 4 * kSets; ++i) {
+            acc[i / 4][i % 4] += (of_group[i / 4][i % 4] >> 4) * scale[u][i % 4 / 2];
+          }
         }
       } else {
-        const uint4 v = tokens[u][0];
-        mma_m16n8k32(acc, a.x, b.x, a.y, b.y, v.x, v.y);
-        mma_m16n8k32(acc, a.z, b.z, a.w, b.w, v.z, v.w);
+        const uint4 v = tokens[u][0][0];
+        mma_m16n8k32(acc[0], a.x, b.x, a.y, b.y, v.x, v.y);
+        mma_m16n8k32(acc[0], a.z, b.z, a.w, b.w, v.z, v.w);
       }
     }
   }
 #pragma unroll
-  for (int i = 0; i < 4; ++i) partial[warp][2 * t + i % 2][g + i / 2 * 8] = acc[i];
+  for (int i = 0; i < 4 * kSets; ++i) {
+    const int column = 2 * t + i % 2, token = i / 4 * kSetTokens + column % kSetTokens;
+    partial[warp * kGroups + column / kSetTokens][token][g + i % 4 / 2 * 8] = acc[i / 4][i % 4];
+  }
   __syncthreads();
   for (int i = threadIdx.x; i < p.tokens * kVectorRows; i += blockDim.x) {
     const int token = i / kVectorRows, row = row0 + i % kVectorRows;
     if (row >= p.n_out) continue;
     int sum = 0;
-    for (int w = 0; w < warps; ++w) sum += partial[w][token][i % kVectorRows];
+    for (int w = 0; w < warps * kGroups; ++w) sum += partial[w][token][i % kVectorRows];
     p.y[static_cast<int64_t>(token) * p.n_out + row] = epilogue(sum, p.scale[row], p.bias[row]);
   }
 }
@@ -592,7 +613,14 @@ cudaError_t launch_vector(const LinearArguments& p, cudaStream_t stream) {
   for (int w = kVectorMaxWarps; w >= kVectorMaxWarps / 2; --w) {
     if (ceil_div(segments, w) * w < ceil_div(segments, warps) * warps) warps = w;
   }
-  return launch(vector_kernel<kFormat>, blocks, warps * kWarp, 0, stream, p);
+  auto* kernel = vector_kernel<kFormat, 1, 1>;
+  if constexpr (kFormat == kW4Integer) {
+    if (p.group_shift == 6) {
+      kernel = 2 * p.tokens <= kVectorTokens ? vector_kernel<kFormat, 2, 1>
+                                             : vector_kernel<kFormat, 2, 2>;
+    }
+  }
+  return launch(kernel, blocks, warps * kWarp, 0, stream, p);
 }
 
 template <Format kFormat, class T>
@@ -667,9 +695,7 @@ int ssdi8_linear_w4(const Ssdi8LinearW4Params* p, void* stream) {
                                      : group == 64 ? 6
                                                    : 7};
   if (!p->integer_scales) return run_linear<kW4Rounded>(arguments, p->variant, "linear_w4", stream);
-  if (group != kIntegerGroup) {
-    return refuse("linear_w4: integer scales of groups of %d, not %d", group, kIntegerGroup);
-  }
+  if (group == 32) return refuse("linear_w4: integer scales of groups of 32, not 64 or 128");
   return run_linear<kW4Integer>(arguments, p->variant, "linear_w4", stream);
 }
 

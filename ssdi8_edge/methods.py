@@ -219,8 +219,8 @@ METHODS: dict[str, QuantConfig] = {
     for config in (
         QuantConfig(
             name="edge-w8a8",
-            about="ours: INT8 weights per row by GPTQ, clipped activations, FP32 carry, dynamic "
-            "scales inside SSD, INT8 Scan2 off the diagonal, residual correction",
+            about="ours: INT8 weights per row by GPTQ, clipped activations, rotated B and C, FP32 "
+            "carry, dynamic scales inside SSD, INT8 Scan2 off the diagonal, residual correction",
         ),
         QuantConfig(
             name="edge-w4a8",

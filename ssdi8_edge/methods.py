@@ -157,13 +157,22 @@ class QuantConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> QuantConfig:
-        """Raises UsageError on a field that does not exist."""
+        """The recipe that `to_dict` gave.
+
+        Raises:
+            UsageError: a field does not exist, or one is missing: what it stood for is not known.
+        """
         known = {field.name for field in dataclasses.fields(cls)}
         for name in fields:
             if name not in known:
                 raise UsageError(
                     f"unknown recipe field {name!r};", f"known: {', '.join(sorted(known))}."
                 )
+        if missing := ", ".join(sorted(known - fields.keys())):
+            raise UsageError(
+                f"the recipe was written by another version: it lacks {missing};",
+                "quantize again.",
+            )
         return cls(**fields)
 
 

@@ -771,7 +771,7 @@ def test_ssd_modules(generator: torch.Generator, row: dict[str, Any]) -> None:
     assert relative_error(final, want_final) < 2e-4
 
     y = run_ssd_kernel("Ssdi8ChunkScan", values, attributes)
-    assert relative_error(y, wanted("Ssdi8ChunkScan")) < (2e-3 if case["scaling"] == "none" else 1e-3)
+    assert relative_error(y, wanted("Ssdi8ChunkScan")) < 1e-3
 
 
 def assert_near(got: Tensor, want: Tensor) -> None:

@@ -5,7 +5,7 @@
 
 Weights are random, of a published model's sizes: times do not depend on values. "w8a8" and "w4a8"
 are the recipes edge-*; "fp16" is edge-w8a8 with in_proj and out_proj as FP16 products of cuBLAS and
-SSD with FP16 operands (`scaling = "none"`): B, C and the inputs of the linears stay INT8, the latter
+SSD with FP16 operands (`scaling = "none"`): B, C and the inputs of the linears stay INT8, these
 cast before each product. Both times include the copy of the logits to the host; shapes are replayed
 as CUDA graphs, median of repeats.
 """

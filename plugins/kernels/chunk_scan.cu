@@ -112,8 +112,9 @@ __global__ __launch_bounds__(P::kThreads, P::kBlocksPerSm) void chunk_scan_kerne
 
 // With scaling "none".
 template <typename P>
-__global__ __launch_bounds__(P::kThreads, ssd::kFp16Resident<P>) void fp16_chunk_scan_kernel(
-    Shape shape, Scan p) {
+__global__ __launch_bounds__(P::kThreads,
+                             ssd::kFp16Resident<P>) void fp16_chunk_scan_kernel(Shape shape,
+                                                                                Scan p) {
   using Tables = ssd::Fp16Tables<P::kChunk>;
   SSDI8_DYNAMIC_SHARED(uint4, shared);
   Tables& tables = *reinterpret_cast<Tables*>(shared);

@@ -152,8 +152,8 @@ enum { SSDI8_GATE_FP32 = 0, SSDI8_GATE_Q0_7 = 1 };
 
 // Where the scales of w * x and of the states between chunks come from: inputs, or the largest
 // values of each channel in its chunk or tile, over 127. NONE: there are no scales, both are FP16,
-// and scan_tile = chunk_size. Without STATIC the gate is FP32, and inputs "static only" are not read
-// and may be null.
+// and scan_tile = chunk_size. Without STATIC the gate is FP32, and inputs "static only" are not
+// read and may be null.
 enum { SSDI8_SCALING_STATIC = 0, SSDI8_SCALING_DYNAMIC = 1, SSDI8_SCALING_NONE = 2 };
 
 // dt = clamp(softplus(dt_raw + dt_bias)); a = cumulative sum of A * dt inside each chunk.

@@ -25,7 +25,7 @@ struct Passing {
   const float* a;
   const void* ssm_state;
   const float* state_scale;  // static only
-  void* passed;  // INT8 or FP16
+  void* passed;              // INT8 or FP16
   float* passed_scale;
   void* ssm_state_out;
   int length;

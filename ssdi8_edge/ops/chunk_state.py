@@ -36,8 +36,8 @@ def chunk_state_reference(
     Scaling x instead of B is exact, since w depends on the contracted index only, and lets the
     INT8 B be quantized once before the group-to-head broadcast. With scaling "dynamic" each (chunk,
     head, channel) of w · x has its own scale, from its largest value: it is a row of the product.
-    With scaling "none" Q is FP16(FP16(w) · x), the sum is evaluated in FP64 and rounded to FP32, and
-    the states to FP16.
+    With scaling "none" Q is FP16(FP16(w) · x), the sum is evaluated in FP64 and rounded to FP32,
+    and the states to FP16.
 
     Args:
         x: (B, L, H·P) FP16.

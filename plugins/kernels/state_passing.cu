@@ -165,9 +165,8 @@ __global__ __launch_bounds__(kBlock) void state_passing_kernel(Passing p) {
         inverse = dynamic.inverse;
       }
       if (first_of_row) p.passed_scale[first_row + (base + i) * rows] = scale;
-      const size_t at = first + (base + i) * rows * kN;
       if constexpr (kKind == kNone) {
-        ssd::store_state8(p.passed, at, false, carry);
+        ssd::store_state8(p.passed, first + (base + i) * rows * kN, false, carry);
 #pragma unroll
         for (int k = 0; k < kValues; ++k) {
           carry[k] = ssd::pass_real(carry[k], gates[i], __half2float(ahead[i].v[k]));
@@ -188,7 +187,8 @@ __global__ __launch_bounds__(kBlock) void state_passing_kernel(Passing p) {
             carry[k] = ssd::pass_real(carry[k], gates[i], static_cast<float>(ahead[i].v[k]));
           }
         }
-        uint32_t* out = reinterpret_cast<uint32_t*>(static_cast<int8_t*>(p.passed) + at);
+        int8_t* passed = static_cast<int8_t*>(p.passed) + first + (base + i) * rows * kN;
+        uint32_t* out = reinterpret_cast<uint32_t*>(passed);
 #pragma unroll
         for (int k = 0; k < kValues; k += 4) {
           out[k / 4] = pack4(q[k], q[k + 1], q[k + 2], q[k + 3]);

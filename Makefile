@@ -3,6 +3,8 @@
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+# Test files at a time. More would fight for the cores that torch uses.
+WORKERS ?= 2
 DEMO := .venv-demo
 DEV := .venv
 PIP_INSTALL := -m pip --disable-pip-version-check install --constraint constraints.txt
@@ -21,7 +23,7 @@ SOURCES := $(shell find ssdi8_edge jetson plugins profiles -type f \
 
 help:
 	@echo "make demo    build, verify, run and evaluate the shipped model"
-	@echo "make test    the test suite; PYTEST_ARGS='-k name' narrows it"
+	@echo "make test    the test suite; PYTEST_ARGS='-k name' narrows it, WORKERS=0 is one process"
 	@echo "make check   formatting, lint, types, import rule"
 	@echo "make clean   remove environments, runs and caches"
 	@echo "PYTHON=python3.12 chooses the interpreter of a new environment"
@@ -49,7 +51,7 @@ demo: $(DEMO)/installed
 	@du --apparent-size --block-size=1 --summarize $(DEMO_RUN)/bundle
 
 test: $(DEV)/installed
-	$(DEV)/bin/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(DEV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 check: $(DEV)/installed
 	$(DEV)/bin/ruff format --check .

@@ -123,20 +123,21 @@ def linear_cases(s: Sizes, tokens: int) -> Iterable[Case]:
 
 
 def linear_w4_cases(s: Sizes, tokens: int) -> Iterable[Case]:
-    """With integer group scales, and with FP16 ones."""
+    """As `edge-w4a8` has it, with integer scales of groups of 128, and with FP16 ones."""
+    kinds = (("", torch.int8, 64), ("/128", torch.int8, 128), ("/h", torch.float16, 128))
     for name, (n_in, n_out) in linear_shapes(s).items():
-        for label, kind in ((name, torch.int8), (f"{name}/h", torch.float16)):
+        for label, kind, group in kinds:
             yield Case(
                 "Ssdi8LinearW4",
-                label,
-                lambda n_in=n_in, n_out=n_out, kind=kind: (
+                name + label,
+                lambda n_in=n_in, n_out=n_out, kind=kind, group=group: (
                     int8(1, tokens, n_in),
                     int8(n_out, n_in // 2),
-                    torch.randint(1, 17, (n_out, n_in // 128), device="cuda").to(kind),
+                    torch.randint(1, 17, (n_out, n_in // group), device="cuda").to(kind),
                     single(n_out).abs() * 1e-4,
                     single(n_out),
                 ),
-                {"group_size": 128},
+                {"group_size": group},
                 operations=2 * tokens * n_in * n_out,
             )
 

@@ -156,13 +156,22 @@ class QuantConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> QuantConfig:
-        """Raises UsageError on a field that does not exist."""
+        """The recipe that `to_dict` gave.
+
+        Raises:
+            UsageError: a field does not exist, or one is missing: what it stood for is not known.
+        """
         known = {field.name for field in dataclasses.fields(cls)}
         for name in fields:
             if name not in known:
                 raise UsageError(
                     f"unknown recipe field {name!r};", f"known: {', '.join(sorted(known))}."
                 )
+        if missing := ", ".join(sorted(known - fields.keys())):
+            raise UsageError(
+                f"the recipe was written by another version: it lacks {missing};",
+                "quantize again.",
+            )
         return cls(**fields)
 
 
@@ -218,8 +227,8 @@ METHODS: dict[str, QuantConfig] = {
     for config in (
         QuantConfig(
             name="edge-w8a8",
-            about="ours: INT8 weights per row by GPTQ, clipped activations, FP32 carry, dynamic "
-            "scales inside SSD, INT8 Scan2 off the diagonal, residual correction",
+            about="ours: INT8 weights per row by GPTQ, clipped activations, rotated B and C, FP32 "
+            "carry, dynamic scales inside SSD, INT8 Scan2 off the diagonal, residual correction",
         ),
         QuantConfig(
             name="edge-w4a8",

@@ -852,6 +852,14 @@ def test_recipe_refuses_an_unknown_field() -> None:
     assert "group_size" in caught.value.hint
 
 
+def test_recipe_of_another_version() -> None:
+    """A default for what it did not know would give wrong results."""
+    fields = METHODS["ssdi8-w8a8"].to_dict()
+    del fields["bc_rotation"]
+    with pytest.raises(UsageError, match="another version: it lacks bc_rotation"):
+        QuantConfig.from_dict(fields)
+
+
 @pytest.mark.parametrize(
     "field",
     [

@@ -48,28 +48,44 @@ __device__ __forceinline__ float butterfly(float own, float other, bool bit) {
   return bit ? other - own : own + other;
 }
 
-// s . H_N of the N values that N / kChannels threads hold side by side.
+// What the two warps that share a group of 256 give each other.
+using Exchange = float4[kBatchOfRows][kThreads];
+
+// s . H_N of the N values of each row that N / kChannels threads hold side by side. Several rows at
+// once, or each step would wait for the one before.
 template <int kN>
-__device__ __forceinline__ void hadamard(float (&s)[kChannels], float4* exchange) {
+__device__ __forceinline__ void hadamard(float (&s)[kBatchOfRows][kChannels],
+                                         [[maybe_unused]] Exchange& exchange) {
   constexpr int kLanes = kN / kChannels;
-  const float a = s[0] + s[1], b = s[0] - s[1], c = s[2] + s[3], d = s[2] - s[3];
-  s[0] = a + c, s[1] = b + d, s[2] = a - c, s[3] = b - d;
+#pragma unroll
+  for (int i = 0; i < kBatchOfRows; ++i) {
+    const float a = s[i][0] + s[i][1], b = s[i][0] - s[i][1];
+    const float c = s[i][2] + s[i][3], d = s[i][2] - s[i][3];
+    s[i][0] = a + c, s[i][1] = b + d, s[i][2] = a - c, s[i][3] = b - d;
+  }
 #pragma unroll
   for (int bit = 1; bit < min(kLanes, kWarp); bit *= 2) {
 #pragma unroll
-    for (int i = 0; i < kChannels; ++i) {
-      s[i] = butterfly(s[i], __shfl_xor_sync(kAllLanes, s[i], bit), threadIdx.x & bit);
+    for (int i = 0; i < kBatchOfRows * kChannels; ++i) {
+      float& v = s[i / kChannels][i % kChannels];
+      v = butterfly(v, __shfl_xor_sync(kAllLanes, v, bit), threadIdx.x & bit);
     }
   }
   if constexpr (kLanes > kWarp) {
     static_assert(kLanes == 2 * kWarp);
-    exchange[threadIdx.x] = make_float4(s[0], s[1], s[2], s[3]);
+    __syncthreads();  // the rows before have been read
+#pragma unroll
+    for (int i = 0; i < kBatchOfRows; ++i) {
+      exchange[i][threadIdx.x] = make_float4(s[i][0], s[i][1], s[i][2], s[i][3]);
+    }
     __syncthreads();
-    const float4 other = exchange[threadIdx.x ^ kWarp];
-    s[0] = butterfly(s[0], other.x, threadIdx.x & kWarp);
-    s[1] = butterfly(s[1], other.y, threadIdx.x & kWarp);
-    s[2] = butterfly(s[2], other.z, threadIdx.x & kWarp);
-    s[3] = butterfly(s[3], other.w, threadIdx.x & kWarp);
+    const bool upper = threadIdx.x & kWarp;
+#pragma unroll
+    for (int i = 0; i < kBatchOfRows; ++i) {
+      const float4 other = exchange[i][threadIdx.x ^ kWarp];
+      s[i][0] = butterfly(s[i][0], other.x, upper), s[i][1] = butterfly(s[i][1], other.y, upper);
+      s[i][2] = butterfly(s[i][2], other.z, upper), s[i][3] = butterfly(s[i][3], other.w, upper);
+    }
   }
 }
 
@@ -81,7 +97,7 @@ __host__ __device__ inline int blocks_of(int channels) {
 template <int kWidth, int kN>  // W; N if B and C are rotated, else 0
 __global__ void __launch_bounds__(kThreads)
     causal_conv1d_kernel(Ssdi8CausalConv1dParams p, int run_length) {
-  __shared__ float4 exchange[2][kN == 256 ? kThreads : 1];  // of tokens in turn
+  __shared__ Exchange exchange;  // compiled away unless kN is 256
   const int blocks_of_x = blocks_of(p.d_inner);
   const bool is_x = blockIdx.x < blocks_of_x;
   const int position =
@@ -145,39 +161,48 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = 0; i < kBatchOfRows; ++i) {
       if (t + i < last) window[kWidth - 1 + i] = row_at(t + i);
     }
+    float s[kBatchOfRows][kChannels] = {};
 #pragma unroll
     for (int i = 0; i < kBatchOfRows; ++i) {
       if (t + i >= last) break;
-      float s[kChannels];
 #pragma unroll
-      for (int c = 0; c < kChannels; ++c) s[c] = bias[c];
+      for (int c = 0; c < kChannels; ++c) s[i][c] = bias[c];
 #pragma unroll
       for (int w = 0; w < kWidth; ++w) {
         const float2 low = __half22float2(window[i + w].low);
         const float2 high = __half22float2(window[i + w].high);
-        s[0] = __fadd_rn(s[0], __fmul_rn(low.x, taps[0 * kWidth + w]));
-        s[1] = __fadd_rn(s[1], __fmul_rn(low.y, taps[1 * kWidth + w]));
-        s[2] = __fadd_rn(s[2], __fmul_rn(high.x, taps[2 * kWidth + w]));
-        s[3] = __fadd_rn(s[3], __fmul_rn(high.y, taps[3 * kWidth + w]));
+        s[i][0] = __fadd_rn(s[i][0], __fmul_rn(low.x, taps[0 * kWidth + w]));
+        s[i][1] = __fadd_rn(s[i][1], __fmul_rn(low.y, taps[1 * kWidth + w]));
+        s[i][2] = __fadd_rn(s[i][2], __fmul_rn(high.x, taps[2 * kWidth + w]));
+        s[i][3] = __fadd_rn(s[i][3], __fmul_rn(high.y, taps[3 * kWidth + w]));
       }
 #pragma unroll
-      for (int c = 0; c < kChannels; ++c) s[c] = silu(s[c]);
+      for (int c = 0; c < kChannels; ++c) s[i][c] = silu(s[i][c]);
+    }
+    if constexpr (kN > 0) {
+      if (!is_x) {
+        constexpr float kRoot = kN == 64 ? 0.125f : kN == 128 ? 0.08838834764831845f : 0.0625f;
+#pragma unroll
+        for (int i = 0; i < kBatchOfRows * kChannels; ++i) {
+          float& v = s[i / kChannels][i % kChannels];
+          v = negative[i % kChannels] ? -v : v;
+        }
+        hadamard<kN>(s, exchange);
+#pragma unroll
+        for (int i = 0; i < kBatchOfRows * kChannels; ++i) s[i / kChannels][i % kChannels] *= kRoot;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kBatchOfRows; ++i) {
+      if (t + i >= last) break;
       const int64_t token = token0 + t + i;
       if (is_x) {
         store_row(static_cast<__half*>(p.x) + token * p.d_inner + column,
-                  {__floats2half2_rn(s[0], s[1]), __floats2half2_rn(s[2], s[3])});
+                  {__floats2half2_rn(s[i][0], s[i][1]), __floats2half2_rn(s[i][2], s[i][3])});
       } else {
-        if constexpr (kN > 0) {
-          constexpr float kRoot = kN == 64 ? 0.125f : kN == 128 ? 0.08838834764831845f : 0.0625f;
-#pragma unroll
-          for (int c = 0; c < kChannels; ++c) s[c] = negative[c] ? -s[c] : s[c];
-          hadamard<kN>(s, exchange[i % 2]);
-#pragma unroll
-          for (int c = 0; c < kChannels; ++c) s[c] *= kRoot;
-        }
         int q[kChannels];
 #pragma unroll
-        for (int c = 0; c < kChannels; ++c) q[c] = quantize(s[c], inverse_scale, half_away);
+        for (int c = 0; c < kChannels; ++c) q[c] = quantize(s[i][c], inverse_scale, half_away);
         int8_t* out = (is_c ? p.c_q : p.b_q) + token * gn + column;
         *reinterpret_cast<uint32_t*>(out) = pack4(q[0], q[1], q[2], q[3]);
       }

@@ -161,11 +161,11 @@ constexpr int kVectorTokens = 8;
 constexpr int kVectorRows = 16;
 constexpr int kVectorMaxWarps = 8;
 
-// With integer scales products are summed over a group before they are scaled. Of a segment of 128 k
-// the lanes t = 0, 1 hold the first 64 and 2, 3 the others. If those are two groups, the columns of
-// the product are shared out among them: kGroups x kSetTokens, a token's column being zero in the
-// lanes of other groups. So lane t, which gets columns 2t and 2t + 1, scales those by the scale of
-// its own k, and nothing is computed twice. Tokens beyond kSetTokens are a second set.
+// With integer scales products are summed over a group before they are scaled. Of a segment of 128
+// k the lanes t = 0, 1 hold the first 64 and 2, 3 the others. If those are two groups, the columns
+// of the product are shared out among them: kGroups x kSetTokens, a token's column being zero in
+// the lanes of other groups. So lane t, which gets columns 2t and 2t + 1, scales those by the scale
+// of its own k, and nothing is computed twice. Tokens beyond kSetTokens are a second set.
 template <Format kFormat, int kGroups, int kSets>
 __global__ void __launch_bounds__(kVectorMaxWarps* kWarp, kFormat == kW8 ? 3 : 2)
     vector_kernel(LinearArguments p) {
@@ -543,8 +543,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm) tile_kernel(Line
 #pragma unroll
         for (int j = 0; j < kRowGroups; ++j) {
           int* pair = &acc[i / 2][i % 2][j / 2][j % 2 * 2];
-          words[j] = movmatrix_trans(as_bits(__halves2half2(
-              epilogue(pair[0], scale[j], bias[j]), epilogue(pair[1], scale[j], bias[j]))));
+          words[j] = movmatrix_trans(as_bits(__halves2half2(epilogue(pair[0], scale[j], bias[j]),
+                                                            epilogue(pair[1], scale[j], bias[j]))));
           pair[0] = pair[1] = 0;
         }
         transpose_quad(words);

@@ -20,6 +20,6 @@ Rotation = Literal["none", "hadamard"]
 # The scales of tensors that exist only inside SSD (the weighted x, the passed states): as released,
 # calibrated and the same for every input; ours, taken from the tensor itself, one along each axis
 # that the following product sums over, so that nothing saturates and no step is wasted. "none":
-# these tensors are FP16; B, C and the linear layers alone are INT8, and how a kernel cuts a
+# these tensors are FP16; B, C and the linear layers alone are INT8, and how the fused kernel cuts a
 # sequence into chunks is its own choice.
 Scaling = Literal["static", "dynamic", "none"]

@@ -128,11 +128,10 @@ class QuantConfig:
                 f"recipe {self.name}: gate 'q0.7' with scaling {self.scaling!r}",
                 "is not a combination that exists: an integer carry needs scaling 'static'.",
             )
-        if self.scaling == "none" and (self.scan2 != "fp16" or self.ssd_ops != "fused"):
+        if self.scaling == "none" and self.scan2 != "fp16":
             raise UsageError(
-                f"recipe {self.name}: scaling 'none' with scan2 {self.scan2!r}, ssd_ops "
-                f"{self.ssd_ops!r}",
-                "is not a combination that exists: it needs scan2 'fp16' and ssd_ops 'fused'.",
+                f"recipe {self.name}: scaling 'none' with scan2 {self.scan2!r}",
+                "is not a combination that exists: it needs scan2 'fp16'.",
             )
 
     @property

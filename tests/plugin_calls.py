@@ -26,6 +26,7 @@ MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "edge-w8a8": ("edge-w8a8", 1, {}),
     "modular": ("edge-w8a8", 2, {"ssd_ops": "modular", "state_dtype": "fp32"}),
     "released": ("ssdi8-w8a8", 1, {"ssd_ops": "modular"}),
+    "fp16 ssd": ("edge-w8a8", 1, {"ssd_ops": "modular", "scaling": "none", "scan2": "fp16"}),
     "w4": ("edge-w4a8", 1, {}),
 }
 BATCH, LENGTH = 2, 19  # more than a chunk of 16

@@ -14,6 +14,8 @@ import pytest
 KERNELS = Path(__file__).parents[1] / "plugins" / "kernels"
 # The most that every chip from sm_86 on grants one block.
 MAX_SHARED_BYTES = 99 * 1024
+# The matrix instructions.
+INT8, FP16 = "IMMA.16832.S8.S8", "HMMA.16816.F32"
 FILES = sorted(path.name for path in KERNELS.glob("*.cu"))
 
 
@@ -59,22 +61,26 @@ def test_no_local_memory_and_little_shared_memory(compiled, name: str) -> None: 
 
 
 @pytest.mark.parametrize(
-    ("name", "kernel"),
+    ("name", "kernel", "instruction"),
     [
-        ("linear.cu", ""),
-        ("chunk_state.cu", "18chunk_state_kernel"),
-        ("chunk_scan.cu", "17chunk_scan_kernel"),
-        ("ssd_scan.cu", "11scan_kernel"),
-        ("ssd_scan_fp16.cu", "14prepare_kernel"),  # CB; the rest is FP16
+        ("linear.cu", "", INT8),
+        ("chunk_state.cu", "18chunk_state_kernel", INT8),
+        ("chunk_state.cu", "23fp16_chunk_state_kernel", FP16),
+        ("chunk_scan.cu", "17chunk_scan_kernel", INT8),
+        ("chunk_scan.cu", "9cb_kernel", INT8),
+        ("chunk_scan.cu", "22fp16_chunk_scan_kernel", FP16),
+        ("ssd_scan.cu", "11scan_kernel", INT8),
+        ("ssd_scan_fp16.cu", "14prepare_kernel", INT8),  # CB
+        ("ssd_scan_fp16.cu", "11scan_kernel", FP16),
     ],
 )
 def test_tensor_cores_are_used(  # type: ignore[no-untyped-def]
-    compiled, name: str, kernel: str
+    compiled, name: str, kernel: str, instruction: str
 ) -> None:
     command = [find_cuobjdump(), "-sass", str(compiled(name)[1])]
     sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     bodies = [b for b in sass.split("Function : ")[1:] if kernel in b.splitlines()[0]]
     assert bodies
     for body in bodies:
-        assert "IMMA.16832.S8.S8" in body, body.splitlines()[0]
+        assert instruction in body, body.splitlines()[0]
         assert not re.search(r"\b(LDL|STL)\b", body), body.splitlines()[0]

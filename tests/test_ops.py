@@ -108,7 +108,7 @@ def slow_largest(v: np.ndarray, axis: int, case: SsdCase) -> tuple[np.ndarray, n
 def slow_chunk_state(
     t: dict[str, np.ndarray], dt: np.ndarray, a: np.ndarray, case: SsdCase
 ) -> np.ndarray:
-    """(B, C, H, P, N): integer sums token by token, then FP32 or INT8."""
+    """(B, C, H, P, N): integer sums token by token, then FP32 or INT8; FP16 sums, then FP16."""
     chunks = -(-case.length // case.chunk)
     shape = (case.batch, chunks, case.heads, case.headdim, case.d_state)
     out = np.zeros(shape, f32 if case.gate == "fp32" else np.int64)
@@ -125,7 +125,7 @@ def slow_chunk_state(
             if case.scaling == "none":
                 v = (x_h * np.array(w).astype(np.float16).astype(f32)[:, None]).astype(np.float16)
                 sums = v.astype(np.float64).T @ b_q[b, part, g].astype(np.float64)
-                out[b, c, h] = sums.astype(f32) * t["b_scale"][g]
+                out[b, c, h] = (sums.astype(f32) * t["b_scale"][g]).astype(np.float16)
                 continue
             if case.scaling == "dynamic":
                 q, step = slow_largest(x_h * np.array(w)[:, None], 0, case)
@@ -310,6 +310,9 @@ def test_modules_against_loops(case: SsdCase) -> None:
     assert_same(got["dt"], dt)
     assert_same(got["a"], a)
     states = slow_chunk_state(t, dt, a, case)
+    kinds = {"fp32": torch.float32, "q0.7": torch.int8}
+    kind = torch.float16 if case.scaling == "none" else kinds[case.gate]
+    assert got["states"].dtype is kind
     assert_same(got["states"], states)
     passed, passed_scale, final = slow_passing(t, states, a, case)
     assert got["passed"].dtype is (torch.float16 if case.scaling == "none" else torch.int8)

@@ -333,7 +333,7 @@ def test_shapes_that_do_not_fit_are_refused(harness: Harness, calls: list[Call])
 
 def unread_scales(call: Call) -> int:
     """How many of the last inputs the kernel does not read."""
-    if call.fields.get("scaling") == "dynamic":
+    if call.fields.get("scaling") in ("dynamic", "none"):
         return sum(n in ("x_scale", "state_scale", "x_tile_scale") for n in OPS[call.op].inputs)
     return int(call.fields.get("scan_tile", 0) == call.fields.get("chunk_size"))
 

@@ -888,8 +888,6 @@ def test_recipe_refuses_dynamic_scales_of_an_integer_carry() -> None:
         QuantConfig(name="x", gate="q0.7")
     with pytest.raises(UsageError, match=r"scaling 'none' with scan2 'int8_offdiag'"):
         QuantConfig(name="x", scaling="none")
-    with pytest.raises(UsageError, match=r"ssd_ops 'modular'"):
-        QuantConfig(name="x", scaling="none", scan2="fp16", ssd_ops="modular")
 
 
 @pytest.mark.parametrize("granularity", ["cluster", "tensor_percentile"])

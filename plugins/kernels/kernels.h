@@ -151,9 +151,9 @@ size_t ssdi8_sizeof_rms_norm_gated(void);
 enum { SSDI8_GATE_FP32 = 0, SSDI8_GATE_Q0_7 = 1 };
 
 // Where the scales of w * x and of the states between chunks come from: inputs, or the largest
-// values of each channel in its chunk or tile, over 127. NONE: there are no scales, both are FP16;
-// of ssd_scan alone, with scan_tile = chunk_size. Without STATIC the gate is FP32, and inputs
-// "static only" are not read and may be null.
+// values of each channel in its chunk or tile, over 127. NONE: there are no scales, both are FP16,
+// and scan_tile = chunk_size. Without STATIC the gate is FP32, and inputs "static only" are not
+// read and may be null.
 enum { SSDI8_SCALING_STATIC = 0, SSDI8_SCALING_DYNAMIC = 1, SSDI8_SCALING_NONE = 2 };
 
 // dt = clamp(softplus(dt_raw + dt_bias)); a = cumulative sum of A * dt inside each chunk.
@@ -184,7 +184,7 @@ typedef struct Ssdi8ChunkStateParams {
   const float* b_scale;      // (G)
   const float* x_scale;      // (H, P), static only
   const float* state_scale;  // (H, P), static only
-  void* states;              // (B, C, H, P, N) FP32, with gate Q0.7 INT8
+  void* states;              // (B, C, H, P, N) FP32, gate Q0.7 INT8, scaling NONE FP16
   void* workspace;
   int32_t batch;    // B
   int32_t length;   // L
@@ -203,12 +203,12 @@ size_t ssdi8_sizeof_chunk_state(void);
 
 // R_0 = ssm_state; R_{c+1} = exp(a_last of c) * R_c + S_c; passed = Q(R_c / passed_scale).
 typedef struct Ssdi8StatePassingParams {
-  const void* states;        // (B, C, H, P, N) FP32, with gate Q0.7 INT8
+  const void* states;        // (B, C, H, P, N) FP32, gate Q0.7 INT8, scaling NONE FP16
   const float* a;            // (B, H, L)
   const void* ssm_state;     // (B, H, P, N)
   const float* state_scale;  // (H, P), static only
-  int8_t* passed;            // (B, C, H, P, N)
-  float* passed_scale;       // (B, C, H, P); static: state_scale
+  void* passed;              // (B, C, H, P, N) INT8, scaling NONE FP16
+  float* passed_scale;       // (B, C, H, P); static: state_scale; none: 1
   void* ssm_state_out;       // (B, H, P, N), may be `ssm_state`
   int32_t batch;             // B
   int32_t length;            // L
@@ -231,8 +231,8 @@ typedef struct Ssdi8ChunkScanParams {
   const int8_t* c_q;          // (B, L, G * N)
   const float* dt;            // (B, H, L)
   const float* a;             // (B, H, L)
-  const int8_t* passed;       // (B, C, H, P, N)
-  const float* passed_scale;  // (B, C, H, P)
+  const void* passed;         // (B, C, H, P, N) INT8, scaling NONE FP16
+  const float* passed_scale;  // (B, C, H, P), not read with scaling NONE
   const float* d_skip;        // (H), the model's D
   const float* b_scale;       // (G)
   const float* c_scale;       // (G)

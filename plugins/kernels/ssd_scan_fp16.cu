@@ -21,10 +21,6 @@ namespace {
 using ssd::Item;
 using ssd::Shape;
 
-// Blocks on a multiprocessor, which registers are cut to.
-template <typename P>
-constexpr int kResident = (P::kN == 256 ? 8 : 16) / P::kWarps;
-
 struct Operands {
   const uint4* b_units;
   const uint4* c_units;
@@ -53,7 +49,7 @@ __global__ __launch_bounds__(ssd::kThreads) void prepare_kernel(Shape shape, ssd
 }
 
 template <typename P>  // ssd::Plan
-__global__ __launch_bounds__(P::kThreads, kResident<P>) void scan_kernel(
+__global__ __launch_bounds__(P::kThreads, ssd::kFp16Resident<P>) void scan_kernel(
     Shape shape, const __half* x, const ssd::Fp16Tables<P::kChunk>* prepared, Operands operands,
     ssd::Carries carries, __half* y) {
   using Tables = ssd::Fp16Tables<P::kChunk>;
@@ -160,7 +156,7 @@ cudaError_t launch_scan(const Shape& shape, const Ssdi8SsdScanParams& p, int pro
   static_assert(kBytes <= kMaxSharedBytes);
   auto* kernel = scan_kernel<P>;
   if (cudaError_t error = ssd::grant_shared(kernel, kBytes)) return error;
-  const dim3 grid = ssd::scan_grid(shape, kResident<P> * processors);
+  const dim3 grid = ssd::scan_grid(shape, ssd::kFp16Resident<P> * processors);
   return launch(kernel, grid, P::kThreads, kBytes, stream, shape, static_cast<const __half*>(p.x),
                 static_cast<const Tables*>(w.tables), {w.b_units, w.c_units, w.cb16},
                 {p.ssm_state, p.ssm_state_out, w.carries, w.progress, p.state_fp32 != 0},
@@ -183,7 +179,7 @@ cudaError_t launch_plan(const Shape& shape, const Ssdi8SsdScanParams& p, cudaStr
   if (cudaError_t error = multiprocessors(&processors)) return error;
   using Small = ssd::Plan<kN, 2, 4>;
   using Large = ssd::Plan<kN, 2, 8>;
-  if (shape.lanes() >= kResident<Small> * processors) {
+  if (shape.lanes() >= ssd::kFp16Resident<Small> * processors) {
     return launch_scan<Small>(with_chunk(shape, Small::kChunk), p, processors, stream);
   }
   return launch_scan<Large>(with_chunk(shape, Large::kChunk), p, processors, stream);

@@ -3,7 +3,8 @@
 // states (B, C, H, P, N) FP32 with an FP32 carry (gate FP32), or INT8 with an INT32 carry in steps
 // of state_scale (gate Q0.7); passed (B, C, H, P, N) INT8; passed_scale (B, C, H, P) FP32, with
 // scaling "dynamic" the largest of the N values over 127, else state_scale; ssm_state (B, H, P, N)
-// FP16 or FP32. One thread owns eight neighbouring values of N or four and walks the chunks with
+// FP16 or FP32. With scaling "none" states and passed are FP16, the carry FP32, and passed_scale is
+// 1. One thread owns eight neighbouring values of N or four and walks the chunks with
 // four chunks of loads in flight; a row of N values never leaves a warp. Bound by memory: every
 // byte is touched once.
 
@@ -24,7 +25,7 @@ struct Passing {
   const float* a;
   const void* ssm_state;
   const float* state_scale;  // static only
-  int8_t* passed;
+  void* passed;              // INT8 or FP16
   float* passed_scale;
   void* ssm_state_out;
   int length;
@@ -85,6 +86,9 @@ __device__ __forceinline__ void load_streaming_values(const float* from, float (
 __device__ __forceinline__ void load_streaming_values(const int8_t* from, int8_t (&v)[8]) {
   *reinterpret_cast<uint2*>(v) = __ldcs(reinterpret_cast<const uint2*>(from));
 }
+__device__ __forceinline__ void load_streaming_values(const __half* from, __half (&v)[8]) {
+  *reinterpret_cast<uint4*>(v) = __ldcs(reinterpret_cast<const uint4*>(from));
+}
 
 // The largest |v| of a row, which kLanes lanes share: as integers the bits are in the same order.
 template <int kLanes, int kValues>
@@ -98,16 +102,22 @@ __device__ __forceinline__ float row_top(const float (&v)[kValues]) {
   return __uint_as_float(__reduce_max_sync(row, __float_as_uint(top)));
 }
 
-enum Kind { kInteger, kStatic, kDynamic };  // gate Q0.7: INT8 states, INT32 carry; FP32 by scaling
+// Gate Q0.7: INT8 states, INT32 carry; else by scaling.
+enum Kind { kInteger, kStatic, kDynamic, kNone };
+
+template <Kind kKind>
+using ValueOf = typename std::conditional<
+    kKind == kInteger, int8_t,
+    typename std::conditional<kKind == kNone, __half, float>::type>::type;  // of states
 
 template <Kind kKind, int kN>
-constexpr int kValuesOf = kKind == kInteger || kN == 256 ? 8 : 4;  // of a thread
+constexpr int kValuesOf = sizeof(ValueOf<kKind>) < 4 || kN == 256 ? 8 : 4;  // of a thread
 
 template <Kind kKind, int kN>
 __global__ __launch_bounds__(kBlock) void state_passing_kernel(Passing p) {
   constexpr int kValues = kValuesOf<kKind, kN>;
   constexpr int kLanes = kN / kValues;  // of a row
-  using Value = typename std::conditional<kKind == kInteger, int8_t, float>::type;
+  using Value = ValueOf<kKind>;
   struct alignas(kValues * sizeof(Value) < 16 ? 8 : 16) Values {
     Value v[kValues];
   };
@@ -122,8 +132,8 @@ __global__ __launch_bounds__(kBlock) void state_passing_kernel(Passing p) {
   const size_t first = first_row * kN + value % kN;
   const size_t state_index = size_t(bh) * values_per_head + value;
   const float* a = p.a + size_t(bh) * p.length;
-  float scale = 0.0f, inverse = 0.0f;
-  if (kKind != kDynamic) {
+  float scale = 1.0f, inverse = 1.0f;
+  if (kKind == kInteger || kKind == kStatic) {
     scale = p.state_scale[h * p.headdim + row];
     inverse = __frcp_rn(scale);
   }
@@ -155,24 +165,35 @@ __global__ __launch_bounds__(kBlock) void state_passing_kernel(Passing p) {
         inverse = dynamic.inverse;
       }
       if (first_of_row) p.passed_scale[first_row + (base + i) * rows] = scale;
-      int q[kValues];
-      if (kKind == kInteger) {
-        const int gate = ssd::integer_gate(gates[i], p.away);
+      if constexpr (kKind == kNone) {
+        ssd::store_state8(p.passed, first + (base + i) * rows * kN, false, carry);
 #pragma unroll
         for (int k = 0; k < kValues; ++k) {
-          q[k] = ssd::saturate(carry_q[k], p.away);
-          carry_q[k] = ssd::pass_integer(carry_q[k], gate, static_cast<int>(ahead[i].v[k]));
+          carry[k] = ssd::pass_real(carry[k], gates[i], __half2float(ahead[i].v[k]));
         }
       } else {
+        int q[kValues];
+        if (kKind == kInteger) {
+          const int gate = ssd::integer_gate(gates[i], p.away);
 #pragma unroll
-        for (int k = 0; k < kValues; ++k) {
-          q[k] = quantize(carry[k], inverse, p.away);
-          carry[k] = ssd::pass_real(carry[k], gates[i], static_cast<float>(ahead[i].v[k]));
+          for (int k = 0; k < kValues; ++k) {
+            q[k] = ssd::saturate(carry_q[k], p.away);
+            carry_q[k] = ssd::pass_integer(carry_q[k], gate, static_cast<int>(ahead[i].v[k]));
+          }
+        } else {
+#pragma unroll
+          for (int k = 0; k < kValues; ++k) {
+            q[k] = quantize(carry[k], inverse, p.away);
+            carry[k] = ssd::pass_real(carry[k], gates[i], static_cast<float>(ahead[i].v[k]));
+          }
+        }
+        int8_t* passed = static_cast<int8_t*>(p.passed) + first + (base + i) * rows * kN;
+        uint32_t* out = reinterpret_cast<uint32_t*>(passed);
+#pragma unroll
+        for (int k = 0; k < kValues; k += 4) {
+          out[k / 4] = pack4(q[k], q[k + 1], q[k + 2], q[k + 3]);
         }
       }
-      uint32_t* out = reinterpret_cast<uint32_t*>(p.passed + first + (base + i) * rows * kN);
-#pragma unroll
-      for (int k = 0; k < kValues; k += 4) out[k / 4] = pack4(q[k], q[k + 1], q[k + 2], q[k + 3]);
     }
   }
   if (kKind == kInteger) {
@@ -215,7 +236,6 @@ int ssdi8_state_passing(const Ssdi8StatePassingParams* p, void* stream) {
                                  &shape)) {
     return code;
   }
-  if (int code = ssd::refuse_fp16("state_passing", shape)) return code;
   if (int code = ssd::check_gate("state_passing", p->gate, shape)) return code;
   if (int code = ssd::check_scale("state_passing", shape, "state_scale", p->state_scale)) {
     return code;
@@ -232,6 +252,7 @@ int ssdi8_state_passing(const Ssdi8StatePassingParams* p, void* stream) {
                            shape.chunks,     p->state_fp32 != 0,
                            shape.away != 0};
   auto* launch = p->gate == SSDI8_GATE_Q0_7 ? launch_passing<kInteger>
+                 : shape.fp16               ? launch_passing<kNone>
                  : shape.dynamic            ? launch_passing<kDynamic>
                                             : launch_passing<kStatic>;
   return check(launch(shape, passing, static_cast<cudaStream_t>(stream)), "state_passing");

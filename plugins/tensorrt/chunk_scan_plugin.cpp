@@ -11,9 +11,7 @@ using P = Ssdi8ChunkScanParams;
 
 constexpr char kName[] = "Ssdi8ChunkScan";
 
-bool consistent(const P& p) {
-  return check_groups(kName, p) && check_tile(kName, p) && check_quantized(kName, p);
-}
+bool consistent(const P& p) { return check_groups(kName, p) && check_tile(kName, p); }
 
 Description<P> describe() {
   Description<P> op;
@@ -32,7 +30,7 @@ Description<P> describe() {
       {"c_q", kInt8, bind<&P::c_q>, group_shape<P>()},
       {"dt", kFloat, bind<&P::dt>, decay_shape<P>()},
       {"a", kFloat, bind<&P::a>, decay_shape<P>()},
-      {"passed", kInt8, bind<&P::passed>, chunk_shape<P>()},
+      {"passed", passed_type<P>, bind<&P::passed>, chunk_shape<P>()},
       {"passed_scale", kFloat, bind<&P::passed_scale>, chunk_scale_shape<P>()},
       {"D", kFloat, bind<&P::d_skip>, {&P::nheads}},
       {"b_scale", kFloat, bind<&P::b_scale>, {&P::ngroups}},

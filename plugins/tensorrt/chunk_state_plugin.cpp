@@ -11,9 +11,7 @@ using P = Ssdi8ChunkStateParams;
 
 constexpr char kName[] = "Ssdi8ChunkState";
 
-bool consistent(const P& p) {
-  return check_groups(kName, p) && check_gate(kName, p) && check_quantized(kName, p);
-}
+bool consistent(const P& p) { return check_groups(kName, p) && check_gate(kName, p); }
 
 Description<P> describe() {
   Description<P> op;

@@ -69,10 +69,15 @@ TypeOf<P> state_type() {
   return {kHalf, kFloat, &P::state_fp32};
 }
 
-// The states between chunks, as the gate wants them.
+// The states of chunks, and those that are passed between them.
 template <typename P>
 DataType chunk_type(const P& p) {
+  if (p.scaling == SSDI8_SCALING_NONE) return kHalf;
   return p.gate == SSDI8_GATE_FP32 ? kFloat : kInt8;
+}
+template <typename P>
+DataType passed_type(const P& p) {
+  return p.scaling == SSDI8_SCALING_NONE ? kHalf : kInt8;
 }
 
 template <typename P>
@@ -134,13 +139,6 @@ template <typename P>
 bool check_gate(const char* op, const P& p) {
   if (p.gate == SSDI8_GATE_FP32 || p.scaling == SSDI8_SCALING_STATIC) return true;
   return log_error("%s: gate q0.7 needs scaling static", op);
-}
-
-// Of the ops that are one module of SSD.
-template <typename P>
-bool check_quantized(const char* op, const P& p) {
-  if (p.scaling != SSDI8_SCALING_NONE) return true;
-  return log_error("%s: scaling none, which Ssdi8SsdScan alone has", op);
 }
 
 template <typename P>

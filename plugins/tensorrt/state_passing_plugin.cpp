@@ -11,7 +11,7 @@ using P = Ssdi8StatePassingParams;
 
 constexpr char kName[] = "Ssdi8StatePassing";
 
-bool consistent(const P& p) { return check_gate(kName, p) && check_quantized(kName, p); }
+bool consistent(const P& p) { return check_gate(kName, p); }
 
 Description<P> describe() {
   Description<P> op;
@@ -33,7 +33,7 @@ Description<P> describe() {
   };
   op.optional_inputs = unread_scales<P, 1>;
   op.outputs = {
-      {"passed", kInt8, bind<&P::passed>, chunk_shape<P>()},
+      {"passed", passed_type<P>, bind<&P::passed>, chunk_shape<P>()},
       {"passed_scale", kFloat, bind<&P::passed_scale>, chunk_scale_shape<P>()},
       {"ssm_state_out", state_type<P>(), bind<&P::ssm_state_out>, state_shape<P>()},
   };

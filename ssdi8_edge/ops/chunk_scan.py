@@ -49,7 +49,7 @@ def chunk_scan_reference(
 
     With scaling "dynamic" each (tile, head, channel) of the INT8 x has its own scale, from its
     largest value, and CB on the diagonal, which no INT8 product takes, is rounded to FP16 instead;
-    so with "none", whose passed states are FP16.
+    so with "none", whose passed states are FP16 and in real units: passed_scale is not read.
 
     Args:
         x: (B, L, H·P) FP16.
@@ -70,7 +70,8 @@ def chunk_scan_reference(
     dt_c = chunks_of_decay(dt, chunk_size, edge=False).double()
     a_c = chunks_of_decay(a, chunk_size, edge=True).double()
     requantizer = (c_scale * b_scale / cb_scale)[:, None, None]
-    scan1_scale = (per_head(c_scale, nheads)[:, None] * passed_scale).double()  # (B, C, H, P)
+    step = torch.ones_like(passed_scale) if scaling == "none" else passed_scale
+    scan1_scale = (per_head(c_scale, nheads)[:, None] * step).double()  # (B, C, H, P)
     cb_real = per_head(cb_scale, nheads).double()[:, None, None]
     tile_of = torch.arange(chunk_size, device=x.device) // scan_tile
     in_fp16 = (tile_of[:, None] == tile_of) & (scaling != "static")
@@ -171,19 +172,16 @@ def _body(a: Attributes, form: BodyForm) -> str:
         "diagonal = And (causal, same_tile)",
         t.number("masked", MASKED, f),
         # Scan1
+        t.ints("axis3", [3]),
         *_passed_lines(a, form),
         "passed_np = Transpose <perm = [0, 1, 2, 4, 3]> (passed_real)",
         t.ints("group_heads", [0, 0, g, h // g, n, p]),
         "passed_group = Reshape (passed_np, group_heads)",
-        t.ints("axis3", [3]),
         "c_heads = Unsqueeze (c_of_scan1, axis3)",
         "scan1_group = MatMul (c_heads, passed_group)",
         t.ints("head_shape", [0, 0, h, k, p]),
         "scan1_int = Reshape (scan1_group, head_shape)",
         t.cast("scan1_wide", "scan1_int", f),
-        t.per_head("c_scale_h", "c_scale", h, g, [h, 1]),
-        "scan1_scale32 = Mul (c_scale_h, passed_scale)",
-        "scan1_scale_row = Unsqueeze (scan1_scale32, axis3)",
         t.cast("scan1_scale", "scan1_scale_row", f),
         "scan1_scaled = Mul (scan1_wide, scan1_scale)",
         "a_exp = Exp (a_wide)",
@@ -234,11 +232,23 @@ def _body(a: Attributes, form: BodyForm) -> str:
 
 
 def _passed_lines(a: Attributes, form: BodyForm) -> list[str]:
-    """`passed_real` and `c_of_scan1`: integers in FP32, which is exact, or the compute type."""
+    """`passed_real` and `c_of_scan1`: integers in FP32, which is exact, or the compute type.
+    `scan1_scale_row` (B, C, H, 1, P) or (H, 1, 1): the scale of their products."""
+    h, g = int(a["nheads"]), int(a["ngroups"])
     if a["scaling"] == "none":
         f = t.compute_type(form)
-        return [t.cast("passed_real", "passed", f), t.cast("c_of_scan1", "c_cgkn", f)]
-    return [t.from_int8("passed_real", "passed", form), "c_of_scan1 = Identity (c_cgkn)"]
+        return [
+            t.cast("passed_real", "passed", f),
+            t.cast("c_of_scan1", "c_cgkn", f),
+            t.per_head("scan1_scale_row", "c_scale", h, g, [h, 1, 1]),
+        ]
+    return [
+        t.from_int8("passed_real", "passed", form),
+        "c_of_scan1 = Identity (c_cgkn)",
+        t.per_head("c_scale_h", "c_scale", h, g, [h, 1]),
+        "scan1_scale32 = Mul (c_scale_h, passed_scale)",
+        "scan1_scale_row = Unsqueeze (scan1_scale32, axis3)",
+    ]
 
 
 def _diagonal_cb_lines(cb: str, f: int) -> list[str]:

@@ -36,7 +36,8 @@ def chunk_state_reference(
     Scaling x instead of B is exact, since w depends on the contracted index only, and lets the
     INT8 B be quantized once before the group-to-head broadcast. With scaling "dynamic" each (chunk,
     head, channel) of w · x has its own scale, from its largest value: it is a row of the product.
-    With scaling "none" Q is FP16(FP16(w) · x) and the sum is evaluated in FP64 and rounded once.
+    With scaling "none" Q is FP16(FP16(w) · x), the sum is evaluated in FP64 and rounded to FP32,
+    and the states to FP16.
 
     Args:
         x: (B, L, H·P) FP16.
@@ -47,11 +48,11 @@ def chunk_state_reference(
             scaling "static" only.
 
     Returns:
-        (B, C, H, P, N): with gate "fp32" the states in FP32, in real units; with gate "q0.7" INT8
-        in units of state_scale.
+        (B, C, H, P, N): with gate "fp32" the states in real units, FP32 or with scaling "none"
+        FP16; with gate "q0.7" INT8 in units of state_scale.
 
     Raises:
-        ValueError: gate "q0.7" with scaling "dynamic": its integer carry needs one scale.
+        ValueError: gate "q0.7" without scaling "static": its integer carry needs one scale.
     """
     require_one_scale(gate, scaling)
     x_c = chunks_of_tokens(x, chunk_size, nheads, headdim).float()  # (B, C, H, K, P)
@@ -64,7 +65,7 @@ def chunk_state_reference(
     if scaling == "none":
         v = (x_c * w.half().float()).half().double().unflatten(2, (ngroups, -1))
         total = (v.transpose(-1, -2) @ b_c.double()[:, :, :, None]).flatten(2, 3)
-        return total.float() * scale_of_b[..., None]
+        return (total.float() * scale_of_b[..., None]).half()
     if scaling == "dynamic":
         v_q, step = quantize_by_largest(x_c * w, -2, rounding)
         step = step.squeeze(-2)  # (B, C, H, P)
@@ -116,7 +117,8 @@ def _body(a: Attributes, form: BodyForm) -> str:
     if a["gate"] == "fp32":
         lines += [
             "multiplier_column = Unsqueeze (multiplier, last)",
-            "states = Mul (accumulator, multiplier_column)",
+            "states_32 = Mul (accumulator, multiplier_column)",
+            t.cast("states", "states_32", t.FP16 if a["scaling"] == "none" else t.FP32),
         ]
     else:
         lines += [

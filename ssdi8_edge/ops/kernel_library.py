@@ -322,13 +322,23 @@ def _chunks(call: Call) -> int:
     return -(-call.length // call.chunk_size)
 
 
+def _state_type(call: Call) -> torch.dtype:
+    if call.scaling == "none":
+        return torch.float16
+    return torch.float32 if call.gate == "fp32" else torch.int8
+
+
+def _passed_type(call: Call) -> torch.dtype:
+    return torch.float16 if call.scaling == "none" else torch.int8
+
+
 def _chunk_state(call: Call) -> Tensor:
     _require_tokens(call, "b_q")
     _require_decay(call)
     _require_scales(call, ("b_scale",), ("x_scale", "state_scale"))
     call.states = torch.empty(
         (call.batch, _chunks(call), call.nheads, call.headdim, call.d_state),
-        dtype=torch.float32 if call.gate == "fp32" else torch.int8,
+        dtype=_state_type(call),
         device=call.x.device,
     )
     _launch("chunk_state", call, call.x.device)
@@ -340,11 +350,11 @@ def _state_passing(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     call.length = call.a.shape[2]
     if _chunks(call) != chunks:
         raise Ssdi8Error(f"CUDA kernel: {call.length} tokens are not {chunks} chunks.")
-    _require(call, torch.float32 if call.gate == "fp32" else torch.int8, states=shape)
+    _require(call, _state_type(call), states=shape)
     _require(call, torch.float32, a=(call.batch, call.nheads, call.length))
     _require_scales(call, (), ("state_scale",))
     _require_state(call, call.batch, *shape[2:])
-    call.passed = torch.empty(shape, dtype=torch.int8, device=call.states.device)
+    call.passed = torch.empty(shape, dtype=_passed_type(call), device=call.states.device)
     call.passed_scale = torch.empty(shape[:-1], dtype=torch.float32, device=call.states.device)
     _launch("state_passing", call, call.states.device)
     return call.passed, call.passed_scale, call.ssm_state_out
@@ -355,7 +365,7 @@ def _chunk_scan(call: Call) -> Tensor:
     _require_decay(call)
     _require(call, torch.float32, D=(call.nheads,))
     rows = (call.batch, _chunks(call), call.nheads, call.headdim)
-    _require(call, torch.int8, passed=(*rows, call.d_state))
+    _require(call, _passed_type(call), passed=(*rows, call.d_state))
     _require(call, torch.float32, passed_scale=rows)
     _require_scales(call, ("b_scale", "c_scale", "cb_scale"), ("x_tile_scale",))
     call.y = torch.empty_like(call.x)

@@ -28,8 +28,8 @@ def state_passing_reference(
     """R_0 = ssm_state; R_{c+1} = exp(a_last of chunk c)·R_c + S_c; stored as Q(R_c / passed_scale).
 
     With scaling "static", passed_scale is state_scale everywhere; "dynamic" takes it from the
-    largest value of each stored (chunk, head, channel); with "none" passed is FP16(R_c), and the
-    scale 1.
+    largest value of each stored (chunk, head, channel); with "none" states and passed are FP16, the
+    carry between them FP32, and the scale is 1.
 
     gate "fp32": FP32 carry, one multiplication and one addition, each rounded; only the stored
     copies are quantized. gate "q0.7", as released: INT32 carry in units of state_scale, the gate in
@@ -59,7 +59,8 @@ def state_passing_reference(
         for c in range(states.shape[1]):
             passed[:, c] = carry.half()
             carry = gamma[:, c] * carry + states[:, c]
-        return passed, torch.ones_like(states[..., 0]), carry.to(ssm_state.dtype)
+        ones = torch.ones(states.shape[:-1], device=states.device)
+        return passed, ones, carry.to(ssm_state.dtype)
 
     if scaling == "dynamic":
         steps = []
@@ -117,7 +118,8 @@ def _body(a: Attributes, form: BodyForm) -> str:
     ]
     if a["gate"] == "fp32":
         lines += [
-            scan_over_chunks("start", "gamma", "states_c", "float", DECAY),
+            t.cast("states_32", "states_c", t.FP32),
+            scan_over_chunks("start", "gamma", "states_32", "float", DECAY),
             "entering = Transpose <perm = [1, 0, 2, 3, 4]> (entering_c)",
             "ssm_state_out = CastLike (final, ssm_state)",
         ]

@@ -26,6 +26,10 @@ __device__ __forceinline__ uint32_t half2_pair(float low, float high) {
   return *reinterpret_cast<const uint32_t*>(&v);
 }
 
+// Blocks on a multiprocessor, which registers are cut to.
+template <typename P>
+constexpr int kFp16Resident = (P::kN == 256 ? 8 : 16) / P::kWarps;
+
 template <typename P>
 using StateReal = float[P::kRows][P::kSteps][4][4];
 

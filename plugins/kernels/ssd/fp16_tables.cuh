@@ -63,6 +63,37 @@ struct Fp16TableSink {
   }
 };
 
+// The same for one item, from dt and a (B, H, L): what the chunk state needs, or the scan.
+template <typename P, bool kState, bool kScan>
+__device__ __forceinline__ void fill_fp16_tables(const Shape& shape, const Item& it,
+                                                 const float* dt, const float* a,
+                                                 const Scales& scales,
+                                                 Fp16Tables<P::kChunk>& tables) {
+  const size_t first = (size_t(it.b) * shape.nheads + it.h) * shape.length + it.start;
+  const int last = it.valid - 1;
+  static_assert(P::kChunk <= P::kThreads, "a position per thread");
+  const int k = threadIdx.x;
+  if (k < P::kChunk) {
+    const float a_k = a[first + min(k, last)];
+    const float dt_k = k < it.valid ? dt[first + k] : 0.0f;
+    if (kState) tables.w_state[k] = __float2half_rn(decay_weight(a[first + last], a_k, dt_k));
+    if (kScan) {
+      const float cb_scale = scales.cb_scale[it.group];
+      const float r = a[first + min(k | (kFp16Tile - 1), last)];
+      const float a2 = a_k * kLog2e;
+      tables.w_tile[k] = __float2half_rn(decay_weight(r, a_k, dt_k) * cb_scale);
+      tables.a2[k] = a2;
+      tables.a2_less[k] = a2 - __log2f(dt_k * cb_scale);
+    }
+  }
+  if (k > 0) return;
+  if (kState) tables.b_scale = scales.b_scale[it.group];
+  if (kScan) {
+    tables.c_scale = scales.c_scale[it.group];
+    tables.d_skip = scales.d_skip[it.h];
+  }
+}
+
 }  // namespace ssd
 }  // namespace ssdi8
 

@@ -57,11 +57,6 @@ inline int make_shape(const char* op, int batch, int length, int nheads, int hea
   return SSDI8_OK;
 }
 
-// Of the ops that are one module of SSD.
-inline int refuse_fp16(const char* op, const Shape& shape) {
-  return shape.fp16 ? refuse("%s: scaling none, which ssd_scan alone has", op) : SSDI8_OK;
-}
-
 inline int check_gate(const char* op, int gate, const Shape& shape) {
   if (gate == SSDI8_GATE_Q0_7 && (shape.dynamic || shape.fp16)) {
     return refuse("%s: scaling %s with gate Q0.7", op, shape.dynamic ? "dynamic" : "none");

@@ -60,7 +60,7 @@ struct Plan {
   // The part of the (64, N) state of a warp: kRows blocks of 16 channels and kSteps runs of 32
   // state columns. Value [row][step][v][e]: channel 8 slot(g) + 2 (first_row + row) + e / 2, column
   // of the run's 8 consecutive ones 2v + e % 2.
-  static constexpr int kWarpColumns = kN == 64 ? 2 : 4;
+  static constexpr int kWarpColumns = kN == 64 || kWarps < 4 ? 2 : 4;
   static constexpr int kWarpRows = kWarps / kWarpColumns < 4 ? kWarps / kWarpColumns : 4;
   static constexpr int kStateWarps = kWarpRows * kWarpColumns;  // the others have no part
   static constexpr int kStateThreads = 32 * kStateWarps;

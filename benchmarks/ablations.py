@@ -56,6 +56,7 @@ DEPARTURES: dict[str, dict[str, dict[str, Any]]] = {
         "compensation": {"compensation": 0.5},
     },
     "edge-w4a8": {
+        "groups of 64": {"group_size": 64},
         "groups of 128": {"group_size": 128},
         "FP16 group scales": {"group_scales": "fp16"},
         "group scales from absolute maxima": {"group_search": "absmax"},

@@ -124,7 +124,7 @@ def linear_cases(s: Sizes, tokens: int) -> Iterable[Case]:
 
 def linear_w4_cases(s: Sizes, tokens: int) -> Iterable[Case]:
     """As `edge-w4a8` has it, with integer scales of groups of 128, and with FP16 ones."""
-    kinds = (("", torch.int8, 64), ("/128", torch.int8, 128), ("/h", torch.float16, 128))
+    kinds = (("", torch.int8, 32), ("/128", torch.int8, 128), ("/h", torch.float16, 128))
     for name, (n_in, n_out) in linear_shapes(s).items():
         for label, kind, group in kinds:
             yield Case(

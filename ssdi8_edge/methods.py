@@ -23,7 +23,7 @@ class QuantConfig:
             and group.
         group_size: input columns that share a W4 scale.
         group_scales: of W4 in steps of the row: "fp16", as released, or "integer", -15 to 16,
-            which a kernel applies with a fraction of the instructions (in groups of 64 or 128).
+            which a kernel applies with a fraction of the instructions.
         group_search: a W4 group's scale: from its largest weight ("absmax", as released), or the
             one of least squared error ("mse"), which may be negative: -8 to 7 is not symmetric.
         gptq: choose the values of weights by GPTQ instead of rounding to nearest.
@@ -232,9 +232,9 @@ METHODS: dict[str, QuantConfig] = {
         ),
         QuantConfig(
             name="edge-w4a8",
-            about="ours with 4-bit weights in groups of 64, searched scales, compensation",
+            about="ours with 4-bit weights in groups of 32, searched scales, compensation",
             linear="w4",
-            group_size=64,
+            group_size=32,
             compensation=0.5,
         ),
         _released(

@@ -92,7 +92,7 @@ def linear(g: torch.Generator, batch: int, length: int) -> Case:
 
 
 def linear_w4(g: torch.Generator, batch: int, length: int, integer: bool) -> Case:
-    group_size = 64 if integer else 128
+    group_size = 32 if integer else 128
     packed, group_scale = w4_weight(g, 3352, 768, group_size, 15.0)
     if integer:
         group_scale = integer_scales(g, 3352, 768, group_size)

@@ -88,7 +88,7 @@ typedef struct Ssdi8LinearW4Params {
   int32_t tokens;           // T
   int32_t in_features;      // In, a multiple of 32 and of group_size, at most 65536
   int32_t out_features;     // Out
-  int32_t group_size;       // 32, 64 or 128; with integer scales 64 or 128
+  int32_t group_size;       // 32, 64 or 128
   int32_t integer_scales;   // group_scale is INT8
   int32_t variant;          // as in Ssdi8LinearParams
 } Ssdi8LinearW4Params;

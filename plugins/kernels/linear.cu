@@ -162,10 +162,10 @@ constexpr int kVectorRows = 16;
 constexpr int kVectorMaxWarps = 8;
 
 // With integer scales products are summed over a group before they are scaled. Of a segment of 128
-// k the lanes t = 0, 1 hold the first 64 and 2, 3 the others. If those are two groups, the columns
-// of the product are shared out among them: kGroups x kSetTokens, a token's column being zero in
-// the lanes of other groups. So lane t, which gets columns 2t and 2t + 1, scales those by the scale
-// of its own k, and nothing is computed twice. Tokens beyond kSetTokens are a second set.
+// k lane t holds the 32 from 32 t. If those are of 2 or 4 groups, the columns of the product are
+// shared out among these: kGroups x kSetTokens, a token's column being zero in the lanes of other
+// groups. So lane t, which gets columns 2t and 2t + 1, scales those by the scale of its own k, and
+// nothing is computed twice. Tokens beyond kSetTokens are further sets.
 template <Format kFormat, int kGroups, int kSets>
 __global__ void __launch_bounds__(kVectorMaxWarps* kWarp, kFormat == kW8 ? 3 : 2)
     vector_kernel(LinearArguments p) {
@@ -616,8 +616,11 @@ cudaError_t launch_vector(const LinearArguments& p, cudaStream_t stream) {
   auto* kernel = vector_kernel<kFormat, 1, 1>;
   if constexpr (kFormat == kW4Integer) {
     if (p.group_shift == 6) {
-      kernel = 2 * p.tokens <= kVectorTokens ? vector_kernel<kFormat, 2, 1>
-                                             : vector_kernel<kFormat, 2, 2>;
+      kernel = p.tokens <= 4 ? vector_kernel<kFormat, 2, 1> : vector_kernel<kFormat, 2, 2>;
+    } else if (p.group_shift == 5) {
+      kernel = p.tokens <= 2   ? vector_kernel<kFormat, 4, 1>
+               : p.tokens <= 4 ? vector_kernel<kFormat, 4, 2>
+                               : vector_kernel<kFormat, 4, 4>;
     }
   }
   return launch(kernel, blocks, warps * kWarp, 0, stream, p);
@@ -695,7 +698,6 @@ int ssdi8_linear_w4(const Ssdi8LinearW4Params* p, void* stream) {
                                      : group == 64 ? 6
                                                    : 7};
   if (!p->integer_scales) return run_linear<kW4Rounded>(arguments, p->variant, "linear_w4", stream);
-  if (group == 32) return refuse("linear_w4: integer scales of groups of 32, not 64 or 128");
   return run_linear<kW4Integer>(arguments, p->variant, "linear_w4", stream);
 }
 

@@ -439,8 +439,8 @@ CASES: dict[str, tuple[Case, list[str]]] = {
     "out below a file": (out_below_a_file, ["file/run", "--out"]),
     "out is no place for files": (build_with("--out", "/proc/run"), ["/proc/run", "--out"]),
     "4-bit groups do not fit": (
-        build_of(lambda _, place: write_model(place / "narrow", d_model=64), "--method=edge-w4a8"),
-        ["64 input columns", "8-bit method"],
+        build_of(lambda _, place: write_model(place / "narrow", d_model=48), "--method=edge-w4a8"),
+        ["48 input columns", "8-bit method"],
     ),
     "run: no bundle": (on_bundle("run", "/nowhere", *GO), ["/nowhere is not a bundle"]),
     "run: no manifest": (

@@ -58,6 +58,10 @@ def embed(checkpoint: Checkpoint, ids: Tensor) -> Iterator[tuple[slice, Tensor]]
         yield part, rotate_embedding(table[ids[part]].float())
 
 
+# Goes into the key of the statistics: raised when what is observed changes, so that those of an
+# earlier state of this file are made again.
+STATISTICS = 2
+
 # Of |x| for the recipes that clip it so: method §3.2.
 PERCENTILE = 0.9995
 PERCENTILE_MOMENTUM = 0.01

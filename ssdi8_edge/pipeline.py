@@ -48,7 +48,7 @@ from ssdi8_edge.artifacts import (
     write_json,
 )
 from ssdi8_edge.bundle import pack
-from ssdi8_edge.calibrate import calibrate, layer_config
+from ssdi8_edge.calibrate import STATISTICS, calibrate, layer_config
 from ssdi8_edge.checkpoint import DEMO_FOLDER, Checkpoint, fetch_tokenizer, open_checkpoint
 from ssdi8_edge.device import require_device
 from ssdi8_edge.errors import UsageError
@@ -151,6 +151,7 @@ class Build:
         keys["calibrate"] = key_of(
             {
                 "version": __version__,
+                "statistics": STATISTICS,
                 "checkpoint": self.fingerprint,
                 "text": sha256_file(self.text),
                 "tokenizer": sha256_file(self.tokenizer),

@@ -31,7 +31,7 @@
 extern "C" {
 #endif
 
-#define SSDI8_ABI_VERSION 4
+#define SSDI8_ABI_VERSION 5
 
 enum { SSDI8_OK = 0, SSDI8_UNSUPPORTED = 1, SSDI8_CUDA_ERROR = 2 };
 

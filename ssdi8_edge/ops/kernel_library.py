@@ -25,7 +25,7 @@ from torch import Tensor
 from ssdi8_edge.errors import Ssdi8Error
 from ssdi8_edge.ops.op import Op
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 LIBRARY_NAME = "libssdi8_kernels.so"
 
 _PACKAGE = Path(__file__).resolve().parents[1]

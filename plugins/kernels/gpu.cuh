@@ -76,6 +76,9 @@ __device__ __forceinline__ float ex2_approx(float v) {
   return e;
 }
 
+// Has `v` computed no later than here: the compiler would move it to where it is used.
+__device__ __forceinline__ void computed_here(uint32_t& v) { asm volatile("" : "+r"(v)); }
+
 // ---------------------------------------------------------------------------------------------
 // matrix instructions: all lanes of a warp
 // ---------------------------------------------------------------------------------------------

@@ -141,16 +141,20 @@ __device__ __forceinline__ __half epilogue(int acc, float scale, float bias) {
   return __float2half_rn(__fadd_rn(__fmul_rn(__int2float_rn(acc), scale), bias));
 }
 
-__device__ __forceinline__ __half2 load_sigma(const LinearArguments& p, int row, int k) {
-  const int groups = p.n_in >> p.group_shift;
-  const auto* scales = static_cast<const __half*>(p.group_scale);
-  return __half2half2(scales[row * groups + min(k >> p.group_shift, groups - 1)]);
+// Where group_scale has that of the first k of a row, and how much further that of `k` is.
+__device__ __forceinline__ int first_scale(const LinearArguments& p, int row) {
+  return row * (p.n_in >> p.group_shift);
+}
+__device__ __forceinline__ int group_of(const LinearArguments& p, int k) {
+  return min(k >> p.group_shift, (p.n_in >> p.group_shift) - 1);
 }
 
-__device__ __forceinline__ int load_integer_scale(const LinearArguments& p, int row, int k) {
-  const int groups = p.n_in >> p.group_shift;
-  const auto* scales = static_cast<const int8_t*>(p.group_scale);
-  return scales[row * groups + min(k >> p.group_shift, groups - 1)];
+__device__ __forceinline__ __half2 load_sigma(const LinearArguments& p, int index) {
+  return __half2half2(static_cast<const __half*>(p.group_scale)[index]);
+}
+
+__device__ __forceinline__ int load_integer_scale(const LinearArguments& p, int index) {
+  return static_cast<const int8_t*>(p.group_scale)[index];
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -204,8 +208,9 @@ __global__ void __launch_bounds__(kVectorMaxWarps* kWarp, kFormat == kW8 ? 3 : 2
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         w[u][r] = valid ? load_streaming(weight[r] + (kW4 ? k / 2 : k)) : make_uint4(0, 0, 0, 0);
-        if constexpr (kFormat == kW4Rounded) sigma[u][r] = load_sigma(p, rows[r], k);
-        if constexpr (kFormat == kW4Integer) scale[u][r] = load_integer_scale(p, rows[r], k);
+        [[maybe_unused]] const int index = first_scale(p, rows[r]) + group_of(p, k);
+        if constexpr (kFormat == kW4Rounded) sigma[u][r] = load_sigma(p, index);
+        if constexpr (kFormat == kW4Integer) scale[u][r] = load_integer_scale(p, index);
       }
 #pragma unroll
       for (int i = 0; i < kSets * kTokenLoads; ++i) {
@@ -407,7 +412,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm) tile_kernel(Line
   uint32_t weights[kRowGroups / 2][2][4], incoming[kRowGroups][4];
   __half2 sigma[kRowGroups];
   IntegerScale scales[kRowGroups];
-  uint4 tokens[4][2];  // a ring, filled kAhead pairs before use
+  int scale_offset[kRowGroups];  // of the rows' first group
+  uint4 tokens[4][2];            // a ring, filled kAhead pairs before use
   const auto load_tokens = [&](uint4(&to)[2], int stage, int pair) {
     const int8_t* from = shared + stage * T::kTokenBytes + (pair * 16 + g) * kStepK + 16 * t;
     to[0] = *reinterpret_cast<const uint4*>(from);
@@ -427,33 +433,43 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm) tile_kernel(Line
       }
     }
   };
-  const auto load_group_scales = [&](int row0, int step) {
+  const auto locate_scales = [&](int row0) {
 #pragma unroll
     for (int j = 0; j < kRowGroups; ++j) {
-      const int row = min(row0 + warp * kWarpRows + j * 8 + g, p.n_out - 1);
-      const int k = step * kStepK + 16 * t;
-      if constexpr (kFormat == kW4Rounded) sigma[j] = load_sigma(p, row, k);
-      if constexpr (kFormat == kW4Integer) {
-        scales[j] = integer_scale(load_integer_scale(p, row, k));
-      }
+      scale_offset[j] = first_scale(p, min(row0 + warp * kWarpRows + j * 8 + g, p.n_out - 1));
     }
   };
-  // Expands in place; weights of scales that cannot saturate skip the clamps, a third of the work.
-  const auto expand = [&] {
-    if constexpr (kFormat == kW4Integer) {
+  const auto load_group_scales = [&](int step) {
+    const int group = group_of(p, step * kStepK + 16 * t);
 #pragma unroll
-      for (int i = 0; i < 2 * kRowGroups; ++i) {
-        uint32_t* w = incoming[i / 2] + i % 2 * 2;
-        expand_w4(w[0], scales[i / 2], w[0], w[1]);
-      }
-      return;
+    for (int j = 0; j < kRowGroups; ++j) {
+      const int index = scale_offset[j] + group;
+      if constexpr (kFormat == kW4Rounded) sigma[j] = load_sigma(p, index);
+      if constexpr (kFormat == kW4Integer) scales[j] = integer_scale(load_integer_scale(p, index));
     }
+  };
+  // Expands in place. With integer scales a few words after each pair of token fragments: all warps
+  // pass the barrier together, so in one burst the matrix units would wait for it.
+  constexpr int kWords = 2 * kRowGroups;  // of eight weights, of a lane in a step
+  constexpr int kWordsPerPair = kWords / (kPairs - kTurn);
+  static_assert(kWords % (kPairs - kTurn) == 0);
+  const auto expand_words = [&](int first, int count) {
+#pragma unroll
+    for (int i = first; i < first + count; ++i) {
+      uint32_t* w = incoming[i / 2] + i % 2 * 2;
+      expand_w4(w[0], scales[i / 2], w[0], w[1]);
+      computed_here(w[0]);
+      computed_here(w[1]);
+    }
+  };
+  // Weights of scales that cannot saturate skip the clamps, a third of the work.
+  const auto expand_rounded = [&] {
     bool clamp = false;
 #pragma unroll
     for (int j = 0; j < kRowGroups; ++j) clamp |= saturates(sigma[j]);
     const auto expand_all = [&](auto saturate) {
 #pragma unroll
-      for (int i = 0; i < 2 * kRowGroups; ++i) {
+      for (int i = 0; i < kWords; ++i) {
         uint32_t* w = incoming[i / 2] + i % 2 * 2;
         expand_w4<saturate>(w[0], sigma[i / 2], w[0], w[1]);
       }
@@ -482,11 +498,15 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm) tile_kernel(Line
   for (int i = kTurn; i < kPairs; ++i) load_parts(i);
   int tile = blockIdx.x, step = 0, stage = 0, token0, row0;
   locate<T>(p, tile, token0, row0);
-  if constexpr (kW4) load_group_scales(row0, 0);
+  if constexpr (kW4) {
+    locate_scales(row0);
+    load_group_scales(0);
+  }
   cp_async_wait<kStages - 3>();
   __syncthreads();
   load_weights(0);
-  if constexpr (kW4) expand();
+  if constexpr (kFormat == kW4Integer) expand_words(0, kWords);
+  if constexpr (kFormat == kW4Rounded) expand_rounded();
   advance();
 #pragma unroll
   for (int i = 0; i < kAhead; ++i) load_tokens(tokens[i], 0, i);
@@ -496,8 +516,11 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm) tile_kernel(Line
     const bool last = step + 1 == steps;
     const int next_stage = (stage + 1) & (kStages - 1);
     int next_token0 = token0, next_row0 = row0;
-    if (last) locate<T>(p, tile + gridDim.x, next_token0, next_row0);
-    if constexpr (kW4) load_group_scales(next_row0, last ? 0 : step + 1);
+    if (last) {
+      locate<T>(p, tile + gridDim.x, next_token0, next_row0);
+      if constexpr (kW4) locate_scales(next_row0);
+    }
+    if constexpr (kW4) load_group_scales(last ? 0 : step + 1);
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
       if (i == kTurn) {
@@ -522,8 +545,11 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm) tile_kernel(Line
           }
         }
       }
+      if constexpr (kFormat == kW4Integer) {
+        if (i >= kTurn) expand_words((i - kTurn) * kWordsPerPair, kWordsPerPair);
+      }
     }
-    if constexpr (kW4) expand();
+    if constexpr (kFormat == kW4Rounded) expand_rounded();
     advance();
     if (last) {
       float scale[kRowGroups], bias[kRowGroups];
@@ -580,26 +606,31 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm) tile_kernel(Line
 enum Variant { kChoose = 0, kVector = 1, kSmall = 2, kMedium = 3, kLarge = 4 };
 
 // Time of a tile shape when a multiprocessor gets `n` tiles at most: `full` for each set of blocks
-// that fills it, and for the rest `one` or `two`, which is no linear part of `full`: a block alone
-// cannot hide its own latency. The constants are microseconds for 80 steps, measured (bench_ops
-// --variants); only their ratios matter.
+// that fills it, and rest[n] for n more, which is no linear part of `full`: a block alone cannot
+// hide its own latency. Microseconds for 80 steps, measured (bench_ops --variants); only their
+// ratios matter.
+struct TileTimes {
+  double full;
+  double rest[3];
+};
+
 template <class T>
-double cost(const LinearArguments& p, int sm_count, double one, double two, double full) {
+double cost(const LinearArguments& p, int sm_count, const TileTimes& times) {
   const int64_t n = ceil_div(tile_count<T>(p), sm_count);
-  const int64_t rest = n % T::kBlocksPerSm;
-  return static_cast<double>(n / T::kBlocksPerSm) * full + (rest == 0 ? 0 : rest == 1 ? one : two);
+  return static_cast<double>(n / T::kBlocksPerSm) * times.full + times.rest[n % T::kBlocksPerSm];
 }
 
 template <Format kFormat>
 Variant pick_variant(const LinearArguments& p, int sm_count) {
-  constexpr bool kW4 = kFormat == kW4Rounded;  // integer scales cost little over W8
   if (p.tokens <= kVectorTokens) return kVector;
-  const double small =
-      kW4 ? cost<SmallTile>(p, sm_count, 44, 62, 89) : cost<SmallTile>(p, sm_count, 36, 37, 52);
-  const double medium =
-      kW4 ? cost<MediumTile>(p, sm_count, 57, 0, 88) : cost<MediumTile>(p, sm_count, 43, 0, 63);
-  const double large =
-      kW4 ? cost<LargeTile>(p, sm_count, 0, 0, 86) : cost<LargeTile>(p, sm_count, 0, 0, 60);
+  constexpr TileTimes kTimes[][3] = {
+      {{52, {0, 35, 49}}, {60, {0, 40}}, {62, {0}}},  // W8
+      {{89, {0, 44, 62}}, {88, {0, 57}}, {86, {0}}},  // W4, FP16 scales
+      {{62, {0, 36, 59}}, {66, {0, 45}}, {69, {0}}},  // W4, integer scales
+  };
+  const double small = cost<SmallTile>(p, sm_count, kTimes[kFormat][0]);
+  const double medium = cost<MediumTile>(p, sm_count, kTimes[kFormat][1]);
+  const double large = cost<LargeTile>(p, sm_count, kTimes[kFormat][2]);
   if (small < medium && small < large) return kSmall;
   return medium < large ? kMedium : kLarge;
 }

@@ -35,6 +35,8 @@ inline float ex2_approx(float v) {
   return e < 0x1p-126f ? 0.0f : e;
 }
 
+inline void computed_here(uint32_t&) {}
+
 inline void mma_m16n8k32(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
                          uint32_t b0, uint32_t b1, int c0, int c1, int c2, int c3) {
   emulator::matrix_product_int8(d, {a0, a1, a2, a3}, {b0, b1}, {c0, c1, c2, c3});

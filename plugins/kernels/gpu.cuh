@@ -76,6 +76,13 @@ __device__ __forceinline__ float ex2_approx(float v) {
   return e;
 }
 
+// 1 / v to about 1 ulp; a denormal result is 0.
+__device__ __forceinline__ float rcp_approx(float v) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
+
 // Has `v` computed no later than here: the compiler would move it to where it is used.
 __device__ __forceinline__ void computed_here(uint32_t& v) { asm volatile("" : "+r"(v)); }
 

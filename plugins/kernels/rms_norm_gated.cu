@@ -10,9 +10,9 @@
 //   bits 0-2                 in registers, on the 8 contiguous values that a thread loaded;
 //   (k - 3) % 3 more bits    by lane exchange;
 //   the others               three at a time, through shared memory;
-//   the base matrix          last, each thread making 4 rows of 2 columns, with the signs as
-//                            constants of the unrolled code (20 or 12 additions per value).
-// That is E * (k + base) additions instead of E^2, and one pass over memory.
+//   the base matrix          last, a thread making a column, with the signs as constants of the
+//                            unrolled code (8 or 6 additions per value instead of 20 or 12).
+// One pass over memory.
 //
 // Everything is FP32; q may differ from the FP64 reference by 1 LSB near a rounding boundary.
 
@@ -32,7 +32,6 @@ namespace {
 constexpr int kVector = 8;  // values per thread, and per 16-byte load of FP16
 constexpr int kMaxInner = 8192;
 constexpr int kMaxGroups = 64;
-constexpr int kRows = 4;  // of the base product per thread, times 2 columns: 8 values again
 
 // Shared memory has 8 unused words after every 64, so that the strided passes meet no bank twice.
 __host__ __device__ constexpr int padded(int e) { return e + ((e >> 6) << 3); }
@@ -61,6 +60,11 @@ struct BaseMatrix {
   }
 };
 
+// z * sigmoid(z) to about 1e-6, which is far below a step of INT8; a third of the instructions.
+__device__ __forceinline__ float approximate_silu(float z) {
+  return z * rcp_approx(1.0f + ex2_approx(z * -1.4426950408889634f));
+}
+
 // Walsh-Hadamard transform of the 8 values of an array.
 __device__ __forceinline__ void transform8(float (&v)[kVector]) {
 #pragma unroll
@@ -77,50 +81,48 @@ __device__ __forceinline__ void transform8(float (&v)[kVector]) {
 
 // One butterfly level over the lane bit `mask`.
 __device__ __forceinline__ void transform_lanes(float (&v)[kVector], int mask) {
-  const bool upper = threadIdx.x & mask;
+  const float sign = threadIdx.x & mask ? -1.0f : 1.0f;
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {
-    const float other = __shfl_xor_sync(kAllLanes, v[i], mask);
-    v[i] = upper ? other - v[i] : v[i] + other;
+    v[i] = fmaf(v[i], sign, __shfl_xor_sync(kAllLanes, v[i], mask));
   }
 }
 
-// Rows kGroup * kRows ... of base^T . x for the 2 columns starting at `column`, quantized.
-template <int kOrder, int kGroup>
+// Column `column` of base^T . x, quantized. Of four values each there are eight sums up to the
+// sign, which all rows share: 12 additions, and one a row.
+template <int kOrder>
 __device__ __forceinline__ void base_product(const float* shared, int8_t* quantized, int power,
                                              int column, float root, float inverse_scale,
                                              bool half_away) {
+  static_assert(kOrder % 4 == 0);
   constexpr BaseMatrix<kOrder> kBase;
-  float2 sums[kRows] = {};
+  // 64 and power are powers of 2: padded(b * power + column) is the sum of the two parts.
+  const float* own = shared + padded(column);
+  float sums[kOrder] = {};
 #pragma unroll
-  for (int b = 0; b < kOrder; ++b) {
-    const float2 x = *reinterpret_cast<const float2*>(shared + padded(b * power + column));
+  for (int b = 0; b < kOrder; b += 4) {
+    float x[4];
 #pragma unroll
-    for (int row = 0; row < kRows; ++row) {
-      float2& s = sums[row];
-      if (kBase.negative[b][kGroup * kRows + row]) {
-        s.x -= x.x, s.y -= x.y;
-      } else {
-        s.x += x.x, s.y += x.y;
-      }
+    for (int i = 0; i < 4; ++i) x[i] = own[padded((b + i) * power)];
+    const float first[2] = {x[0] + x[1], x[0] - x[1]}, second[2] = {x[2] + x[3], x[2] - x[3]};
+    float of_four[2][2][2];  // by whether the sign of the second, third, fourth is not the first's
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int s1 = i & 1, s2 = i / 2 & 1, s3 = i / 4;
+      of_four[s1][s2][s3] = s2 ? first[s1] - second[s2 != s3] : first[s1] + second[s2 != s3];
+    }
+#pragma unroll
+    for (int row = 0; row < kOrder; ++row) {
+      const bool s0 = kBase.negative[b][row];
+      const float v = of_four[kBase.negative[b + 1][row] != s0][kBase.negative[b + 2][row] != s0]
+                             [kBase.negative[b + 3][row] != s0];
+      sums[row] = s0 ? sums[row] - v : sums[row] + v;
     }
   }
 #pragma unroll
-  for (int row = 0; row < kRows; ++row) {
-    const int low = quantize(__fmul_rn(sums[row].x, root), inverse_scale, half_away);
-    const int high = quantize(__fmul_rn(sums[row].y, root), inverse_scale, half_away);
-    int8_t* to = quantized + (kGroup * kRows + row) * power + column;
-    *reinterpret_cast<uint16_t*>(to) = static_cast<uint16_t>(__byte_perm(low, high, 0x0040));
-  }
-}
-
-// The same with the group known at run time only; groups are whole warps from powers of 64 on.
-template <int kOrder, int kGroup = 0, class... Arguments>
-__device__ __forceinline__ void base_product_of_group(int group, Arguments... arguments) {
-  if (group == kGroup) {
-    base_product<kOrder, kGroup>(arguments...);
-  } else if constexpr ((kGroup + 1) * kRows < kOrder) {
-    base_product_of_group<kOrder, kGroup + 1>(group, arguments...);
+  for (int row = 0; row < kOrder; ++row) {
+    quantized[row * power + column] =
+        static_cast<int8_t>(quantize(__fmul_rn(sums[row], root), inverse_scale, half_away));
   }
 }
 
@@ -134,14 +136,17 @@ __global__ void __launch_bounds__(max_threads(kOrder), kOrder == 1 ? 1 : 2)
     rms_norm_gated_kernel(Ssdi8RmsNormGatedParams p, int power_bits, float root,
                           float inverse_group_size, float inverse_scale) {
   SSDI8_DYNAMIC_SHARED(float, shared);  // padded(E); before that, a partial sum per thread
-  __shared__ float group_rstd[kMaxGroups];
+  __shared__ float of_warp_or_group[kMaxGroups];  // sums of warps, or 1 / rms of groups
   const int e0 = threadIdx.x * kVector;
   const bool active = e0 < p.d_inner;  // the last warp may be partial
   const int64_t token = blockIdx.x;
 
   float v[kVector] = {};
+  float4 weight[2] = {};
   float sum = 0.0f;
   if (active) {
+    weight[0] = reinterpret_cast<const float4*>(p.weight + e0)[0];
+    weight[1] = reinterpret_cast<const float4*>(p.weight + e0)[1];
     const uint4 y_raw =
         *reinterpret_cast<const uint4*>(static_cast<const __half*>(p.y) + token * p.d_inner + e0);
     const uint4 z_raw = *reinterpret_cast<const uint4*>(static_cast<const __half*>(p.zxbcdt) +
@@ -151,36 +156,45 @@ __global__ void __launch_bounds__(max_threads(kOrder), kOrder == 1 ? 1 : 2)
 #pragma unroll
     for (int i = 0; i < kVector / 2; ++i) {
       const float2 y2 = __half22float2(y[i]), z2 = __half22float2(z[i]);
-      v[2 * i] = __fmul_rn(y2.x, silu(z2.x));
-      v[2 * i + 1] = __fmul_rn(y2.y, silu(z2.y));
+      v[2 * i] = __fmul_rn(y2.x, approximate_silu(z2.x));
+      v[2 * i + 1] = __fmul_rn(y2.y, approximate_silu(z2.y));
       sum += v[2 * i] * v[2 * i] + v[2 * i + 1] * v[2 * i + 1];
     }
   }
 
-  // A group is a run of whole threads, not of whole warps: one warp adds the threads of a group.
-  shared[threadIdx.x] = sum;
-  __syncthreads();
-  const int lane = threadIdx.x % kWarp;
+  // A group is a run of whole threads. Usually it is one of whole warps: then each warp adds the
+  // sums of all warps of its group. Else one warp adds the threads of a group.
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int threads_per_group = p.d_inner / p.ngroups / kVector;
-  for (int g = threadIdx.x / kWarp; g < p.ngroups; g += blockDim.x / kWarp) {
-    float total = 0.0f;
-    for (int i = lane; i < threads_per_group; i += kWarp)
-      total += shared[g * threads_per_group + i];
-    total = warp_sum(total);
-    if (lane == 0) group_rstd[g] = reciprocal_root(fmaf(total, inverse_group_size, p.eps));
-  }
-  __syncthreads();
-
-  if (active) {
-    const float rstd = group_rstd[threadIdx.x / threads_per_group];
-    const float4* weight = reinterpret_cast<const float4*>(p.weight + e0);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float4 w = weight[half];
-      float* u = v + 4 * half;
-      u[0] = __fmul_rn(u[0], rstd) * w.x, u[1] = __fmul_rn(u[1], rstd) * w.y;
-      u[2] = __fmul_rn(u[2], rstd) * w.z, u[3] = __fmul_rn(u[3], rstd) * w.w;
+  float rstd = 0.0f;
+  if (threads_per_group % kWarp == 0) {
+    sum = warp_sum(sum);
+    if (lane == 0) of_warp_or_group[warp] = sum;
+    __syncthreads();
+    const int warps = threads_per_group / kWarp, first = p.ngroups == 1 ? 0 : warp / warps * warps;
+    const float total = warp_sum(lane < warps ? of_warp_or_group[first + lane] : 0.0f);
+    rstd = reciprocal_root(fmaf(total, inverse_group_size, p.eps));
+  } else {
+    shared[threadIdx.x] = sum;
+    __syncthreads();
+    for (int g = warp; g < p.ngroups; g += blockDim.x / kWarp) {
+      float total = 0.0f;
+      for (int i = lane; i < threads_per_group; i += kWarp) {
+        total += shared[g * threads_per_group + i];
+      }
+      total = warp_sum(total);
+      if (lane == 0) of_warp_or_group[g] = reciprocal_root(fmaf(total, inverse_group_size, p.eps));
     }
+    __syncthreads();
+    if (active) rstd = of_warp_or_group[threadIdx.x / threads_per_group];
+  }
+
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float4 w = weight[half];
+    float* u = v + 4 * half;
+    u[0] = __fmul_rn(u[0], rstd) * w.x, u[1] = __fmul_rn(u[1], rstd) * w.y;
+    u[2] = __fmul_rn(u[2], rstd) * w.z, u[3] = __fmul_rn(u[3], rstd) * w.w;
   }
   transform8(v);
   const int lane_bits = (power_bits - 3) % 3;
@@ -219,11 +233,9 @@ __global__ void __launch_bounds__(max_threads(kOrder), kOrder == 1 ? 1 : 2)
     }
     *reinterpret_cast<uint2*>(quantized + e0) = make_uint2(words[0], words[1]);
   } else {
-    if (!active) return;
-    const int power = 1 << power_bits;
-    base_product_of_group<kOrder>(static_cast<int>(threadIdx.x) >> (power_bits - 1), shared,
-                                  quantized, power, 2 * (threadIdx.x & (power / 2 - 1)), root,
-                                  inverse_scale, half_away);
+    const int power = 1 << power_bits;  // fewer than threads
+    if (static_cast<int>(threadIdx.x) >= power) return;
+    base_product<kOrder>(shared, quantized, power, threadIdx.x, root, inverse_scale, half_away);
   }
 }
 

@@ -35,6 +35,11 @@ inline float ex2_approx(float v) {
   return e < 0x1p-126f ? 0.0f : e;
 }
 
+inline float rcp_approx(float v) {
+  const float r = 1.0f / v;
+  return fabsf(r) < 0x1p-126f ? copysignf(0.0f, r) : r;
+}
+
 inline void computed_here(uint32_t&) {}
 
 inline void mma_m16n8k32(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,

@@ -90,10 +90,9 @@ __device__ __forceinline__ void transform_lanes(float (&v)[kVector], int mask) {
 
 // Column `column` of base^T . x, quantized. Of four values each there are eight sums up to the
 // sign, which all rows share: 12 additions, and one a row.
-template <int kOrder>
+template <int kOrder, class ToInt8>
 __device__ __forceinline__ void base_product(const float* shared, int8_t* quantized, int power,
-                                             int column, float root, float inverse_scale,
-                                             bool half_away) {
+                                             int column, const ToInt8& to_int8) {
   static_assert(kOrder % 4 == 0);
   constexpr BaseMatrix<kOrder> kBase;
   // 64 and power are powers of 2: padded(b * power + column) is the sum of the two parts.
@@ -121,8 +120,7 @@ __device__ __forceinline__ void base_product(const float* shared, int8_t* quanti
   }
 #pragma unroll
   for (int row = 0; row < kOrder; ++row) {
-    quantized[row * power + column] =
-        static_cast<int8_t>(quantize(__fmul_rn(sums[row], root), inverse_scale, half_away));
+    quantized[row * power + column] = static_cast<int8_t>(to_int8(sums[row]));
   }
 }
 
@@ -199,12 +197,25 @@ __global__ void __launch_bounds__(max_threads(kOrder), kOrder == 1 ? 1 : 2)
   transform8(v);
   const int lane_bits = (power_bits - 3) % 3;
   for (int bit = 0; bit < lane_bits; ++bit) transform_lanes(v, 1 << bit);
+  const bool half_away = p.rounding == SSDI8_HALF_AWAY;
+  int8_t* quantized = p.quantized + token * p.d_inner;
+  const auto to_int8 = [&](float r) {
+    return quantize(__fmul_rn(r, root), inverse_scale, half_away);
+  };
+  int bit = 3 + lane_bits;  // done up to here
+  if (kOrder == 1 && bit == power_bits) {
+    if (!active) return;
+    *reinterpret_cast<uint2*>(quantized + e0) =
+        make_uint2(pack4(to_int8(v[0]), to_int8(v[1]), to_int8(v[2]), to_int8(v[3])),
+                   pack4(to_int8(v[4]), to_int8(v[5]), to_int8(v[6]), to_int8(v[7])));
+    return;
+  }
   if (active) {
     float4* own = reinterpret_cast<float4*>(shared + padded(e0));
     own[0] = make_float4(v[0], v[1], v[2], v[3]);
     own[1] = make_float4(v[4], v[5], v[6], v[7]);
   }
-  for (int bit = 3 + lane_bits; bit < power_bits; bit += 3) {
+  for (; bit < power_bits; bit += 3) {
     __syncthreads();
     if (!active) continue;
     const int low = threadIdx.x & ((1 << bit) - 1);
@@ -212,30 +223,20 @@ __global__ void __launch_bounds__(max_threads(kOrder), kOrder == 1 ? 1 : 2)
 #pragma unroll
     for (int i = 0; i < kVector; ++i) v[i] = shared[padded(e + (i << bit))];
     transform8(v);
+    if (kOrder == 1 && bit + 3 == power_bits) {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i)
+        quantized[e + (i << bit)] = static_cast<int8_t>(to_int8(v[i]));
+      return;
+    }
 #pragma unroll
     for (int i = 0; i < kVector; ++i) shared[padded(e + (i << bit))] = v[i];
   }
-  __syncthreads();
-
-  const bool half_away = p.rounding == SSDI8_HALF_AWAY;
-  int8_t* quantized = p.quantized + token * p.d_inner;
-  if constexpr (kOrder == 1) {
-    if (!active) return;
-    const float4* own = reinterpret_cast<const float4*>(shared + padded(e0));
-    uint32_t words[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float4 r = own[half];
-      words[half] = pack4(quantize(__fmul_rn(r.x, root), inverse_scale, half_away),
-                          quantize(__fmul_rn(r.y, root), inverse_scale, half_away),
-                          quantize(__fmul_rn(r.z, root), inverse_scale, half_away),
-                          quantize(__fmul_rn(r.w, root), inverse_scale, half_away));
-    }
-    *reinterpret_cast<uint2*>(quantized + e0) = make_uint2(words[0], words[1]);
-  } else {
+  if constexpr (kOrder > 1) {
+    __syncthreads();
     const int power = 1 << power_bits;  // fewer than threads
     if (static_cast<int>(threadIdx.x) >= power) return;
-    base_product<kOrder>(shared, quantized, power, threadIdx.x, root, inverse_scale, half_away);
+    base_product<kOrder>(shared, quantized, power, threadIdx.x, to_int8);
   }
 }
 

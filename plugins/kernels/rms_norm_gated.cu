@@ -124,13 +124,10 @@ __device__ __forceinline__ void base_product(const float* shared, int8_t* quanti
   }
 }
 
-// The widest block of a base order: 20 * 2^8, 12 * 2^9 or 2^13 values. Two such blocks share an SM.
-__host__ __device__ constexpr int max_threads(int order) {
-  return (order == 20 ? 5120 : order == 12 ? 6144 : kMaxInner) / kVector;
-}
-
-template <int kOrder>  // of the base matrix: 1, 12 or 20
-__global__ void __launch_bounds__(max_threads(kOrder), kOrder == 1 ? 1 : 2)
+// kOrder of the base matrix: 1, 12 or 20. kWidest: the largest E, for which so many blocks share a
+// multiprocessor.
+template <int kOrder, int kWidest, int kBlocks>
+__global__ void __launch_bounds__(kWidest / kVector, kBlocks)
     rms_norm_gated_kernel(Ssdi8RmsNormGatedParams p, int power_bits, float root,
                           float inverse_group_size, float inverse_scale) {
   SSDI8_DYNAMIC_SHARED(float, shared);  // padded(E); before that, a partial sum per thread
@@ -160,19 +157,15 @@ __global__ void __launch_bounds__(max_threads(kOrder), kOrder == 1 ? 1 : 2)
     }
   }
 
-  // A group is a run of whole threads. Usually it is one of whole warps: then each warp adds the
-  // sums of all warps of its group. Else one warp adds the threads of a group.
+  // One group: its 1 / rms is a factor of the result, and the sums of the warps are added at the
+  // end. Several: a group is a run of whole threads, which one warp adds.
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int threads_per_group = p.d_inner / p.ngroups / kVector;
-  float rstd = 0.0f;
-  if (threads_per_group % kWarp == 0) {
+  const bool one_group = p.ngroups == 1;
+  if (one_group) {
     sum = warp_sum(sum);
     if (lane == 0) of_warp_or_group[warp] = sum;
-    __syncthreads();
-    const int warps = threads_per_group / kWarp, first = p.ngroups == 1 ? 0 : warp / warps * warps;
-    const float total = warp_sum(lane < warps ? of_warp_or_group[first + lane] : 0.0f);
-    rstd = reciprocal_root(fmaf(total, inverse_group_size, p.eps));
   } else {
+    const int threads_per_group = p.d_inner / p.ngroups / kVector;
     shared[threadIdx.x] = sum;
     __syncthreads();
     for (int g = warp; g < p.ngroups; g += blockDim.x / kWarp) {
@@ -184,30 +177,38 @@ __global__ void __launch_bounds__(max_threads(kOrder), kOrder == 1 ? 1 : 2)
       if (lane == 0) of_warp_or_group[g] = reciprocal_root(fmaf(total, inverse_group_size, p.eps));
     }
     __syncthreads();
-    if (active) rstd = of_warp_or_group[threadIdx.x / threads_per_group];
-  }
-
+    const float rstd = active ? of_warp_or_group[threadIdx.x / threads_per_group] : 0.0f;
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const float4 w = weight[half];
-    float* u = v + 4 * half;
-    u[0] = __fmul_rn(u[0], rstd) * w.x, u[1] = __fmul_rn(u[1], rstd) * w.y;
-    u[2] = __fmul_rn(u[2], rstd) * w.z, u[3] = __fmul_rn(u[3], rstd) * w.w;
+    for (int i = 0; i < kVector; ++i) v[i] = __fmul_rn(v[i], rstd);
   }
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) v[i] *= reinterpret_cast<const float*>(weight)[i];
   transform8(v);
   const int lane_bits = (power_bits - 3) % 3;
   for (int bit = 0; bit < lane_bits; ++bit) transform_lanes(v, 1 << bit);
-  const bool half_away = p.rounding == SSDI8_HALF_AWAY;
   int8_t* quantized = p.quantized + token * p.d_inner;
-  const auto to_int8 = [&](float r) {
-    return quantize(__fmul_rn(r, root), inverse_scale, half_away);
+  // After a synchronisation; all lanes of a warp.
+  const auto factor_of_result = [&] {
+    if (!one_group) return root;
+    const float total = warp_sum(lane < blockDim.x / kWarp ? of_warp_or_group[lane] : 0.0f);
+    return root * reciprocal_root(fmaf(total, inverse_group_size, p.eps));
+  };
+  const auto to_int8 = [&](float r, float factor) {
+    return quantize(__fmul_rn(r, factor), inverse_scale, p.rounding == SSDI8_HALF_AWAY);
   };
   int bit = 3 + lane_bits;  // done up to here
   if (kOrder == 1 && bit == power_bits) {
+    __syncthreads();
+    const float factor = factor_of_result();
     if (!active) return;
-    *reinterpret_cast<uint2*>(quantized + e0) =
-        make_uint2(pack4(to_int8(v[0]), to_int8(v[1]), to_int8(v[2]), to_int8(v[3])),
-                   pack4(to_int8(v[4]), to_int8(v[5]), to_int8(v[6]), to_int8(v[7])));
+    uint32_t words[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float* r = v + 4 * half;
+      words[half] = pack4(to_int8(r[0], factor), to_int8(r[1], factor), to_int8(r[2], factor),
+                          to_int8(r[3], factor));
+    }
+    *reinterpret_cast<uint2*>(quantized + e0) = make_uint2(words[0], words[1]);
     return;
   }
   if (active) {
@@ -217,26 +218,31 @@ __global__ void __launch_bounds__(max_threads(kOrder), kOrder == 1 ? 1 : 2)
   }
   for (; bit < power_bits; bit += 3) {
     __syncthreads();
+    const bool last = kOrder == 1 && bit + 3 == power_bits;
+    const float factor = last ? factor_of_result() : 0.0f;
     if (!active) continue;
     const int low = threadIdx.x & ((1 << bit) - 1);
     const int e = (static_cast<int>(threadIdx.x) - low) * kVector + low;
 #pragma unroll
     for (int i = 0; i < kVector; ++i) v[i] = shared[padded(e + (i << bit))];
     transform8(v);
-    if (kOrder == 1 && bit + 3 == power_bits) {
 #pragma unroll
-      for (int i = 0; i < kVector; ++i)
-        quantized[e + (i << bit)] = static_cast<int8_t>(to_int8(v[i]));
-      return;
+    for (int i = 0; i < kVector; ++i) {
+      if (last) {
+        quantized[e + (i << bit)] = static_cast<int8_t>(to_int8(v[i], factor));
+      } else {
+        shared[padded(e + (i << bit))] = v[i];
+      }
     }
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) shared[padded(e + (i << bit))] = v[i];
   }
   if constexpr (kOrder > 1) {
     __syncthreads();
     const int power = 1 << power_bits;  // fewer than threads
+    if (warp * kWarp >= power) return;
+    const float factor = factor_of_result();
     if (static_cast<int>(threadIdx.x) >= power) return;
-    base_product<kOrder>(shared, quantized, power, threadIdx.x, to_int8);
+    base_product<kOrder>(shared, quantized, power, threadIdx.x,
+                         [&](float r) { return to_int8(r, factor); });
   }
 }
 
@@ -286,9 +292,10 @@ int ssdi8_rms_norm_gated(const Ssdi8RmsNormGatedParams* p, void* stream) {
   const int threads = static_cast<int>(ceil_div(e / kVector, kWarp)) * kWarp;
   const int shared_bytes = std::max(padded(e), threads) * static_cast<int>(sizeof(float));
   const float root = static_cast<float>(1.0 / sqrt(static_cast<double>(e)));
-  auto* kernel = base == 20   ? rms_norm_gated_kernel<20>
-                 : base == 12 ? rms_norm_gated_kernel<12>
-                              : rms_norm_gated_kernel<1>;
+  auto* kernel = base == 20   ? rms_norm_gated_kernel<20, 5120, 2>
+                 : base == 12 ? rms_norm_gated_kernel<12, 6144, 2>
+                 : e <= 4096  ? rms_norm_gated_kernel<1, 4096, 3>
+                              : rms_norm_gated_kernel<1, kMaxInner, 1>;
   const float inverse_group_size = static_cast<float>(p->ngroups) / static_cast<float>(e);
   return check(launch(kernel, p->tokens, threads, shared_bytes, static_cast<cudaStream_t>(stream),
                       *p, power_bits, root, inverse_group_size, 1.0f / p->scale),

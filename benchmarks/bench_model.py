@@ -148,7 +148,11 @@ def main() -> None:
     parser.add_argument("--seq-lens", nargs="+", type=int, default=[256, 512, 1024, 2048])
     parser.add_argument("--steps", type=int, default=32, help="tokens decoded per repeat")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--sms", type=int, help="run on this many multiprocessors of the GPU")
+    parser.add_argument(
+        "--sms",
+        type=int,
+        help="run on so many multiprocessors; kernels still choose their form by the whole GPU",
+    )
     parser.add_argument("--out", type=Path, help="CSV file")
     options = parser.parse_args()
     if not kernel_library.available():

@@ -427,7 +427,11 @@ def main() -> None:
         "--variants", nargs="+", type=int, default=[0], help="force tiles of the linear kernels"
     )
     parser.add_argument("--batch", type=int, default=1, help="sequences, for the SSD ops")
-    parser.add_argument("--sms", type=int, help="run on this many multiprocessors of the GPU")
+    parser.add_argument(
+        "--sms",
+        type=int,
+        help="run on so many multiprocessors; kernels still choose their form by the whole GPU",
+    )
     parser.add_argument("--mamba", type=Path, help="source tree of state-spaces/mamba, to time too")
     parser.add_argument("--check", action="store_true", help="compare with the torch reference")
     parser.add_argument("--out", type=Path, help="CSV file")

@@ -50,7 +50,7 @@ def fill(value: float, *shape: int) -> Tensor:
 
 
 def linear_tensors(name: str, n_in: int, n_out: int, recipe: QuantConfig) -> dict[str, Tensor]:
-    tensors = {f"{name}.scale": fill(0.03 / (74 * n_in**0.5), n_out)}
+    tensors = {f"{name}.scale": fill(1 / (74 * n_in**0.5), n_out)}
     tensors[f"{name}.bias"] = fill(0.0, n_out)
     if recipe.linear == "w4":
         groups = n_in // recipe.group_size
@@ -66,8 +66,6 @@ def layer_tensors(config: Mamba2Config, recipe: QuantConfig) -> dict[str, Tensor
     return {
         **linear_tensors("in_proj", config.d_model, config.d_in_proj, recipe),
         **linear_tensors("out_proj", config.d_inner, config.d_model, recipe),
-        "u_scale": torch.tensor(0.03),
-        "r_scale": torch.tensor(0.03),
         "conv1d.weight": torch.randn(config.conv_dim, config.d_conv, device="cuda"),
         "conv1d.bias": fill(0.0, config.conv_dim),
         "dt_bias": torch.linspace(-5.0, -2.0, heads, device="cuda"),
@@ -102,7 +100,7 @@ def random_model(size: str, kind: str) -> QuantizedMamba2:
 def linear_of(kind: str) -> Iterator[None]:
     """Let the data flow's linear layers be FP16 products for "fp16"."""
 
-    def fp16_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    def fp16_linear(x: Tensor, token_scale: Tensor, weight: Tensor, *_: Tensor) -> Tensor:
         return torch.nn.functional.linear(x.half(), weight)
 
     int8_linear = modules.LINEAR

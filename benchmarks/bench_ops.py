@@ -95,13 +95,17 @@ def linear_shapes(s: Sizes) -> dict[str, tuple[int, int]]:
     return {"in_proj": (s.d_model, s.d_in_proj), "out_proj": (s.d_inner, s.d_model)}
 
 
-def int_mm(x: Tensor, weight: Tensor, *_: Tensor) -> Tensor:
+def token_scales(tokens: int) -> Tensor:
+    return single(1, tokens, 1).abs() * 0.01
+
+
+def int_mm(x: Tensor, token_scale: Tensor, weight: Tensor, *_: Tensor) -> Tensor:
     return torch._int_mm(x[0], weight.t())
 
 
 def rms_norm_cases(s: Sizes, tokens: int) -> Iterable[Case]:
     shape = (1, tokens, s.d_model)
-    attributes = {"scale": 0.03, "eps": 1e-5, "rounding": "half_even"}
+    attributes = {"eps": 1e-5, "rounding": "half_even", "scaling": "dynamic"}
     yield Case("Ssdi8RmsNorm", "", lambda: (half(*shape), single(*shape)), attributes)
 
 
@@ -112,8 +116,9 @@ def linear_cases(s: Sizes, tokens: int) -> Iterable[Case]:
             name,
             lambda n_in=n_in, n_out=n_out: (
                 int8(1, tokens, n_in),
+                token_scales(tokens),
                 int8(n_out, n_in),
-                single(n_out).abs() * 1e-4,
+                single(n_out).abs() * 0.01,
                 single(n_out),
             ),
             {},
@@ -132,9 +137,10 @@ def linear_w4_cases(s: Sizes, tokens: int) -> Iterable[Case]:
                 name + label,
                 lambda n_in=n_in, n_out=n_out, kind=kind, group=group: (
                     int8(1, tokens, n_in),
+                    token_scales(tokens),
                     int8(n_out, n_in // 2),
                     torch.randint(1, 17, (n_out, n_in // group), device="cuda").to(kind),
-                    single(n_out).abs() * 1e-4,
+                    single(n_out).abs() * 0.01,
                     single(n_out),
                 ),
                 {"group_size": group},
@@ -172,11 +178,11 @@ def rms_norm_gated_cases(s: Sizes, tokens: int) -> Iterable[Case]:
         "",
         lambda: (half(1, tokens, s.d_inner), half(1, tokens, s.d_in_proj), single(s.d_inner)),
         {
-            "scale": 0.03,
             "eps": 1e-5,
             "d_inner": s.d_inner,
             "ngroups": 1,
             "rounding": "half_even",
+            "scaling": "dynamic",
         },
         read_bytes=tokens * s.d_inner * 4 + s.d_inner * 4,
     )

@@ -24,11 +24,7 @@ from ssdi8_edge.methods import QuantConfig
 from ssdi8_edge.model import Mamba2Block, Mamba2Config
 from ssdi8_edge.progress import Track, silent
 from ssdi8_edge.stream import batches, open_spool
-from ssdi8_edge.transforms import (
-    GATE_NORM,
-    rotate_embedding,
-    rotate_layer,
-)
+from ssdi8_edge.transforms import rotate_embedding, rotate_layer
 
 
 def layer_config(checkpoint: Checkpoint, recipe: QuantConfig) -> Mamba2Config:
@@ -60,7 +56,7 @@ def embed(checkpoint: Checkpoint, ids: Tensor) -> Iterator[tuple[slice, Tensor]]
 
 # Goes into the key of the statistics: raised when what is observed changes, so that those of an
 # earlier state of this file are made again.
-STATISTICS = 2
+STATISTICS = 3
 
 # Of |x| for the recipes that clip it so: method §3.2.
 PERCENTILE = 0.9995
@@ -70,16 +66,15 @@ PERCENTILE_MOMENTUM = 0.01
 class Observers:
     """Running absolute maxima and histograms of one layer; shapes as the scales they become."""
 
-    def __init__(self, config: Mamba2Config, scan_tile: int, gate_norm: Tensor) -> None:
+    def __init__(self, config: Mamba2Config, scan_tile: int) -> None:
         self._config = config
         self._tile = min(scan_tile, config.chunk_size)
-        self._gate_norm = gate_norm
         self._seen: dict[str, Tensor] = {}
         self._histograms: dict[str, MagnitudeHistogram] = {}
         self.absmax: dict[str, Tensor] = {}
 
     def __call__(self, name: str, value: Tensor) -> None:
-        """The `observe` callback of `Mamba2Block`; the block runs with γ_gate folded out."""
+        """The `observe` callback of `Mamba2Block`."""
         if name == "u":
             self._whole("u", value)
         elif name in ("B", "C"):
@@ -97,8 +92,7 @@ class Observers:
         elif name == "y":
             self._chunk_tensors()
         elif name == "r":
-            self._whole("r_folded", transform(value))
-            self._whole("r", transform(value * self._gate_norm))
+            self._whole("r", transform(value))
 
     def statistics(self) -> dict[str, Tensor]:
         """All that was seen: maxima, and as `<name>_mse` the ranges of least squared error."""
@@ -194,12 +188,12 @@ def calibrate(
     `scratch` is a folder on the disk that holds the residual stream meanwhile.
 
     Returns:
-        `layers.{i}.<name>` -> FP32 absolute maximum: u, r, r_folded: (); B, C, CB, CB_full: (G);
+        `layers.{i}.<name>` -> FP32 absolute maximum: u, r: (); B, C, CB, CB_full: (G);
         x, x_scaled, x_tile, chunk_state, passed_state: (H, P); in_proj.z, .x, .B, .C, .dt: (), its
         output. `<name>_rotated` of B, C and the states: after `hadamard.rotate`. `<name>_mse` of u,
-        r, r_folded, B, C and both rotated: the range of least squared error. x_mean: (H, P), the
-        largest mean of |x| over a window; x_percentile: (), a moving average of the windows'
-        percentiles. `norm_f`: (), the rotated input of lm_head.
+        r, B, C and both rotated: the range of least squared error. x_mean: (H, P), the largest mean
+        of |x| over a window; x_percentile: (), a moving average of the windows' percentiles.
+        `norm_f`: (), the rotated input of lm_head.
 
     Raises:
         CheckpointError: the model computes something that is not a number.
@@ -215,9 +209,9 @@ def calibrate(
             stream[part] = rows
         for i in track(range(config.n_layer), "calibrate"):
             layer = fp32_layer(checkpoint, i, device)
-            observers = Observers(config, recipe.scan_tile, layer[GATE_NORM])
+            observers = Observers(config, recipe.scan_tile)
             observers.observe_decay(-layer["mixer.A_log"].exp())
-            block = load_block(rotate_layer(layer, fold_gate_norm=True), config)
+            block = load_block(rotate_layer(layer), config)
             block.mixer.in_proj.register_forward_hook(
                 lambda _, __, output, see=observers.see_in_proj: see(output)
             )

@@ -14,7 +14,6 @@ from typing import Any
 import onnx
 import torch
 from onnx import TensorProto, helper, parser
-from safetensors import safe_open
 
 from ssdi8_edge.artifacts import WEIGHTS
 from ssdi8_edge.methods import QuantConfig
@@ -82,17 +81,18 @@ class GraphBuilder:
         return tuple(GraphValue(output, self) for output in outputs)
 
     def _define(self, op: Op, n_inputs: int, attributes: Attributes) -> None:
-        static = op.static_attributes(attributes)
         known = self._functions.get(op.name)
         if known is not None:
-            if known[:2] != (static, n_inputs):
-                raise ValueError(f"{op.name} has two bodies in one graph: {known[0]} and {static}")
+            if known[:2] != (attributes, n_inputs):
+                raise ValueError(
+                    f"{op.name} has two bodies in one graph: {known[0]} and {attributes}"
+                )
             return
         function = parser.parse_function(op.function_text(n_inputs, attributes, self.form, OPSET))
         # Inference libraries keep these names, so that times can be added up by op.
         for i, node in enumerate(nested_nodes(function.node)):
             node.name = f"{op.name}/{node.op_type}.{i}"
-        self._functions[op.name] = (static, n_inputs, function)
+        self._functions[op.name] = (dict(attributes), n_inputs, function)
         for node in nested_nodes(function.node):
             if node.domain == DOMAIN:
                 values = {a.name: _plain(helper.get_attribute_value(a)) for a in node.attribute}
@@ -135,20 +135,11 @@ class _ExternalParameters:
         self._start = data_start(weights)
         self._graph = graph
         self._made: dict[str, GraphValue] = {}
-        with safe_open(weights, framework="pt") as file:
-            self._scalars = {
-                name: file.get_tensor(name).item()
-                for name, entry in self._header.items()
-                if not entry["shape"]
-            }
 
     def names(self) -> list[str]:
         return list(self._header)
 
-    def get(self, name: str) -> Any:
-        """The static scale as a float, or the tensor as a graph value."""
-        if name in self._scalars:
-            return self._scalars[name]
+    def get(self, name: str) -> GraphValue:
         if name not in self._made:
             self._made[name] = self._graph.initializer(self._external(name))
         return self._made[name]

@@ -22,7 +22,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-from ssdi8_edge.formats import Rounding
+from ssdi8_edge.formats import Rounding, Scaling
 
 QMAX = 127
 # What is smaller counts as zero where a tensor is scaled by its own largest value.
@@ -103,6 +103,25 @@ def quantize_by_largest(v: Tensor, dim: int, rounding: Rounding) -> tuple[Tensor
     # Both operands tensors: torch turns a division by, or of, a number into a product.
     qmax = torch.full_like(top, QMAX)
     return round_to_int8(v * (qmax / top), rounding), top / qmax
+
+
+def quantize_tokens(
+    x: Tensor, scaling: Scaling, scale: Tensor | None, rounding: Rounding, site: str
+) -> tuple[Tensor, Tensor]:
+    """The input x (B, L, D) FP32 of a linear layer as INT8, and its scale (B, L, 1) of each token.
+
+    Args:
+        scaling: "dynamic" scales each token by its own largest value; nothing saturates.
+        scale: (1), that of all tokens, with scaling "static" only.
+
+    Raises:
+        ValueError: scaling "static" without `scale`, or "none".
+    """
+    if scaling == "dynamic":
+        return quantize_by_largest(x, -1, rounding)
+    if scale is None or scaling == "none":
+        raise ValueError(f"the input of a linear layer has scaling {scaling!r}, scale {scale}")
+    return quantize(x, scale, rounding, site), scale.expand(*x.shape[:-1], 1).contiguous()
 
 
 def scale_from_absmax(absmax: Tensor, floor: float = 1e-8) -> Tensor:

@@ -34,8 +34,11 @@ class QuantConfig:
             what that contributes is made good by the bias of in_proj and, with a correction, that
             of out_proj.
         lm_head: FP16, or W8A8 per row with an INT8 norm_f.
-        clip: end of the INT8 range of u, r, B and C: the largest value calibrated on
-            ("absmax"), or where the squared error is least ("mse").
+        clip: end of the INT8 range of B and C, and of u and r if their scale is static: the largest
+            value calibrated on ("absmax"), or where the squared error is least ("mse").
+        input_scaling: of u and r, the inputs of in_proj and out_proj, and of that of an INT8
+            lm_head: "static", one calibrated scale, as released, or "dynamic", each token in units
+            of its own largest value.
         ssd: "fp16" leaves SSD unquantized; "int8" is SSDi8's INT8 path; "dequantized" keeps
             in_proj's output, the convolution, x, B and C in INT8 but computes in FP16, as Quamba
             does: for comparing accuracy, no op runs it.
@@ -54,7 +57,6 @@ class QuantConfig:
         scaling: of w·x and of the passed states: "static", calibrated as released, "dynamic",
             each in units of its own largest value, or "none": FP16; see `formats.Scaling`.
         ssm_params: "int8" stores A_log and D in INT8 per tensor, as released; "fp32" does not.
-        fold_gate_norm: fold the weight of the gated norm into out_proj, before the rotation.
         correction: closed-form mean correction carried in the bias of out_proj: "none", "out" (the
             output of out_proj, as released), "residual" (the residual stream behind it).
         correction_strength: λ, a fixed factor; None shrinks each channel by its own reliability.
@@ -75,6 +77,7 @@ class QuantConfig:
     centered: bool = True
     lm_head: Literal["fp16", "w8_row"] = "fp16"
     clip: Literal["absmax", "mse"] = "mse"
+    input_scaling: Literal["static", "dynamic"] = "dynamic"
     ssd: Literal["fp16", "int8", "dequantized"] = "int8"
     ssd_ops: Literal["fused", "modular"] = "fused"
     bc_granularity: Literal["group", "tensor"] = "group"
@@ -89,7 +92,6 @@ class QuantConfig:
     rounding: Rounding = "half_even"
     scaling: Scaling = "dynamic"
     ssm_params: Literal["fp32", "int8"] = "fp32"
-    fold_gate_norm: bool = True
     correction: Literal["none", "out", "residual"] = "residual"
     correction_strength: float | None = None
     state_dtype: Literal["fp16", "fp32"] = "fp16"
@@ -184,8 +186,8 @@ _PUBLISHED: dict[str, Any] = {
     "centered": False,
     "clip": "absmax",
     "ssm_params": "int8",
+    "input_scaling": "static",
     "bc_rotation": "none",
-    "fold_gate_norm": False,
     "calibration_tokens": 512,
     "calibration_samples": 128,
 }
@@ -227,8 +229,9 @@ METHODS: dict[str, QuantConfig] = {
     for config in (
         QuantConfig(
             name="edge-w8a8",
-            about="ours: INT8 weights per row by GPTQ, clipped activations, rotated B and C, FP32 "
-            "carry, dynamic scales inside SSD, INT8 Scan2 off the diagonal, residual correction",
+            about="ours: INT8 weights per row by GPTQ, inputs per token, rotated and clipped B and "
+            "C, FP32 carry, dynamic scales inside SSD, INT8 Scan2 off the diagonal, residual "
+            "correction",
         ),
         QuantConfig(
             name="edge-w4a8",
@@ -298,7 +301,6 @@ METHODS: dict[str, QuantConfig] = {
             centered=False,
             bc_rotation="none",
             correction="none",
-            fold_gate_norm=False,
         ),
     )
 }

@@ -1,7 +1,7 @@
 """Exact rewrites of FP weights: fold norms into linears, rotate the residual stream.
 
 Each keeps the FP output of the model (tested); they only change which tensors the quantizers see.
-Source: SSDi8 and Quamba2, method §5.1 and §6; the fold of the gated norm is ours, method §8.3.
+Source: SSDi8 and Quamba2, method §5.1 and §6.
 """
 
 from __future__ import annotations
@@ -28,20 +28,16 @@ def rotate_head(weight: Tensor, norm_f: Tensor) -> Tensor:
     return transform(weight.double() * norm_f.double()).float()
 
 
-def rotate_layer(layer: dict[str, Tensor], *, fold_gate_norm: bool) -> dict[str, Tensor]:
+def rotate_layer(layer: dict[str, Tensor]) -> dict[str, Tensor]:
     """One block in the rotated residual basis, its input still unrotated at out_proj.
 
     γ_pre goes into in_proj (a diagonal does not commute with a rotation), in_proj gets the input
-    rotation H_D, out_proj the output rotation H_D, and γ_gate goes into out_proj if asked.
+    rotation H_D, out_proj the output rotation H_D.
     """
     rotated = dict(layer)
     rotated[IN_PROJ] = transform(layer[IN_PROJ].double() * layer[NORM].double()).float()
     rotated[NORM] = layer[NORM].new_ones(layer[NORM].shape)
-    out_proj = layer[OUT_PROJ].double()
-    if fold_gate_norm:
-        out_proj = out_proj * layer[GATE_NORM].double()
-        rotated[GATE_NORM] = layer[GATE_NORM].new_ones(layer[GATE_NORM].shape)
-    rotated[OUT_PROJ] = transform(out_proj.t()).t().float().contiguous()
+    rotated[OUT_PROJ] = transform(layer[OUT_PROJ].double().t()).t().float().contiguous()
     return rotated
 
 

@@ -105,10 +105,10 @@ SSD_FIELDS: dict[str, Value] = {
     "scaling": "dynamic",
 }
 OTHER_FIELDS: dict[str, Value] = {
-    "scale": 0.03,
     "eps": 1e-5,
     "rotation": "hadamard",
     "rounding": "half_even",
+    "scaling": "dynamic",
     "group_size": 128,
     "d_inner": 1536,
     "conv_dim": 1792,

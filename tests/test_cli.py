@@ -229,7 +229,7 @@ def test_inspect(scene: Scene) -> None:
     assert report["bytes"] == sum(report["files"].values())
     assert len(report["layers"]) == 2
     for layer in report["layers"]:
-        assert {"u_scale", "b_scale", "cb_scale", "r_scale"} <= set(layer["scales"])
+        assert {"b_scale", "c_scale", "cb_scale"} <= set(layer["scales"])
         assert all(0 < low <= high for low, high in layer["scales"].values())
         assert layer["saturation"] and all(0 <= f <= 1 for f in layer["saturation"].values())
     text = ssdi8("inspect", scene.run).stdout

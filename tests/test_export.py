@@ -520,11 +520,11 @@ def test_two_bodies_are_refused() -> None:
     hidden = graph.input("hidden", TensorProto.FLOAT16, shape)
     residual = graph.input("residual", TensorProto.FLOAT, shape)
     norm = OPS["Ssdi8RmsNorm"]
-    common = {"eps": 1e-5, "rounding": "half_even"}
-    norm(hidden, residual, scale=0.1, **common)
-    norm(hidden, residual, scale=0.2, **common)  # a scale of its own is what nodes may have
+    common = {"eps": 1e-5, "scaling": "dynamic"}
+    norm(hidden, residual, rounding="half_even", **common)
+    norm(hidden, residual, rounding="half_even", **common)
     with pytest.raises(ValueError, match="Ssdi8RmsNorm has two bodies in one graph"):
-        norm(hidden, residual, scale=0.1, eps=1e-5, rounding="half_away")
+        norm(hidden, residual, rounding="half_away", **common)
 
 
 def test_missing_and_unknown_attributes_are_refused() -> None:
@@ -533,15 +533,17 @@ def test_missing_and_unknown_attributes_are_refused() -> None:
     hidden = graph.input("hidden", TensorProto.FLOAT16, ["b", "l", 64])
     residual = graph.input("residual", TensorProto.FLOAT, ["b", "l", 64])
     norm = OPS["Ssdi8RmsNorm"]
-    for wrong in ({"eps": 1e-5, "scale": 0.1}, {**dict.fromkeys(norm.attributes, 0.1), "more": 1}):
+    for wrong in ({"eps": 1e-5}, {**dict.fromkeys(norm.attributes, 0.1), "more": 1}):
         with pytest.raises(ValueError, match="Ssdi8RmsNorm takes"):
             norm(hidden, residual, **wrong)
 
 
-def test_scales_are_node_attributes(export: Export) -> None:
-    """One function body for all layers, and each layer's own static scale at its node."""
-    exported = export("edge-w8a8")
-    nodes = [n for n in exported.portable.graph.node if n.op_type == "Ssdi8RmsNorm"]
-    scales = [a.f for n in nodes for a in n.attribute if a.name == "scale"]
-    want = [float(exported.made.tensors[f"layers.{i}.u_scale"]) for i in range(2)]
-    assert scales == want and want[0] != want[1]
+@pytest.mark.parametrize("scaling", ["static", "dynamic"])
+def test_static_scales_are_inputs(export: Export, scaling: str) -> None:
+    """One function body for all layers, and each layer's own static scales at its nodes."""
+    exported = export("edge-w8a8", input_scaling=scaling)
+    for op, scale in (("Ssdi8RmsNorm", "u_scale"), ("Ssdi8RmsNormGated", "r_scale")):
+        nodes = [n for n in exported.portable.graph.node if n.op_type == op]
+        given = [n.input[-1] for n in nodes if n.input[-1].endswith("_scale")]
+        want = [f"layers.{i}.{scale}" for i in range(2)] if scaling == "static" else []
+        assert given == want

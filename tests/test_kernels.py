@@ -41,6 +41,8 @@ GARBAGE = 0xA5
 # falls on a rounding boundary may go to the other side: by 1 step, in this fraction of the values
 # (measured on an H100: rms_norm 8e-7, gated norm 7e-6, convolution 6e-5).
 BOUNDARY_FRACTION = 5e-4
+# Of the largest value of a token, for the same reason.
+TOKEN_SCALE_TOLERANCE = 4e-6
 
 
 needs_gpu = pytest.mark.skipif(not GPU, reason="no CUDA device")
@@ -119,10 +121,13 @@ def steps(values: Tensor) -> Tensor:
 
 
 def assert_close(got: Tensor, want: Tensor, max_fraction: float = 0.0) -> None:
-    """At most 1 representable step apart, and that in at most `max_fraction` of the values."""
+    """At most 1 representable step apart, and that in at most `max_fraction` of the values.
+
+    FP32: `max_fraction` apart at most, relative to the value.
+    """
     assert got.dtype is want.dtype and got.shape == want.shape
     if got.dtype is torch.float32:
-        assert torch.equal(got, want)
+        torch.testing.assert_close(got, want, rtol=max_fraction, atol=0.0)
         return
     difference = (steps(got) - steps(want)).abs()
     worst = int(difference.max())
@@ -182,9 +187,15 @@ def random_int8(generator: torch.Generator, *shape: int) -> Tensor:
 # Residual add and RMSNorm
 # ------------------------------------------------------------------------------------------------
 
-NORM_FRACTIONS = (0.0, BOUNDARY_FRACTION)
+NORM_FRACTIONS = (0.0, BOUNDARY_FRACTION, TOKEN_SCALE_TOLERANCE)
 
 
+def token_scaling(scaling: str, scale: float) -> list[Tensor]:
+    """The static scale of all tokens; with scaling "dynamic" there is none."""
+    return [torch.tensor([scale], device=DEVICE)] if scaling == "static" else []
+
+
+@pytest.mark.parametrize("scaling", ["dynamic", "static"])
 @pytest.mark.parametrize(
     ("batch", "length", "d_model", "magnitude", "scale", "rounding"),
     [
@@ -216,6 +227,7 @@ def test_rms_norm(
     magnitude: float,
     scale: float,
     rounding: str,
+    scaling: str,
 ) -> None:
     shape = (batch, length, d_model)
     hidden = (normal(generator, *shape, dtype=torch.float32) * magnitude).half()
@@ -224,9 +236,10 @@ def test_rms_norm(
         "Ssdi8RmsNorm",
         hidden,
         residual,
-        scale=scale,
+        *token_scaling(scaling, scale),
         eps=1e-5,
         rounding=rounding,
+        scaling=scaling,
         fractions=NORM_FRACTIONS,
     )
 
@@ -272,8 +285,13 @@ def linear_work(tokens: int, n_in: int, n_out: int, variant: int) -> int:
     return -(-tokens // 128) * 128 * n_in * -(-n_out // 128) * 128
 
 
+def scale_of_tokens(generator: torch.Generator, x: Tensor) -> Tensor:
+    shape = (*x.shape[:-1], 1)
+    return torch.rand(shape, generator=generator, device=DEVICE) * 1e-2 + 1e-4
+
+
 def scale_and_bias(generator: torch.Generator, n_out: int) -> tuple[Tensor, Tensor]:
-    scale = torch.rand(n_out, generator=generator, device=DEVICE) * 1e-4 + 1e-6
+    scale = torch.rand(n_out, generator=generator, device=DEVICE) * 1e-2 + 1e-4
     return scale, normal(generator, n_out, dtype=torch.float32)
 
 
@@ -287,7 +305,8 @@ def test_linear(
     skip_unless_affordable(linear_work(batch * length, n_in, n_out, variant))
     x = random_int8(generator, batch, length, n_in)
     weight = random_int8(generator, n_out, n_in)
-    compare("Ssdi8Linear", x, weight, *scale_and_bias(generator, n_out), variant=variant)
+    of_tokens = scale_of_tokens(generator, x)
+    compare("Ssdi8Linear", x, of_tokens, weight, *scale_and_bias(generator, n_out), variant=variant)
 
 
 @pytest.mark.parametrize("length", [1, 130])
@@ -299,9 +318,14 @@ def test_linear_extremes(
 ) -> None:
     x = torch.full((1, length, 5120), x_value, dtype=torch.int8, device=DEVICE)
     weight = torch.full((48, 5120), weight_value, dtype=torch.int8, device=DEVICE)
+    of_tokens = scale_of_tokens(generator, x)
     scale, bias = scale_and_bias(generator, 48)
-    compare("Ssdi8Linear", x, weight, scale, bias)
-    compare("Ssdi8Linear", x, weight, scale * 1e4, bias)  # overflows FP16
+    compare("Ssdi8Linear", x, of_tokens, weight, scale, bias)
+    compare("Ssdi8Linear", x, of_tokens, weight, scale * 1e4, bias)  # overflows FP16
+
+
+def ones_of_tokens(x: Tensor) -> Tensor:
+    return torch.ones((*x.shape[:-1], 1), device=DEVICE)
 
 
 def w4_weight(
@@ -340,6 +364,7 @@ def test_linear_w4(
     compare(
         "Ssdi8LinearW4",
         x,
+        scale_of_tokens(generator, x),
         packed,
         group_scale,
         *scale_and_bias(generator, n_out),
@@ -369,8 +394,8 @@ def test_linear_w4_with_integer_scales(
     packed = random_int8(generator, n_out, n_in // 2)
     scales = integer_scales(generator, n_out, n_in, group_size)
     scales[0], scales[-1] = 16, -15
-    epilogue = scale_and_bias(generator, n_out)
-    compare("Ssdi8LinearW4", x, packed, scales, *epilogue, group_size=group_size, variant=variant)
+    inputs = (x, scale_of_tokens(generator, x), packed, scales, *scale_and_bias(generator, n_out))
+    compare("Ssdi8LinearW4", *inputs, group_size=group_size, variant=variant)
 
 
 @pytest.mark.parametrize("length", [1, 64])
@@ -383,7 +408,10 @@ def test_linear_w4_expands_every_value_with_integer_scales(
     eye = torch.eye(128, dtype=torch.int8, device=DEVICE)[None]
     one, zero = torch.ones(EXPANDED, device=DEVICE), torch.zeros(EXPANDED, device=DEVICE)
     kernel = kernel_of("Ssdi8LinearW4")
-    rows = [kernel(x, packed, scales, one, zero, group_size=group)[0] for x in eye.split(length, 1)]
+    rows = [
+        kernel(part, ones_of_tokens(part), packed, scales, one, zero, group_size=group)[0]
+        for part in eye.split(length, 1)
+    ]
     assert_close(torch.cat(rows).t().to(torch.int8), unpack_w4(packed, scales, group))
 
 
@@ -399,7 +427,7 @@ def test_linear_w4_expands_every_value(
     one, zero = torch.ones(EXPANDED, device=DEVICE), torch.zeros(EXPANDED, device=DEVICE)
     kernel = kernel_of("Ssdi8LinearW4")
     rows = [
-        kernel(part, packed, group_scale, one, zero, group_size=32)[0]
+        kernel(part, ones_of_tokens(part), packed, group_scale, one, zero, group_size=32)[0]
         for part in eye.split(length, 1)
     ]
     assert_close(torch.cat(rows).t().to(torch.int8), unpack_w4(packed, group_scale, 32))
@@ -534,7 +562,8 @@ def test_causal_conv1d_state_in_place(generator: torch.Generator, length: int) -
     ],
     ids=str,
 )
-def test_rms_norm_gated(generator: torch.Generator, row: dict[str, Any]) -> None:
+@pytest.mark.parametrize("scaling", ["dynamic", "static"])
+def test_rms_norm_gated(generator: torch.Generator, row: dict[str, Any], scaling: str) -> None:
     base = {"batch": 1, "length": 5, "d_inner": 1536, "ngroups": 1, "magnitude": 1.0}
     case = {**base, "scale": 0.03, "rounding": "half_even", **row}
     batch, length, d_inner = case["batch"], case["length"], case["d_inner"]
@@ -549,12 +578,13 @@ def test_rms_norm_gated(generator: torch.Generator, row: dict[str, Any]) -> None
         y,
         zxbcdt,
         weight,
-        scale=case["scale"],
+        *token_scaling(scaling, case["scale"]),
         eps=1e-5,
         d_inner=d_inner,
         ngroups=case["ngroups"],
         rounding=case["rounding"],
-        fractions=(BOUNDARY_FRACTION,),
+        scaling=scaling,
+        fractions=(BOUNDARY_FRACTION, TOKEN_SCALE_TOLERANCE),
     )
 
 
@@ -990,14 +1020,17 @@ def calls(generator: torch.Generator, length: int) -> dict[str, tuple[Tensor, Ca
     fp16_inputs = ssd_arguments("Ssdi8SsdScan", fp16["inputs"])
     static = ssd_case(generator, STATIC | {"length": length})
     static_inputs = ssd_arguments("Ssdi8SsdScan", static["inputs"])
-    norm = {"scale": 0.03, "eps": 1e-5, "rounding": "half_even"}
+    of_tokens = scale_of_tokens(generator, x)
+    norm = {"eps": 1e-5, "rounding": "half_even", "scaling": "dynamic"}
     return {
         "rms_norm": (hidden, lambda: kernel_of("Ssdi8RmsNorm")(hidden, residual, **norm)),
-        "linear": (x, lambda: (kernel_of("Ssdi8Linear")(x, weight, scale, bias),)),
+        "linear": (x, lambda: (kernel_of("Ssdi8Linear")(x, of_tokens, weight, scale, bias),)),
         "linear_w4": (
             x,
             lambda: (
-                kernel_of("Ssdi8LinearW4")(x, packed, group_scale, scale, bias, group_size=128),
+                kernel_of("Ssdi8LinearW4")(
+                    *(x, of_tokens, packed, group_scale, scale, bias), group_size=128
+                ),
             ),
         ),
         "causal_conv1d": (
@@ -1006,7 +1039,7 @@ def calls(generator: torch.Generator, length: int) -> dict[str, tuple[Tensor, Ca
         ),
         "rms_norm_gated": (
             y,
-            lambda: (kernel_of("Ssdi8RmsNormGated")(y, z, ones, d_inner=1536, ngroups=1, **norm),),
+            lambda: kernel_of("Ssdi8RmsNormGated")(y, z, ones, d_inner=1536, ngroups=1, **norm),
         ),
         "ssd_scan": (
             ssd_inputs[0],
@@ -1076,23 +1109,33 @@ def test_refusals(generator: torch.Generator) -> None:
 
     x, weight = random_int8(generator, 1, 2, 48), random_int8(generator, 8, 48)
     scale, bias = scale_and_bias(generator, 8)
-    refused("multiple of 32", lambda: kernel_of("Ssdi8Linear")(x, weight, scale, bias))
-    refused("is expected", lambda: kernel_of("Ssdi8Linear")(x, weight.half(), scale, bias))
+    one = ones_of_tokens(x)
+    refused("multiple of 32", lambda: kernel_of("Ssdi8Linear")(x, one, weight, scale, bias))
+    refused("is expected", lambda: kernel_of("Ssdi8Linear")(x, one, weight.half(), scale, bias))
+    refused("is expected", lambda: kernel_of("Ssdi8Linear")(x, one[:, 1:], weight, scale, bias))
     group_scale = torch.ones((8, 3), dtype=torch.float16, device=DEVICE)
     refused(
         "group size 16",
         lambda: kernel_of("Ssdi8LinearW4")(
-            x, weight[:, :24], group_scale, scale, bias, group_size=16
+            x, one, weight[:, :24], group_scale, scale, bias, group_size=16
         ),
     )
-    norm = {"scale": 0.03, "eps": 1e-5, "rounding": "half_even"}
-    odd = normal(generator, 1, 2, 12)
+    norm = {"eps": 1e-5, "rounding": "half_even", "scaling": "dynamic"}
+    odd, even = normal(generator, 1, 2, 12), normal(generator, 1, 2, 64)
     refused("d_model 12", lambda: kernel_of("Ssdi8RmsNorm")(odd, odd.float(), **norm))
     y, ones = normal(generator, 1, 2, 56), torch.ones(56, device=DEVICE)
-    refused(
-        "d_inner 56",
-        lambda: kernel_of("Ssdi8RmsNormGated")(y, y, ones, d_inner=56, ngroups=1, **norm),
-    )
+    gated = {**norm, "d_inner": 56, "ngroups": 1}
+    refused("d_inner 56", lambda: kernel_of("Ssdi8RmsNormGated")(y, y, ones, **gated))
+    ones = torch.ones(64, device=DEVICE)
+    gated = {**norm, "d_inner": 64, "ngroups": 1}
+    for match, wrong in (
+        ("static scaling without a scale", {"scaling": "static"}),
+        ("scaling 2 out of range", {"scaling": "none"}),
+    ):
+        rms = norm | wrong
+        refused(match, lambda a=rms: kernel_of("Ssdi8RmsNorm")(even, even.float(), **a))
+        rms = gated | wrong
+        refused(match, lambda a=rms: kernel_of("Ssdi8RmsNormGated")(even, even, ones, **a))
     inputs, attributes = conv_case(generator, 1, 2, 64, 1, 64, d_conv=5)
     refused("width 5", lambda: kernel_of("Ssdi8CausalConv1d")(*inputs, **attributes))
     inputs, attributes = conv_case(generator, 1, 2, 64, 1, 16)

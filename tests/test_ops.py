@@ -35,9 +35,9 @@ from torch import Tensor
 
 from ssdi8_edge import int8, model
 from ssdi8_edge.export import GraphBuilder
-from ssdi8_edge.formats import Rotation
+from ssdi8_edge.formats import Rotation, Scaling
 from ssdi8_edge.int8 import Rounding
-from ssdi8_edge.ops import OPS, chunk_scan, fp16, ssd_scan
+from ssdi8_edge.ops import OPS, chunk_scan, fp16
 from ssdi8_edge.ops.linear import pack_w4, unpack_w4
 from ssdi8_edge.ops.op import Op
 
@@ -543,34 +543,55 @@ def test_conv_state_of_pieces() -> None:
     assert torch.equal(state, whole[3])
 
 
+def token_scaling(scaling: Scaling, scale: float) -> list[Tensor]:
+    """The static scale of all tokens; with scaling "dynamic" there is none."""
+    return [torch.tensor([scale])] if scaling == "static" else []
+
+
+def quantized_token(
+    v: np.ndarray, scaling: Scaling, scale: float, rounding: Rounding
+) -> tuple[np.ndarray, np.float32]:
+    """FP32 values of one token: INT8, and their scale."""
+    if scaling == "static":
+        return saturated(v * (f32(1) / f32(scale)), rounding), f32(scale)
+    top = max(np.abs(v).max(), f32(1e-30))
+    return saturated(v * (f32(127) / top), rounding), top / f32(127)
+
+
+@pytest.mark.parametrize("scaling", ["dynamic", "static"])
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("magnitude", [1.0, 0.0, 1e4, 1e-7])
-def test_rms_norm_against_loops(magnitude: float, rounding: Rounding) -> None:
+def test_rms_norm_against_loops(magnitude: float, rounding: Rounding, scaling: Scaling) -> None:
     """Residual in FP32, mean of squares exact to FP64, one FP32 factor, one FP32 reciprocal."""
     batch, length, width, eps = 2, 3, 40, 1e-5
     g = torch.Generator().manual_seed(1)
     hidden = (torch.randn(batch, length, width, generator=g) * magnitude).half()
     residual = torch.randn(batch, length, width, generator=g) * magnitude
     scale = 0.017
-    got_residual, got = OPS["Ssdi8RmsNorm"](
-        hidden, residual, scale=scale, eps=eps, rounding=rounding
+    got_residual, got, got_scale = OPS["Ssdi8RmsNorm"](
+        *(hidden, residual, *token_scaling(scaling, scale)),
+        eps=eps,
+        rounding=rounding,
+        scaling=scaling,
     )
-    inverse = f32(1) / f32(scale)
     for b, i in np.ndindex(batch, length):
         total = residual[b, i].numpy() + hidden[b, i].numpy().astype(f32)
         mean = math.fsum(float(v) ** 2 for v in total) / width
         rstd = f32(1 / math.sqrt(mean + eps))
         assert_same(got_residual[b, i], total)
-        assert_same(got[b, i], saturated(total * rstd * inverse, rounding))
+        want, want_scale = quantized_token(total * rstd, scaling, scale, rounding)
+        assert_same(got[b, i], want)
+        assert got_scale[b, i].tolist() == [want_scale]
 
 
+@pytest.mark.parametrize("scaling", ["dynamic", "static"])
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize(
     ("e", "ngroups", "magnitude"),
     [(64, 1, 1.0), (48, 2, 1.0), (64, 8, 1.0), (20, 1, 1e3), (64, 1, 0.0)],
 )
 def test_gated_norm_against_loops(
-    e: int, ngroups: int, magnitude: float, rounding: Rounding
+    e: int, ngroups: int, magnitude: float, rounding: Rounding, scaling: Scaling
 ) -> None:
     """Gate before norm, RMS per group, weight, rotation as a dense product, quantization."""
     from ssdi8_edge.hadamard import factors
@@ -580,16 +601,15 @@ def test_gated_norm_against_loops(
     y = (torch.randn(batch, length, e, generator=g) * magnitude).half()
     zxbcdt = (torch.randn(batch, length, 2 * e + 7, generator=g) * 2).half()
     weight = torch.rand(e, generator=g) + 0.5
-    got = OPS["Ssdi8RmsNormGated"](
-        *(y, zxbcdt, weight),
-        scale=scale,
+    got, got_scale = OPS["Ssdi8RmsNormGated"](
+        *(y, zxbcdt, weight, *token_scaling(scaling, scale)),
         eps=eps,
         d_inner=e,
         ngroups=ngroups,
         rounding=rounding,
+        scaling=scaling,
     )
     h = torch.kron(*factors(e)).numpy()
-    inverse = f32(1) / f32(scale)
     size = e // ngroups
     for b, i in np.ndindex(batch, length):
         gate = np.array([slow_silu(float(v)) for v in zxbcdt[b, i, :e]], f32)
@@ -600,8 +620,9 @@ def test_gated_norm_against_loops(
             mean = math.fsum(float(value) ** 2 for value in v[part]) / size
             r[part] = v[part] * f32(1 / math.sqrt(mean + eps)) * weight[part].numpy()
         spread = [math.fsum(r.astype(np.float64) * h[:, j]) * e**-0.5 for j in range(e)]
-        want = saturated(np.array(spread).astype(f32) * inverse, rounding)
+        want, want_scale = quantized_token(np.array(spread, f32), scaling, scale, rounding)
         assert_same(got[b, i], want)
+        assert got_scale[b, i].tolist() == [want_scale]
 
 
 def random_int8(g: torch.Generator, *shape: int) -> Tensor:
@@ -610,19 +631,21 @@ def random_int8(g: torch.Generator, *shape: int) -> Tensor:
 
 @pytest.mark.parametrize("extreme", [False, True])
 def test_linear_against_loops(extreme: bool) -> None:
-    """Exact integer sum, one FP32 product, one FP32 sum, one FP16 rounding; bias and row scales."""
+    """Exact integer sum, two FP32 products, one FP32 sum, one FP16 rounding; bias and scales."""
     g = torch.Generator().manual_seed(3)
     x, weight = random_int8(g, 2, 3, 96), random_int8(g, 10, 96)
     if extreme:
         x, weight = torch.full_like(x, -128), torch.full_like(weight, -128)
-    scale, bias = torch.rand(10, generator=g) * 1e-3, torch.randn(10, generator=g)
+    of_tokens = torch.rand(2, 3, 1, generator=g) * 0.1
+    scale, bias = torch.rand(10, generator=g) * 1e-2, torch.randn(10, generator=g)
     want = np.zeros((2, 3, 10), np.float16)
     for b, i, row in np.ndindex(2, 3, 10):
         exact = sum(
             int(u) * int(v) for u, v in zip(x[b, i].tolist(), weight[row].tolist(), strict=True)
         )
-        want[b, i, row] = f32(exact) * scale[row].numpy() + bias[row].numpy()
-    assert_same(OPS["Ssdi8Linear"](x, weight, scale, bias), want)
+        scaled = f32(exact) * scale[row].numpy() * of_tokens[b, i, 0].numpy()
+        want[b, i, row] = scaled + bias[row].numpy()
+    assert_same(OPS["Ssdi8Linear"](x, of_tokens, weight, scale, bias), want)
 
 
 @pytest.mark.parametrize("integer", [False, True])
@@ -649,10 +672,11 @@ def test_w4_against_loops(group_size: int, integer: bool) -> None:
     q4 = unpack_w4(packed, torch.ones_like(sigma), group_size) + 8
     assert torch.equal(pack_w4(q4), packed)
     x = random_int8(g, 2, 3, columns)
-    scale, bias = torch.rand(rows, generator=g) * 1e-3, torch.randn(rows, generator=g)
-    got = OPS["Ssdi8LinearW4"](x, packed, sigma, scale, bias, group_size=group_size)
+    of_tokens = torch.rand(2, 3, 1, generator=g) * 0.1
+    scale, bias = torch.rand(rows, generator=g) * 1e-2, torch.randn(rows, generator=g)
+    got = OPS["Ssdi8LinearW4"](x, of_tokens, packed, sigma, scale, bias, group_size=group_size)
     product = x.numpy().astype(np.int64) @ weight.T
-    want = product.astype(f32) * scale.numpy() + bias.numpy()
+    want = product.astype(f32) * scale.numpy() * of_tokens.numpy() + bias.numpy()
     assert_same(got, want.astype(np.float16))
 
 
@@ -1004,23 +1028,31 @@ norm_rows = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.parametrize("scaling", ["dynamic", "static"])
 @norm_rows
 def test_norm_bodies(
-    batch: int, length: int, width: int, magnitude: float, scale: float, rounding: Rounding
+    batch: int,
+    length: int,
+    width: int,
+    magnitude: float,
+    scale: float,
+    rounding: Rounding,
+    scaling: Scaling,
 ) -> None:
     """Both norms, 1, 2 and 4 groups, INT8 exactly; the FP16 ones exactly too (FP64 inside)."""
     g = torch.Generator().manual_seed(5)
     hidden = (torch.randn(batch, length, width, generator=g) * magnitude).half()
     residual = torch.randn(batch, length, width, generator=g) * magnitude
     weight = torch.rand(width, generator=g) + 0.5
-    quantization = {"scale": scale, "eps": 1e-5, "rounding": rounding}
-    compare("Ssdi8RmsNorm", [hidden, residual], quantization)
+    scales = token_scaling(scaling, scale)
+    quantization = {"eps": 1e-5, "rounding": rounding, "scaling": scaling}
+    compare("Ssdi8RmsNorm", [hidden, residual, *scales], quantization)
     compare("RmsNorm", [hidden, residual, weight], {"eps": 1e-5})
     zxbcdt = (torch.randn(batch, length, 2 * width + 9, generator=g) * 3).half()
     for ngroups in (1, 2, 4):
         sizes = {"d_inner": width, "ngroups": ngroups}
         inputs = [hidden, zxbcdt, weight]
-        compare("Ssdi8RmsNormGated", inputs, {**quantization, **sizes})
+        compare("Ssdi8RmsNormGated", [*inputs, *scales], {**quantization, **sizes})
         compare("RmsNormGated", inputs, {"eps": 1e-5, **sizes})
 
 
@@ -1034,10 +1066,11 @@ def test_linear_bodies(shape: tuple[int, int, int, int], extreme: bool) -> None:
     packed = random_int8(g, rows, columns // 2)
     if extreme:
         x, weight = torch.full_like(x, -128), torch.full_like(weight, -128)
-    scale, bias = torch.rand(rows, generator=g) * 1e-3, torch.randn(rows, generator=g)
-    compare("Ssdi8Linear", [x, weight, scale, bias], {})
+    of_tokens = torch.rand(batch, length, 1, generator=g) * 0.1
+    scale, bias = torch.rand(rows, generator=g) * 1e-2, torch.randn(rows, generator=g)
+    compare("Ssdi8Linear", [x, of_tokens, weight, scale, bias], {})
     sigma = (torch.rand(rows, columns // 16, generator=g) * 20).half()
-    compare("Ssdi8LinearW4", [x, packed, sigma, scale, bias], {"group_size": 16})
+    compare("Ssdi8LinearW4", [x, of_tokens, packed, sigma, scale, bias], {"group_size": 16})
     # Another order of the FP32 sum moves a few results across an FP16 rounding boundary.
     values = torch.randn(batch, length, columns, generator=g).half()
     matrix = torch.randn(rows, columns, generator=g).half()
@@ -1146,5 +1179,4 @@ def test_schema_follows_the_reference() -> None:
         assert op.name == name
         assert op.plugin == name.startswith("Ssdi8")
         assert len(set(op.inputs) | set(op.outputs)) == len(op.inputs) + len(op.outputs)
-    assert ssd_scan.SSD_SCAN.static_attributes({"scale": 1.0, "gate": "fp32"}) == {"gate": "fp32"}
     assert not any(op.plugin for op in fp16.FP16_OPS)

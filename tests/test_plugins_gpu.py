@@ -21,6 +21,7 @@ from test_kernels import (
     RELEASED,
     SSD_STAGES,
     STATIC,
+    TOKEN_SCALE_TOLERANCE,
     assert_close,
     assert_near,
     conv_case,
@@ -31,9 +32,11 @@ from test_kernels import (
     reference,
     relative_error,
     scale_and_bias,
+    scale_of_tokens,
     select,
     ssd_arguments,
     ssd_case,
+    token_scaling,
     w4_weight,
 )
 from torch import Tensor
@@ -45,7 +48,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 
-NORM = {"scale": 0.03, "eps": 1e-5, "rounding": "half_even"}
+NORM = {"eps": 1e-5, "rounding": "half_even"}
 # Outputs that may lie where an input lies.
 IN_PLACE = {
     "residual_out": "residual",
@@ -79,15 +82,17 @@ def within(limit: float) -> Check:
     return check
 
 
-def rms_norm(g: torch.Generator, batch: int, length: int) -> Case:
+def rms_norm(g: torch.Generator, batch: int, length: int, scaling: str) -> Case:
     shape = (batch, length, 768)
     inputs = [normal(g, *shape), normal(g, *shape, dtype=torch.float32)]
-    return Case("Ssdi8RmsNorm", inputs, NORM, [steps_in(f) for f in NORM_FRACTIONS])
+    inputs += token_scaling(scaling, 0.03)
+    checks = [steps_in(f) for f in NORM_FRACTIONS]
+    return Case("Ssdi8RmsNorm", inputs, {**NORM, "scaling": scaling}, checks)
 
 
 def linear(g: torch.Generator, batch: int, length: int) -> Case:
-    inputs = [random_int8(g, batch, length, 768), random_int8(g, 3352, 768)]
-    inputs += scale_and_bias(g, 3352)
+    x = random_int8(g, batch, length, 768)
+    inputs = [x, scale_of_tokens(g, x), random_int8(g, 3352, 768), *scale_and_bias(g, 3352)]
     return Case("Ssdi8Linear", inputs, {}, [steps_in(0.0)])
 
 
@@ -96,7 +101,8 @@ def linear_w4(g: torch.Generator, batch: int, length: int, integer: bool) -> Cas
     packed, group_scale = w4_weight(g, 3352, 768, group_size, 15.0)
     if integer:
         group_scale = integer_scales(g, 3352, 768, group_size)
-    inputs = [random_int8(g, batch, length, 768), packed, group_scale, *scale_and_bias(g, 3352)]
+    x = random_int8(g, batch, length, 768)
+    inputs = [x, scale_of_tokens(g, x), packed, group_scale, *scale_and_bias(g, 3352)]
     return Case("Ssdi8LinearW4", inputs, {"group_size": group_size}, [steps_in(0.0)])
 
 
@@ -105,11 +111,12 @@ def causal_conv1d(g: torch.Generator, batch: int, length: int) -> Case:
     return Case("Ssdi8CausalConv1d", inputs, attributes, [steps_in(f) for f in CONV_FRACTIONS])
 
 
-def rms_norm_gated(g: torch.Generator, batch: int, length: int) -> Case:
+def rms_norm_gated(g: torch.Generator, batch: int, length: int, scaling: str) -> Case:
     inputs = [normal(g, batch, length, 1536), normal(g, batch, length, 3352)]
-    inputs.append(torch.ones(1536, device="cuda"))
-    attributes = {**NORM, "d_inner": 1536, "ngroups": 1}
-    return Case("Ssdi8RmsNormGated", inputs, attributes, [steps_in(BOUNDARY_FRACTION)])
+    inputs += [torch.ones(1536, device="cuda"), *token_scaling(scaling, 0.03)]
+    attributes = {**NORM, "d_inner": 1536, "ngroups": 1, "scaling": scaling}
+    checks = [steps_in(f) for f in (BOUNDARY_FRACTION, TOKEN_SCALE_TOLERANCE)]
+    return Case("Ssdi8RmsNormGated", inputs, attributes, checks)
 
 
 def ssd(op: str, g: torch.Generator, batch: int, length: int, **row: Any) -> Case:
@@ -139,12 +146,14 @@ SSD_CHOICES: dict[str, dict[str, Any]] = {
     " none": NONE,
 }
 CASES: dict[str, Callable[[torch.Generator, int, int], Case]] = {
-    "rms_norm": rms_norm,
+    "rms_norm": partial(rms_norm, scaling="dynamic"),
+    "rms_norm static": partial(rms_norm, scaling="static"),
     "linear": linear,
     "linear_w4": partial(linear_w4, integer=False),
     "linear_w4 integer": partial(linear_w4, integer=True),
     "causal_conv1d": causal_conv1d,
-    "rms_norm_gated": rms_norm_gated,
+    "rms_norm_gated": partial(rms_norm_gated, scaling="dynamic"),
+    "rms_norm_gated static": partial(rms_norm_gated, scaling="static"),
     **{
         f"{name}{suffix}": partial(ssd, op, **row)
         for name, op in (

@@ -30,8 +30,8 @@ from ssdi8_edge.transforms import (
 TOLERANCE = 1e-5
 
 
-def rotate(model: Mamba2LM, *, fold_gate_norm: bool) -> Mamba2LM:
-    """A copy whose residual stream is rotated, every norm weight folded."""
+def rotate(model: Mamba2LM) -> Mamba2LM:
+    """A copy whose residual stream is rotated, the weights of its norms folded."""
     config = model.config
     tensors = {k: v.detach().clone() for k, v in model.state_dict().items()}
     table, head = tensors["backbone.embedding.weight"], tensors["lm_head.weight"]
@@ -42,25 +42,22 @@ def rotate(model: Mamba2LM, *, fold_gate_norm: bool) -> Mamba2LM:
     for i in range(config.n_layer):
         prefix = f"backbone.layers.{i}."
         layer = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-        rotated = rotate_layer(layer, fold_gate_norm=fold_gate_norm)
+        rotated = rotate_layer(layer)
         tensors |= {prefix + k: v for k, v in rotated.items()}
     untied = Mamba2LM(type(config)(**{**vars(config), "tie_embeddings": False})).eval()
     untied.load_state_dict(tensors)
     return untied
 
 
-@pytest.mark.parametrize("fold_gate_norm", [False, True])
 @pytest.mark.parametrize("ngroups", [1, 2])
 @pytest.mark.parametrize("tied", [True, False])
-def test_rotated_model_is_the_model(
-    tmp_path: Path, ngroups: int, tied: bool, fold_gate_norm: bool
-) -> None:
+def test_rotated_model_is_the_model(tmp_path: Path, ngroups: int, tied: bool) -> None:
     """FP32 logits of the rotated weights; norms differ from 1, so a missed fold shows."""
     _, model = write_checkpoint(tmp_path / "c", make_config(ngroups, tie_embeddings=tied))
     ids = random_ids(2, 37)
     with torch.inference_mode():
         want, _ = model(ids)
-        got, _ = rotate(model, fold_gate_norm=fold_gate_norm)(ids)
+        got, _ = rotate(model)(ids)
     assert relative_error(got, want) < TOLERANCE
 
 
@@ -71,7 +68,7 @@ def test_rotation_of_paley_widths(tmp_path: Path, width: int) -> None:
     ids = random_ids(1, 20)
     with torch.inference_mode():
         want, _ = model(ids)
-        got, _ = rotate(model, fold_gate_norm=True)(ids)
+        got, _ = rotate(model)(ids)
     assert relative_error(got, want) < TOLERANCE
 
 
@@ -106,16 +103,14 @@ def test_rotate_layer_leaves_its_argument_alone() -> None:
         OUT_PROJ: torch.randn(64, 128, generator=g),
     }
     before = {k: v.clone() for k, v in layer.items()}
-    rotated = rotate_layer(layer, fold_gate_norm=True)
+    rotated = rotate_layer(layer)
     assert all(torch.equal(layer[k], v) for k, v in before.items())
     assert torch.equal(rotated[NORM], torch.ones(64))
-    assert torch.equal(rotated[GATE_NORM], torch.ones(128))
-    kept = rotate_layer(layer, fold_gate_norm=False)
-    assert torch.equal(kept[GATE_NORM], layer[GATE_NORM])
+    assert torch.equal(rotated[GATE_NORM], layer[GATE_NORM])
 
 
 def test_fold_is_the_diagonal(tmp_path: Path) -> None:
-    """γ_gate scales columns of out_proj, γ_pre columns of in_proj: checked without a model."""
+    """γ_pre scales columns of in_proj: checked without a model."""
     g = torch.Generator().manual_seed(1)
     layer: dict[str, Tensor] = {
         NORM: torch.rand(4, generator=g) + 0.5,
@@ -124,9 +119,9 @@ def test_fold_is_the_diagonal(tmp_path: Path) -> None:
         OUT_PROJ: torch.randn(4, 8, generator=g),
     }
     h4 = torch.kron(*hadamard.factors(4)).float() / 2
-    rotated = rotate_layer(layer, fold_gate_norm=True)
+    rotated = rotate_layer(layer)
     torch.testing.assert_close(rotated[IN_PROJ], layer[IN_PROJ] * layer[NORM] @ h4)
-    torch.testing.assert_close(rotated[OUT_PROJ], h4.t() @ (layer[OUT_PROJ] * layer[GATE_NORM]))
+    torch.testing.assert_close(rotated[OUT_PROJ], h4.t() @ layer[OUT_PROJ])
 
 
 @pytest.mark.parametrize("ngroups", [1, 2])

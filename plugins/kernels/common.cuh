@@ -29,6 +29,15 @@ int refuse(const char* format, ...) __attribute__((format(printf, 1, 2)));
 // Turns the outcome of a CUDA call or launch of `op` into a return code, with the message stored.
 int check(cudaError_t error, const char* op);
 
+// Refuses what the input of a linear layer cannot be scaled by, see kernels.h.
+int refuse_token_scaling(const char* op, int scaling, const float* scale);
+
+// The scale of all tokens, or null.
+template <class Params>
+const float* static_token_scale(const Params& p) {
+  return p.scaling == SSDI8_SCALING_STATIC ? p.scale : nullptr;
+}
+
 // Multiprocessors of the current device. Boards gate them per power mode, so it is never a
 // constant.
 cudaError_t multiprocessors(int* count);
@@ -57,6 +66,20 @@ __device__ __forceinline__ int quantize(float x, float inverse_scale, bool half_
   return round_to_int8(__fmul_rn(x, inverse_scale), half_away);
 }
 
+// The scale of values of which the largest is `top`, as in int8.py's quantize_by_largest: 1 /
+// scale, and the scale; each may be the neighbour of the reference's, which divides exactly.
+struct DynamicScale {
+  float inverse;
+  float step;
+};
+constexpr float kLeastTop = 1e-30f;
+constexpr float kMostSteps = 127.0f;
+
+__device__ __forceinline__ DynamicScale dynamic_scale(float top) {
+  top = fmaxf(top, kLeastTop);
+  return {__fdividef(kMostSteps, top), top * (1.0f / kMostSteps)};
+}
+
 // Four integers in [-128, 127] to the bytes of a word, the first lowest.
 __device__ __forceinline__ uint32_t pack4(int a, int b, int c, int d) {
   const uint32_t low = __byte_perm(a, b, 0x0040);
@@ -75,6 +98,11 @@ __device__ __forceinline__ float warp_sum(float v) {
 #pragma unroll
   for (int offset = kWarp / 2; offset > 0; offset /= 2) v += __shfl_xor_sync(kAllLanes, v, offset);
   return v;
+}
+
+// Of values that are not negative: as integers their bits are in the same order.
+__device__ __forceinline__ float warp_largest(float v) {
+  return __uint_as_float(__reduce_max_sync(kAllLanes, __float_as_uint(v)));
 }
 
 // 1 / sqrt(x) with the error of the approximate instruction removed by one Newton step.

@@ -31,12 +31,16 @@
 extern "C" {
 #endif
 
-#define SSDI8_ABI_VERSION 5
+#define SSDI8_ABI_VERSION 6
 
 enum { SSDI8_OK = 0, SSDI8_UNSUPPORTED = 1, SSDI8_CUDA_ERROR = 2 };
 
 // int8.py: half_even saturates to [-128, 127], half_away to [-127, 127].
 enum { SSDI8_HALF_EVEN = 0, SSDI8_HALF_AWAY = 1 };
+
+// Where the scales of INT8 tensors come from: inputs, or the tensors themselves. NONE: there are
+// none. Inputs "static only" are read with STATIC alone and may else be null.
+enum { SSDI8_SCALING_STATIC = 0, SSDI8_SCALING_DYNAMIC = 1, SSDI8_SCALING_NONE = 2 };
 
 int32_t ssdi8_abi_version(void);
 
@@ -47,39 +51,46 @@ const char* ssdi8_last_error(void);
 // Norms, linear layers, convolution
 // ---------------------------------------------------------------------------------------------
 
-// residual_out = residual + hidden; quantized = Q(residual_out / rms(residual_out) / scale).
+// The input of a linear layer is INT8 with one scale per token: static that of all, dynamic the
+// largest value of the token over 127.
+
+// residual_out = residual + hidden; quantized = Q(residual_out / rms(residual_out) / token_scale).
 typedef struct Ssdi8RmsNormParams {
   const void* hidden;     // (T, D) FP16
   const float* residual;  // (T, D)
+  const float* scale;     // (1), static only
   float* residual_out;    // (T, D), may be `residual`
   int8_t* quantized;      // (T, D)
+  float* token_scale;     // (T)
   int32_t tokens;         // T
   int32_t d_model;        // D, a multiple of 8, at most 8192
-  float scale;
   float eps;
   int32_t rounding;
+  int32_t scaling;  // not NONE
 } Ssdi8RmsNormParams;
 int ssdi8_rms_norm(const Ssdi8RmsNormParams* params, void* stream);
 size_t ssdi8_sizeof_rms_norm(void);
 
-// y = FP16(FP32(x . weight^T) * scale + bias).
+// y = FP16(FP32(x . weight^T) * scale * token_scale + bias).
 typedef struct Ssdi8LinearParams {
-  const int8_t* x;       // (T, In)
-  const int8_t* weight;  // (Out, In)
-  const float* scale;    // (Out)
-  const float* bias;     // (Out)
-  void* y;               // (T, Out) FP16
-  int32_t tokens;        // T
-  int32_t in_features;   // In, a multiple of 32, at most 65536
-  int32_t out_features;  // Out
-  int32_t variant;       // 0: the launcher chooses; 1 vector, 2 small, 3 medium, 4 large tile
+  const int8_t* x;           // (T, In)
+  const float* token_scale;  // (T), of x
+  const int8_t* weight;      // (Out, In)
+  const float* scale;        // (Out), of the weight
+  const float* bias;         // (Out)
+  void* y;                   // (T, Out) FP16
+  int32_t tokens;            // T
+  int32_t in_features;       // In, a multiple of 32, at most 65536
+  int32_t out_features;      // Out
+  int32_t variant;           // 0: the launcher chooses; 1 vector, 2 small, 3 medium, 4 large tile
 } Ssdi8LinearParams;
 int ssdi8_linear(const Ssdi8LinearParams* params, void* stream);
 size_t ssdi8_sizeof_linear(void);
 
 // The same with the INT8 weight round_half_even((q4 - 8) * group_scale), made on the fly.
 typedef struct Ssdi8LinearW4Params {
-  const int8_t* x;       // (T, In)
+  const int8_t* x;           // (T, In)
+  const float* token_scale;  // (T), of x
   const int8_t* packed;  // (Out, In / 2): byte 4i + j plus 128 = 16 * q4[8i + 4 + j] + q4[8i + j]
   const void* group_scale;  // (Out, In / group_size) FP16, or INT8 from -15 to 16, not 0
   const float* scale;       // (Out)
@@ -123,19 +134,21 @@ typedef struct Ssdi8CausalConv1dParams {
 int ssdi8_causal_conv1d(const Ssdi8CausalConv1dParams* params, void* stream);
 size_t ssdi8_sizeof_causal_conv1d(void);
 
-// quantized = Q(H_E . r / scale), r = v / rms(v in its group) * weight, v = y * silu(z).
+// quantized = Q(H_E . r / token_scale), r = v / rms(v in its group) * weight, v = y * silu(z).
 typedef struct Ssdi8RmsNormGatedParams {
   const void* y;        // (T, E) FP16
   const void* zxbcdt;   // (T, R) FP16; z is its first E columns
   const float* weight;  // (E)
+  const float* scale;   // (1), static only
   int8_t* quantized;    // (T, E)
+  float* token_scale;   // (T)
   int32_t tokens;       // T
   int32_t d_inner;      // E = 2^k, 12 * 2^k or 20 * 2^k with k >= 3, at most 8192
   int32_t row_stride;   // R, elements from one token of zxbcdt to the next; a multiple of 8
   int32_t ngroups;      // G; E / G must be a multiple of 8
-  float scale;
   float eps;
   int32_t rounding;
+  int32_t scaling;  // not NONE
 } Ssdi8RmsNormGatedParams;
 int ssdi8_rms_norm_gated(const Ssdi8RmsNormGatedParams* params, void* stream);
 size_t ssdi8_sizeof_rms_norm_gated(void);
@@ -150,11 +163,9 @@ size_t ssdi8_sizeof_rms_norm_gated(void);
 // How the state travels from chunk to chunk: ops/state_passing.py.
 enum { SSDI8_GATE_FP32 = 0, SSDI8_GATE_Q0_7 = 1 };
 
-// Where the scales of w * x and of the states between chunks come from: inputs, or the largest
-// values of each channel in its chunk or tile, over 127. NONE: there are no scales, both are FP16,
-// and scan_tile = chunk_size. Without STATIC the gate is FP32, and inputs "static only" are not
-// read and may be null.
-enum { SSDI8_SCALING_STATIC = 0, SSDI8_SCALING_DYNAMIC = 1, SSDI8_SCALING_NONE = 2 };
+// Scaling of w * x and of the states between chunks: dynamic by the largest values of each channel
+// in its chunk or tile, over 127; NONE: both are FP16, and scan_tile = chunk_size. Without STATIC
+// the gate is FP32.
 
 // dt = clamp(softplus(dt_raw + dt_bias)); a = cumulative sum of A * dt inside each chunk.
 typedef struct Ssdi8ChunkCumsumParams {

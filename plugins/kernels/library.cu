@@ -26,6 +26,12 @@ int check(cudaError_t error, const char* op) {
   return SSDI8_CUDA_ERROR;
 }
 
+int refuse_token_scaling(const char* op, int scaling, const float* scale) {
+  if (scaling == SSDI8_SCALING_DYNAMIC) return SSDI8_OK;
+  if (scaling != SSDI8_SCALING_STATIC) return refuse("%s: scaling %d out of range", op, scaling);
+  return scale ? SSDI8_OK : refuse("%s: static scaling without a scale", op);
+}
+
 cudaError_t multiprocessors(int* count) {
   int device = 0;
   const cudaError_t error = cudaGetDevice(&device);

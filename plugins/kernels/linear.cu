@@ -1,6 +1,7 @@
-// INT8 linear layers: y = FP16(FP32(x . weight^T) * scale[row] + bias[row]), exact up to the FP16.
+// INT8 linear layers: y = FP16(FP32(x . weight^T) * scale[row] * token_scale[token] + bias[row]),
+// the sum exact.
 //
-// x (T, In) INT8; y (T, Out) FP16; scale, bias (Out) FP32. The weight is
+// x (T, In) INT8; y (T, Out) FP16; token_scale (T), scale, bias (Out) FP32. The weight is
 //   W8: (Out, In) INT8;
 //   W4: (Out, In / 2), byte 4i + j plus 128 = 16 * q4[8i + 4 + j] + q4[8i + j], expanded on the fly
 //       to the INT8 value round_half_even((q4 - 8) * group_scale[row, k / group_size]), saturated,
@@ -126,6 +127,7 @@ enum Format { kW8, kW4Rounded, kW4Integer };  // W4 by its group scales: FP16 or
 
 struct LinearArguments {
   const int8_t* x;
+  const float* token_scale;
   const int8_t* weight;     // W8, or W4 packed
   const void* group_scale;  // W4 only: FP16, or INT8
   const float* scale;
@@ -137,8 +139,9 @@ struct LinearArguments {
   int group_shift;  // log2 of the group size
 };
 
-__device__ __forceinline__ __half epilogue(int acc, float scale, float bias) {
-  return __float2half_rn(__fadd_rn(__fmul_rn(__int2float_rn(acc), scale), bias));
+__device__ __forceinline__ __half epilogue(int acc, float scale, float token_scale, float bias) {
+  const float scaled = __fmul_rn(__fmul_rn(__int2float_rn(acc), scale), token_scale);
+  return __float2half_rn(__fadd_rn(scaled, bias));
 }
 
 // Where group_scale has that of the first k of a row, and how much further that of `k` is.
@@ -269,7 +272,8 @@ __global__ void __launch_bounds__(kVectorMaxWarps* kWarp, kFormat == kW8 ? 3 : 2
     if (row >= p.n_out) continue;
     int sum = 0;
     for (int w = 0; w < warps * kGroups; ++w) sum += partial[w][token][i % kVectorRows];
-    p.y[static_cast<int64_t>(token) * p.n_out + row] = epilogue(sum, p.scale[row], p.bias[row]);
+    p.y[static_cast<int64_t>(token) * p.n_out + row] =
+        epilogue(sum, p.scale[row], p.token_scale[token], p.bias[row]);
   }
 }
 
@@ -566,11 +570,17 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm) tile_kernel(Line
         // 8 tokens x 32 rows. Before the transposes a lane has tokens 2t and 2t + 1 of rows g + 8j;
         // after the first, rows 8j + 2t and 8j + 2t + 1 of token g; after the second, 8t to 8t + 7.
         uint32_t words[kRowGroups];
+        float of_token[2];
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          of_token[k] = p.token_scale[min(token0 + i * 8 + 2 * t + k, p.tokens - 1)];
+        }
 #pragma unroll
         for (int j = 0; j < kRowGroups; ++j) {
           int* pair = &acc[i / 2][i % 2][j / 2][j % 2 * 2];
-          words[j] = movmatrix_trans(as_bits(__halves2half2(epilogue(pair[0], scale[j], bias[j]),
-                                                            epilogue(pair[1], scale[j], bias[j]))));
+          words[j] = movmatrix_trans(
+              as_bits(__halves2half2(epilogue(pair[0], scale[j], of_token[0], bias[j]),
+                                     epilogue(pair[1], scale[j], of_token[1], bias[j]))));
           pair[0] = pair[1] = 0;
         }
         transpose_quad(words);
@@ -702,9 +712,17 @@ int run_linear(const LinearArguments& p, int variant, const char* op, void* stre
 
 int ssdi8_linear(const Ssdi8LinearParams* p, void* stream) {
   using namespace ssdi8;
-  const LinearArguments arguments = {
-      p->x,      p->weight,      nullptr,         p->scale, p->bias, static_cast<__half*>(p->y),
-      p->tokens, p->in_features, p->out_features, 0};
+  const LinearArguments arguments = {p->x,
+                                     p->token_scale,
+                                     p->weight,
+                                     nullptr,
+                                     p->scale,
+                                     p->bias,
+                                     static_cast<__half*>(p->y),
+                                     p->tokens,
+                                     p->in_features,
+                                     p->out_features,
+                                     0};
   return run_linear<kW8>(arguments, p->variant, "linear", stream);
 }
 
@@ -717,6 +735,7 @@ int ssdi8_linear_w4(const Ssdi8LinearW4Params* p, void* stream) {
         p->in_features);
   }
   const LinearArguments arguments = {p->x,
+                                     p->token_scale,
                                      p->packed,
                                      p->group_scale,
                                      p->scale,

@@ -1,7 +1,8 @@
 // Gate, grouped RMSNorm, Hadamard rotation, quantization:
-//   v = y * silu(z);  r = v / rms(v in its group) * weight;  q = Q(H_E . r / scale).
+//   v = y * silu(z);  r = v / rms(v in its group) * weight;  q = Q(H_E . r / token_scale).
 //
-// y (T, E) FP16; z is the first E columns of zxbcdt (T, R) FP16; weight (E) FP32; q (T, E) INT8.
+// y (T, E) FP16; z is the first E columns of zxbcdt (T, R) FP16; weight (E) FP32; q (T, E) INT8;
+// token_scale (T).
 // H_E = base (x) Sylvester(2^k) / sqrt(E) with base order 1, 12 or 20 (hadamard.py), applied to a
 // row vector: element b * 2^k + s of the result sums base[b', b] * (+-1) * r over all b', s'.
 //
@@ -88,16 +89,15 @@ __device__ __forceinline__ void transform_lanes(float (&v)[kVector], int mask) {
   }
 }
 
-// Column `column` of base^T . x, quantized. Of four values each there are eight sums up to the
-// sign, which all rows share: 12 additions, and one a row.
-template <int kOrder, class ToInt8>
-__device__ __forceinline__ void base_product(const float* shared, int8_t* quantized, int power,
-                                             int column, const ToInt8& to_int8) {
+// Column `column` of base^T . x. Of four values each there are eight sums up to the sign, which all
+// rows share: 12 additions, and one a row.
+template <int kOrder>
+__device__ __forceinline__ void base_product(const float* shared, int power, int column,
+                                             float (&sums)[kOrder]) {
   static_assert(kOrder % 4 == 0);
   constexpr BaseMatrix<kOrder> kBase;
   // 64 and power are powers of 2: padded(b * power + column) is the sum of the two parts.
   const float* own = shared + padded(column);
-  float sums[kOrder] = {};
 #pragma unroll
   for (int b = 0; b < kOrder; b += 4) {
     float x[4];
@@ -118,10 +118,14 @@ __device__ __forceinline__ void base_product(const float* shared, int8_t* quanti
       sums[row] = s0 ? sums[row] - v : sums[row] + v;
     }
   }
+}
+
+template <int kCount>
+__device__ __forceinline__ float largest(const float (&v)[kCount]) {
+  float top = 0.0f;
 #pragma unroll
-  for (int row = 0; row < kOrder; ++row) {
-    quantized[row * power + column] = static_cast<int8_t>(to_int8(sums[row]));
-  }
+  for (int i = 0; i < kCount; ++i) top = fmaxf(top, fabsf(v[i]));
+  return top;
 }
 
 // kOrder of the base matrix: 1, 12 or 20. kWidest: the largest E, for which so many blocks share a
@@ -129,9 +133,10 @@ __device__ __forceinline__ void base_product(const float* shared, int8_t* quanti
 template <int kOrder, int kWidest, int kBlocks>
 __global__ void __launch_bounds__(kWidest / kVector, kBlocks)
     rms_norm_gated_kernel(Ssdi8RmsNormGatedParams p, int power_bits, float root,
-                          float inverse_group_size, float inverse_scale) {
+                          float inverse_group_size) {
   SSDI8_DYNAMIC_SHARED(float, shared);  // padded(E); before that, a partial sum per thread
   __shared__ float of_warp_or_group[kMaxGroups];  // sums of warps, or 1 / rms of groups
+  __shared__ float tops[kMaxInner / kVector / kWarp];
   const int e0 = threadIdx.x * kVector;
   const bool active = e0 < p.d_inner;  // the last warp may be partial
   const int64_t token = blockIdx.x;
@@ -186,63 +191,82 @@ __global__ void __launch_bounds__(kWidest / kVector, kBlocks)
   transform8(v);
   const int lane_bits = (power_bits - 3) % 3;
   for (int bit = 0; bit < lane_bits; ++bit) transform_lanes(v, 1 << bit);
-  int8_t* quantized = p.quantized + token * p.d_inner;
-  // After a synchronisation; all lanes of a warp.
-  const auto factor_of_result = [&] {
-    if (!one_group) return root;
-    const float total = warp_sum(lane < blockDim.x / kWarp ? of_warp_or_group[lane] : 0.0f);
-    return root * reciprocal_root(fmaf(total, inverse_group_size, p.eps));
-  };
-  const auto to_int8 = [&](float r, float factor) {
-    return quantize(__fmul_rn(r, factor), inverse_scale, p.rounding == SSDI8_HALF_AWAY);
-  };
   int bit = 3 + lane_bits;  // done up to here
-  if (kOrder == 1 && bit == power_bits) {
-    __syncthreads();
-    const float factor = factor_of_result();
-    if (!active) return;
-    uint32_t words[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float* r = v + 4 * half;
-      words[half] = pack4(to_int8(r[0], factor), to_int8(r[1], factor), to_int8(r[2], factor),
-                          to_int8(r[3], factor));
-    }
-    *reinterpret_cast<uint2*>(quantized + e0) = make_uint2(words[0], words[1]);
-    return;
-  }
-  if (active) {
+  int e = e0, shift = 0;    // v[i] is of element e + (i << shift)
+  if (active && (kOrder > 1 || bit < power_bits)) {
     float4* own = reinterpret_cast<float4*>(shared + padded(e0));
     own[0] = make_float4(v[0], v[1], v[2], v[3]);
     own[1] = make_float4(v[4], v[5], v[6], v[7]);
   }
   for (; bit < power_bits; bit += 3) {
     __syncthreads();
-    const bool last = kOrder == 1 && bit + 3 == power_bits;
-    const float factor = last ? factor_of_result() : 0.0f;
     if (!active) continue;
     const int low = threadIdx.x & ((1 << bit) - 1);
-    const int e = (static_cast<int>(threadIdx.x) - low) * kVector + low;
+    e = (static_cast<int>(threadIdx.x) - low) * kVector + low;
+    shift = bit;
 #pragma unroll
     for (int i = 0; i < kVector; ++i) v[i] = shared[padded(e + (i << bit))];
     transform8(v);
+    if (kOrder == 1 && bit + 3 == power_bits) continue;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) shared[padded(e + (i << bit))] = v[i];
+  }
+
+  // All threads. What a result r is quantized by: Q(r * factor * inverse).
+  struct Steps {
+    float factor;
+    float inverse;
+  };
+  const auto steps = [&](float top) -> Steps {
+    top = warp_largest(top);
+    if (lane == 0) tops[warp] = top;
+    __syncthreads();
+    const bool of_warp = lane < blockDim.x / kWarp;
+    float factor = root;
+    if (one_group) {
+      const float total = warp_sum(of_warp ? of_warp_or_group[lane] : 0.0f);
+      factor *= reciprocal_root(fmaf(total, inverse_group_size, p.eps));
+    }
+    const bool is_static = p.scaling == SSDI8_SCALING_STATIC;
+    top = warp_largest(of_warp ? tops[lane] : 0.0f);
+    const float scale = is_static ? *p.scale : dynamic_scale(__fmul_rn(top, factor)).step;
+    if (threadIdx.x == 0) p.token_scale[token] = scale;
+    if (is_static) return {factor, __frcp_rn(scale)};
+    return {1.0f, dynamic_scale(top).inverse};
+  };
+  const auto to_int8 = [&](float r, const Steps& by) {
+    return quantize(__fmul_rn(r, by.factor), by.inverse, p.rounding == SSDI8_HALF_AWAY);
+  };
+  int8_t* quantized = p.quantized + token * p.d_inner;
+  if constexpr (kOrder == 1) {
+    const Steps by = steps(largest(v));
+    if (!active) return;
+    if (shift == 0) {
+      uint32_t words[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float* r = v + 4 * half;
+        words[half] =
+            pack4(to_int8(r[0], by), to_int8(r[1], by), to_int8(r[2], by), to_int8(r[3], by));
+      }
+      *reinterpret_cast<uint2*>(quantized + e0) = make_uint2(words[0], words[1]);
+      return;
+    }
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-      if (last) {
-        quantized[e + (i << bit)] = static_cast<int8_t>(to_int8(v[i], factor));
-      } else {
-        shared[padded(e + (i << bit))] = v[i];
-      }
+      quantized[e + (i << shift)] = static_cast<int8_t>(to_int8(v[i], by));
     }
-  }
-  if constexpr (kOrder > 1) {
+  } else {
     __syncthreads();
-    const int power = 1 << power_bits;  // fewer than threads
-    if (warp * kWarp >= power) return;
-    const float factor = factor_of_result();
-    if (static_cast<int>(threadIdx.x) >= power) return;
-    base_product<kOrder>(shared, quantized, power, threadIdx.x,
-                         [&](float r) { return to_int8(r, factor); });
+    const int power = 1 << power_bits, column = threadIdx.x;  // power is less than threads
+    float sums[kOrder] = {};
+    if (column < power) base_product(shared, power, column, sums);
+    const Steps by = steps(largest(sums));
+    if (column >= power) return;
+#pragma unroll
+    for (int row = 0; row < kOrder; ++row) {
+      quantized[row * power + column] = static_cast<int8_t>(to_int8(sums[row], by));
+    }
   }
 }
 
@@ -285,9 +309,8 @@ int ssdi8_rms_norm_gated(const Ssdi8RmsNormGatedParams* p, void* stream) {
     return refuse("rms_norm_gated: row stride %d is not a multiple of %d that holds %d columns",
                   p->row_stride, kVector, e);
   }
-  if (p->tokens < 0 || !(p->scale > 0.0f)) {
-    return refuse("rms_norm_gated: tokens %d or scale %g out of range", p->tokens, p->scale);
-  }
+  if (p->tokens < 0) return refuse("rms_norm_gated: tokens %d out of range", p->tokens);
+  if (const int code = refuse_token_scaling("rms_norm_gated", p->scaling, p->scale)) return code;
   if (p->tokens == 0) return SSDI8_OK;
   const int threads = static_cast<int>(ceil_div(e / kVector, kWarp)) * kWarp;
   const int shared_bytes = std::max(padded(e), threads) * static_cast<int>(sizeof(float));
@@ -298,7 +321,7 @@ int ssdi8_rms_norm_gated(const Ssdi8RmsNormGatedParams* p, void* stream) {
                               : rms_norm_gated_kernel<1, kMaxInner, 1>;
   const float inverse_group_size = static_cast<float>(p->ngroups) / static_cast<float>(e);
   return check(launch(kernel, p->tokens, threads, shared_bytes, static_cast<cudaStream_t>(stream),
-                      *p, power_bits, root, inverse_group_size, 1.0f / p->scale),
+                      *p, power_bits, root, inverse_group_size),
                "rms_norm_gated");
 }
 

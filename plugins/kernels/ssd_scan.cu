@@ -233,7 +233,7 @@ struct Carry : ssd::CarrySlot<P> {
       for (int w = 0; w < P::kWarpColumns; ++w) {
         top = fmaxf(top, tops()[w * ssd::kTileP + channel]);
       }
-      const ssd::DynamicScale scale = ssd::dynamic_scale(top);
+      const DynamicScale scale = dynamic_scale(top);
       own[i] = scale.inverse;
       if (P::first_step() == 0) {
         tables.scan1_scale[channel] = __fmul_rn(tables.c_scale, scale.step);

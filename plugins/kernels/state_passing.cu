@@ -160,7 +160,7 @@ __global__ __launch_bounds__(kBlock) void state_passing_kernel(Passing p) {
     for (int i = 0; i < kAhead; ++i) {
       if (base + i >= p.chunks) break;
       if (kKind == kDynamic) {
-        const ssd::DynamicScale dynamic = ssd::dynamic_scale(row_top<kLanes>(carry));
+        const DynamicScale dynamic = dynamic_scale(row_top<kLanes>(carry));
         scale = dynamic.step;
         inverse = dynamic.inverse;
       }

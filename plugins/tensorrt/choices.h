@@ -1,9 +1,7 @@
-// Attributes that several ops have: the names of kernels.h's numbers, and scales.
+// Attributes that several ops have: the names of kernels.h's numbers.
 
 #ifndef SSDI8_TENSORRT_CHOICES_H_
 #define SSDI8_TENSORRT_CHOICES_H_
-
-#include <cfloat>
 
 #include "fields.h"
 #include "kernels.h"
@@ -17,11 +15,14 @@ inline const Choices kGates = {{"fp32", SSDI8_GATE_FP32}, {"q0.7", SSDI8_GATE_Q0
 inline const Choices kScalings = {{"static", SSDI8_SCALING_STATIC},
                                   {"dynamic", SSDI8_SCALING_DYNAMIC},
                                   {"none", SSDI8_SCALING_NONE}};
+// Of the input of a linear layer.
+inline const Choices kTokenScalings = {{"static", SSDI8_SCALING_STATIC},
+                                       {"dynamic", SSDI8_SCALING_DYNAMIC}};
 
-// A step of an INT8 tensor, whose reciprocal is finite too.
-template <typename P>
-Field<P> scale_field(const char* name, float P::* member) {
-  return real_field(name, member, FLT_MIN, FLT_MAX);
+// The scales that come last are read with scaling static only.
+template <typename P, int32_t kScales>
+int32_t unread_scales(const P& p) {
+  return p.scaling == SSDI8_SCALING_STATIC ? 0 : kScales;
 }
 
 }  // namespace ssdi8::plugin

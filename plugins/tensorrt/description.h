@@ -133,6 +133,23 @@ struct Description {
   int32_t n_outputs() const { return static_cast<int32_t>(outputs.size()); }
 };
 
+template <typename P>
+int64_t one(const P&) {
+  return 1;
+}
+
+// (1)
+template <typename P>
+std::vector<Size<P>> single_shape() {
+  return {one<P>};
+}
+
+// (B, L, 1)
+template <typename P>
+std::vector<Size<P>> token_shape() {
+  return {Size<P>::kBatch, Size<P>::kLength, one<P>};
+}
+
 // For the kernels that see rows, and those that see sequences.
 template <typename P>
 void as_rows(P& params, int32_t batch, int32_t length) {

@@ -1,4 +1,4 @@
-// Ssdi8Linear and Ssdi8LinearW4: y = FP16(FP32(x . weight^T) * scale + bias).
+// Ssdi8Linear and Ssdi8LinearW4: y = FP16(FP32(x . weight^T) * scale * token_scale + bias).
 
 #include "creators.h"
 #include "plugin.h"
@@ -16,6 +16,7 @@ Description<P> describe() {
   op.set_sizes = as_rows;
   op.inputs = {
       {"x", kInt8, bind<&P::x>, {S::kBatch, S::kLength, &P::in_features}},
+      {"token_scale", kFloat, bind<&P::token_scale>, token_shape<P>()},
       {"weight", kInt8, bind<&P::weight>, {&P::out_features, &P::in_features}},
       {"scale", kFloat, bind<&P::scale>, {&P::out_features}},
       {"bias", kFloat, bind<&P::bias>, {&P::out_features}},
@@ -40,6 +41,7 @@ Description<P4> describe_w4() {
   const TypeOf<P4> scale_type(kHalf, kInt8, &P4::integer_scales);
   op.inputs = {
       {"x", kInt8, bind<&P4::x>, {S4::kBatch, S4::kLength, &P4::in_features}},
+      {"token_scale", kFloat, bind<&P4::token_scale>, token_shape<P4>()},
       {"packed", kInt8, bind<&P4::packed>, {&P4::out_features, packed_columns}},
       {"group_scale", scale_type, bind<&P4::group_scale>, {&P4::out_features, groups}},
       {"scale", kFloat, bind<&P4::scale>, {&P4::out_features}},

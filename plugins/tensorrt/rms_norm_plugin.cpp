@@ -16,17 +16,20 @@ Description<P> describe() {
   op.launch = ssdi8_rms_norm;
   op.set_sizes = as_rows;
   op.fields = {
-      scale_field("scale", &P::scale),
       real_field("eps", &P::eps, 0.0, 1.0),
       choice_field("rounding", &P::rounding, kRoundings),
+      choice_field("scaling", &P::scaling, kTokenScalings),
   };
   op.inputs = {
       {"hidden", kHalf, bind<&P::hidden>, {S::kBatch, S::kLength, &P::d_model}},
       {"residual", kFloat, bind<&P::residual>, {S::kBatch, S::kLength, &P::d_model}},
+      {"scale", kFloat, bind<&P::scale>, single_shape<P>()},
   };
+  op.optional_inputs = unread_scales<P, 1>;
   op.outputs = {
       {"residual_out", kFloat, bind<&P::residual_out>, {S::kBatch, S::kLength, &P::d_model}},
       {"quantized", kInt8, bind<&P::quantized>, {S::kBatch, S::kLength, &P::d_model}},
+      {"token_scale", kFloat, bind<&P::token_scale>, token_shape<P>()},
   };
   return op;
 }

@@ -123,12 +123,7 @@ bool check_tile(const char* op, const P& p) {
   return true;
 }
 
-// The scales that come last are read with scaling static only; the very last one, with `tiles`,
-// only where Scan2 has INT8 tiles.
-template <typename P, int32_t kScales>
-int32_t unread_scales(const P& p) {
-  return p.scaling == SSDI8_SCALING_STATIC ? 0 : kScales;
-}
+// `unread_scales`, the very last of which is read only where Scan2 has INT8 tiles.
 template <typename P, int32_t kScales>
 int32_t unread_scales_with_tiles(const P& p) {
   if (p.scaling != SSDI8_SCALING_STATIC) return kScales;

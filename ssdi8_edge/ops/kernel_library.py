@@ -25,7 +25,7 @@ from torch import Tensor
 from ssdi8_edge.errors import Ssdi8Error
 from ssdi8_edge.ops.op import Op
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 LIBRARY_NAME = "libssdi8_kernels.so"
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -212,15 +212,23 @@ def _launch(op: str, call: Call, device: torch.device) -> None:
 # ------------------------------------------------------------------------------------------------
 
 
-def _rms_norm(call: Call) -> tuple[Tensor, Tensor]:
+def _token_scale(call: Call, rows: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where the scales of tokens go; checks the one that static scaling takes for all."""
+    if call.scale is not None:
+        _require(call, torch.float32, scale=(1,))
+    return torch.empty((*rows, 1), dtype=torch.float32, device=device)
+
+
+def _rms_norm(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     shape = tuple(call.residual.shape)
     _require(call, torch.float16, hidden=shape)
     _require(call, torch.float32, residual=shape)
     call.residual_out = torch.empty_like(call.residual)
     call.quantized = torch.empty(shape, dtype=torch.int8, device=call.residual.device)
+    call.token_scale = _token_scale(call, shape[:-1], call.residual.device)
     call.tokens, call.d_model = call.residual[..., 0].numel(), shape[-1]
     _launch("rms_norm", call, call.residual.device)
-    return call.residual_out, call.quantized
+    return call.residual_out, call.quantized, call.token_scale
 
 
 def _linear(call: Call) -> Tensor:
@@ -241,7 +249,7 @@ def _linear_w4(call: Call) -> Tensor:
 def _any_linear(op: str, call: Call, out: int, width: int) -> Tensor:
     *rows, _ = call.x.shape
     _require(call, torch.int8, x=(*rows, width))
-    _require(call, torch.float32, scale=(out,), bias=(out,))
+    _require(call, torch.float32, token_scale=(*rows, 1), scale=(out,), bias=(out,))
     call.y = torch.empty((*rows, out), dtype=torch.float16, device=call.x.device)
     call.tokens, call.in_features, call.out_features = call.x[..., 0].numel(), width, out
     _launch(op, call, call.x.device)
@@ -265,14 +273,15 @@ def _causal_conv1d(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return call.x, call.b_q, call.c_q, call.conv_state_out
 
 
-def _rms_norm_gated(call: Call) -> Tensor:
+def _rms_norm_gated(call: Call) -> tuple[Tensor, Tensor]:
     *rows, row = call.zxbcdt.shape
     _require(call, torch.float16, y=(*rows, call.d_inner), zxbcdt=(*rows, row))
     _require(call, torch.float32, weight=(call.d_inner,))
     call.quantized = torch.empty(call.y.shape, dtype=torch.int8, device=call.y.device)
+    call.token_scale = _token_scale(call, tuple(rows), call.y.device)
     call.tokens, call.row_stride = call.y[..., 0].numel(), row
     _launch("rms_norm_gated", call, call.y.device)
-    return call.quantized
+    return call.quantized, call.token_scale
 
 
 def _fp16_linear(call: Call) -> Tensor:

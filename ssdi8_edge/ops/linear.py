@@ -10,19 +10,22 @@ from ssdi8_edge.ops import onnx_text as t
 from ssdi8_edge.ops.op import Attributes, BodyForm, Op
 
 
-def linear_reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """y = FP16(FP32(x · weightᵀ) · scale + bias), the product exact in INT32.
+def linear_reference(
+    x: Tensor, token_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor
+) -> Tensor:
+    """y = FP16((FP32(x · weightᵀ) · scale) · token_scale + bias), the product exact in INT32.
 
     Args:
         x: (B, L, In) INT8.
+        token_scale: (B, L, 1) FP32, of x.
         weight: (Out, In) INT8.
-        scale: (Out) FP32, activation scale times weight scale of the row.
+        scale: (Out) FP32, of the weight's rows.
         bias: (Out) FP32; carries the mean correction of out_proj.
 
     Returns:
         (B, L, Out) FP16.
     """
-    return (int8_matmul(x, weight).float() * scale + bias).half()
+    return (int8_matmul(x, weight).float() * scale * token_scale + bias).half()
 
 
 def pack_w4(q4: Tensor) -> Tensor:
@@ -47,20 +50,28 @@ def unpack_w4(packed: Tensor, group_scale: Tensor, group_size: int) -> Tensor:
 
 
 def linear_w4_reference(
-    x: Tensor, packed: Tensor, group_scale: Tensor, scale: Tensor, bias: Tensor, *, group_size: int
+    x: Tensor,
+    token_scale: Tensor,
+    packed: Tensor,
+    group_scale: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    *,
+    group_size: int,
 ) -> Tensor:
     """`linear_reference` with the weight of `unpack_w4` (method: the QQQ/Marlin format).
 
     Args:
-        x: (B, L, In) INT8.
+        x, token_scale: as in `linear_reference`.
         packed, group_scale: as in `unpack_w4`.
-        scale: (Out) FP32, activation scale times the row's INT8 step.
+        scale: (Out) FP32, the row's INT8 step.
         bias: (Out) FP32.
 
     Returns:
         (B, L, Out) FP16.
     """
-    return linear_reference(x, unpack_w4(packed, group_scale, group_size), scale, bias)
+    weight = unpack_w4(packed, group_scale, group_size)
+    return linear_reference(x, token_scale, weight, scale, bias)
 
 
 def _product(form: BodyForm) -> list[str]:
@@ -91,7 +102,12 @@ def _product(form: BodyForm) -> list[str]:
             t.cast("product", "accumulator", t.FP32),
             "scaled = Mul (product, scale)",
         ]
-    return [*product, "biased = Add (scaled, bias)", t.cast("y", "biased", t.FP16)]
+    return [
+        *product,
+        "real = Mul (scaled, token_scale)",
+        "biased = Add (real, bias)",
+        t.cast("y", "biased", t.FP16),
+    ]
 
 
 def _body(a: Attributes, form: BodyForm) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ssdi8_edge import hadamard
 from ssdi8_edge.formats import Rounding
 from ssdi8_edge.int8 import LEAST_MAGNITUDE, QMAX
-from ssdi8_edge.ops.op import BodyForm
+from ssdi8_edge.ops.op import Attributes, BodyForm
 
 FP32, INT8, FP16 = 1, 3, 10
 
@@ -142,6 +142,21 @@ def quantize_by_largest(
             cast(step, f"{p}_step_wide", FP32),
             f"{p}_scaled = Mul ({v}, {p}_inverse)",
             round_to_int8(out, f"{p}_scaled", rounding, form),
+        ]
+    )
+
+
+def quantize_tokens(out: str, token_scale: str, x: str, a: Attributes, form: BodyForm) -> str:
+    """`int8.quantize_tokens` of FP32 `x` (B, L, D); `scale` is an input of a static op."""
+    if a["scaling"] == "dynamic":
+        return quantize_by_largest(out, token_scale, x, 2, a["rounding"], form)
+    return "\n".join(
+        [
+            quantize(out, x, "scale", a["rounding"], form),
+            f"{out}_rows = Shape <start = 0, end = 2> ({x})",
+            ints(f"{out}_one_column", [1]),
+            f"{out}_column = Concat <axis = 0> ({out}_rows, {out}_one_column)",
+            f"{token_scale} = Expand (scale, {out}_column)",
         ]
     )
 

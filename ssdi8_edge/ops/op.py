@@ -87,10 +87,6 @@ class Op:
             kernel = kernel_for(self)
         return (kernel or self.reference)(*inputs, **attributes)
 
-    def static_attributes(self, attributes: Attributes) -> dict[str, Any]:
-        """The attributes that select the body: equal in the whole graph, unlike a node's scale."""
-        return {k: v for k, v in attributes.items() if k != "scale"}
-
     def function_text(
         self, n_inputs: int, attributes: Attributes, form: BodyForm, opset: int
     ) -> str:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ssdi8_edge.formats import Rounding
-from ssdi8_edge.int8 import quantize
+from ssdi8_edge.formats import Rounding, Scaling
+from ssdi8_edge.int8 import quantize_tokens
 from ssdi8_edge.ops import onnx_text as t
 from ssdi8_edge.ops.op import Attributes, BodyForm, Op
 
 
 def rms_norm_reference(
-    hidden: Tensor, residual: Tensor, *, scale: float, eps: float, rounding: Rounding
-) -> tuple[Tensor, Tensor]:
+    hidden: Tensor,
+    residual: Tensor,
+    scale: Tensor | None = None,
+    *,
+    eps: float,
+    rounding: Rounding,
+    scaling: Scaling,
+) -> tuple[Tensor, Tensor, Tensor]:
     """residual' = residual + hidden; u = Q(residual' / rms(residual')).
 
     The norm's own weight is folded into the linear behind it (method: rotations need that).
@@ -21,16 +26,18 @@ def rms_norm_reference(
     Args:
         hidden: (B, L, D) FP16, output of the block before.
         residual: (B, L, D) FP32.
-        scale: of u; u ≈ scale · q.
+        scale: (1) FP32, of u in all tokens; with scaling "static" only.
+        scaling: of u, see `int8.quantize_tokens`.
 
     Returns:
-        residual' (B, L, D) FP32 and q (B, L, D) INT8.
+        residual' (B, L, D) FP32, q (B, L, D) INT8 and token_scale (B, L, 1) FP32:
+        u ≈ token_scale · q.
     """
     residual = residual + hidden.float()
     mean_square = residual.double().square().mean(-1, keepdim=True)
     rstd = (mean_square + eps).sqrt().reciprocal().float()
     u = residual * rstd
-    return residual, quantize(u, torch.tensor(scale, device=u.device), rounding, "u")
+    return residual, *quantize_tokens(u, scaling, scale, rounding, "u")
 
 
 def _body(a: Attributes, form: BodyForm) -> str:
@@ -40,8 +47,7 @@ def _body(a: Attributes, form: BodyForm) -> str:
             t.cast("hidden32", "hidden", t.FP32),
             "residual_out = Add (residual, hidden32)",
             *rms_lines("residual_out", "u", float(a["eps"]), f),
-            "scale_value = Constant <value_float: float = @scale> ()",
-            t.quantize("quantized", "u", "scale_value", a["rounding"], form),
+            t.quantize_tokens("quantized", "token_scale", "u", a, form),
         ]
     )
 
@@ -64,7 +70,7 @@ def rms_lines(x: str, out: str, eps: float, f: int) -> list[str]:
 
 RMS_NORM = Op(
     name="Ssdi8RmsNorm",
-    outputs=("residual_out", "quantized"),
+    outputs=("residual_out", "quantized", "token_scale"),
     reference=rms_norm_reference,
     body=_body,
 )

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ssdi8_edge import hadamard
-from ssdi8_edge.formats import Rounding
-from ssdi8_edge.int8 import quantize
+from ssdi8_edge.formats import Rounding, Scaling
+from ssdi8_edge.int8 import quantize_tokens
 from ssdi8_edge.ops import onnx_text as t
 from ssdi8_edge.ops.causal_conv1d import silu, silu_lines
 from ssdi8_edge.ops.op import Attributes, BodyForm, Op
@@ -29,27 +28,29 @@ def rms_norm_gated_reference(
     y: Tensor,
     zxbcdt: Tensor,
     weight: Tensor,
+    scale: Tensor | None = None,
     *,
-    scale: float,
     eps: float,
     d_inner: int,
     ngroups: int,
     rounding: Rounding,
-) -> Tensor:
+    scaling: Scaling,
+) -> tuple[Tensor, Tensor]:
     """Q(H_E · r) with r of `gated_norm`: the gate comes before the norm, as in Mamba-2.
 
     Args:
         y: (B, L, E) FP16, output of SSD.
         zxbcdt: (B, L, 2E + 2GN + H) FP16; z is its first E columns.
-        weight: (E) FP32; ones where it is folded into out_proj.
-        scale: of the rotated r.
+        weight: (E) FP32.
+        scale: (1) FP32, of the rotated r in all tokens; with scaling "static" only.
+        scaling: of the rotated r, see `int8.quantize_tokens`.
 
     Returns:
-        (B, L, E) INT8.
+        q (B, L, E) INT8 and token_scale (B, L, 1) FP32: the rotated r ≈ token_scale · q.
     """
     r = gated_norm(y, zxbcdt, weight, d_inner=d_inner, ngroups=ngroups, eps=eps)
     rotated = hadamard.transform(r).float()
-    return quantize(rotated, torch.tensor(scale, device=r.device), rounding, "r")
+    return quantize_tokens(rotated, scaling, scale, rounding, "r")
 
 
 def gated_norm_lines(a: Attributes, form: BodyForm) -> list[str]:
@@ -79,15 +80,14 @@ def _body(a: Attributes, form: BodyForm) -> str:
             t.cast("r_wide", "r", f),
             t.hadamard_transform("rotated_wide", "r_wide", int(a["d_inner"]), form, leading=2),
             t.cast("rotated", "rotated_wide", t.FP32),
-            "scale_value = Constant <value_float: float = @scale> ()",
-            t.quantize("quantized", "rotated", "scale_value", a["rounding"], form),
+            t.quantize_tokens("quantized", "token_scale", "rotated", a, form),
         ]
     )
 
 
 RMS_NORM_GATED = Op(
     name="Ssdi8RmsNormGated",
-    outputs=("quantized",),
+    outputs=("quantized", "token_scale"),
     reference=rms_norm_gated_reference,
     body=_body,
 )

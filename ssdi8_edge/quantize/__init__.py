@@ -20,18 +20,19 @@ from ssdi8_edge.calibrate import embed, fp32_layer, in_proj_parts, layer_config,
 from ssdi8_edge.checkpoint import Checkpoint
 from ssdi8_edge.methods import QuantConfig
 from ssdi8_edge.model import Mamba2Block, Mamba2Config
-from ssdi8_edge.ops.rms_norm import RMS_NORM
 from ssdi8_edge.progress import Track, silent
 from ssdi8_edge.quantize.clusters import sort_and_cluster
 from ssdi8_edge.quantize.correction import MeanDifference
 from ssdi8_edge.quantize.linears import InputStatistics, linear_tensors, product, w8_tensors
 from ssdi8_edge.quantize.modules import (
+    Int8Input,
     NodeAttributes,
     linear,
+    norm,
     run_mixer,
     zero_state,
 )
-from ssdi8_edge.quantize.scales import activation_scales
+from ssdi8_edge.quantize.scales import activation_scales, of_linear_input
 from ssdi8_edge.stream import Spool, batches, open_spool
 from ssdi8_edge.transforms import (
     GATE_NORM,
@@ -162,10 +163,10 @@ def _quantize_ends(
         sink.add("norm_f.weight", torch.ones_like(norm_f))
         sink.add("lm_head.weight", head.half())
         return
-    input_scale = int8.scale_from_absmax(statistics["norm_f"], 1e-6)
-    sink.add("norm_f.scale", input_scale)
+    if recipe.input_scaling == "static":
+        sink.add("norm_f.scale", of_linear_input(statistics["norm_f"]))
     head = head.float()
-    for name, tensor in w8_tensors(head, head.abs().amax(1), input_scale).items():
+    for name, tensor in w8_tensors(head, head.abs().amax(1)).items():
         sink.add(f"lm_head.{name}", tensor)
 
 
@@ -180,7 +181,7 @@ class _Streams:
     Attributes:
         fp, quantized: (T, D) FP32, the residual entering the layer.
         target: (T, D) FP32, what out_proj ought to give.
-        out_proj_input: (T, E) INT8.
+        out_proj_input: (T, E) INT8, and out_proj_scale (T, 1) FP32 of its tokens.
     """
 
     def __init__(
@@ -203,6 +204,7 @@ class _Streams:
         self.quantized = spool(config.d_model, torch.float32)
         self.target = spool(config.d_model, torch.float32)
         self.out_proj_input = spool(config.d_inner, torch.int8)
+        self.out_proj_scale = spool(1, torch.float32)
         self._embedded = embed(checkpoint, ids)
 
     def __enter__(self) -> _Streams:
@@ -227,11 +229,11 @@ def _quantize_layer(
     if recipe.x_granularity == "cluster":
         order = sort_and_cluster(statistics["x_mean"], config.ngroups)
         source = permute_layer(source, order.heads, order.channels)
-    rotated = rotate_layer(source, fold_gate_norm=recipe.fold_gate_norm)
+    rotated = rotate_layer(source)
     parts = in_proj_parts(config)
     scales = activation_scales(statistics, recipe, parts, order)
     storage_only = recipe.ssd == "dequantized"
-    p: dict[str, Any] = {
+    p: Layer = {
         **scales,
         **_small_tensors(
             source,
@@ -239,20 +241,18 @@ def _quantize_layer(
             int8_conv=[parts[k] for k in ("x", "B", "C")] if storage_only else (),
         ),
         "gate_norm.weight": rotated[GATE_NORM],
-        "u_scale": scales["u_scale"].item(),
-        "r_scale": scales["r_scale"].item(),
     }
     weight, hessian, bias = rotated[IN_PROJ], None, None
     if recipe.gptq or recipe.compensation or recipe.centered:
         inputs = _in_proj_inputs(p, config, recipe, streams)
         if recipe.centered:
             inputs.center()
-            bias = weight.double() @ (inputs.mean * p["u_scale"] + inputs.missing_mean)
+            bias = weight.double() @ (inputs.mean + inputs.missing_mean)
         lacking = weight.double() @ inputs.regression() if recipe.compensation else 0.0
-        weight = (weight + recipe.compensation / p["u_scale"] * lacking).float()
+        weight = (weight + recipe.compensation * lacking).float()
         hessian = inputs.hessian if recipe.gptq else None
     rows = list(parts.values())
-    p |= linear_tensors("in_proj", weight, scales["u_scale"], recipe, hessian, rows)
+    p |= linear_tensors("in_proj", weight, recipe, hessian, rows)
     if bias is not None:
         p["in_proj.bias"] = (bias - product(p, "in_proj", inputs.mean, recipe)).float()
 
@@ -262,27 +262,28 @@ def _quantize_layer(
         if recipe.centered and recipe.correction != "none":
             outputs.center()
         lacking = outputs.regression() if recipe.compensation else 0.0
-        weight = (weight + recipe.compensation / p["r_scale"] * lacking).float()
+        weight = (weight + recipe.compensation * lacking).float()
         hessian = outputs.hessian if recipe.gptq else None
-    p |= linear_tensors("out_proj", weight, scales["r_scale"], recipe, hessian)
+    p |= linear_tensors("out_proj", weight, recipe, hessian)
 
     _advance(p, recipe, streams)
-    return {k: v if isinstance(v, Tensor) else scales[k] for k, v in p.items()}
+    return p
 
 
 def _in_proj_inputs(
     p: Mapping[str, Any], config: Mamba2Config, recipe: QuantConfig, streams: _Streams
 ) -> InputStatistics:
     """in_proj's INT8 input, and what it lacks to that of the FP model."""
+    attributes = NodeAttributes(config, recipe)
     inputs = InputStatistics(config.d_model, config.d_model, streams.device)
     for part in streams.parts:
         entering = streams.quantized[part].to(streams.device)
         zero = torch.zeros_like(entering, dtype=torch.float16)
-        scale, eps = p["u_scale"], config.norm_eps
-        _, u = RMS_NORM.reference(zero, entering, scale=scale, eps=eps, rounding="half_even")
+        _, u = norm(p, "u_scale", attributes, zero, entering)
         fp = streams.fp[part].to(streams.device)
-        fp_u = fp * torch.rsqrt(fp.square().mean(-1, keepdim=True) + eps)
-        inputs.add(u, fp_u - scale * u)
+        fp_u = fp * torch.rsqrt(fp.square().mean(-1, keepdim=True) + config.norm_eps)
+        real = u.real()
+        inputs.add(real, fp_u - real)
     return inputs
 
 
@@ -309,7 +310,7 @@ def _run_mixers(
         state = zero_state(config, recipe, len(entering), device)
         zero = torch.zeros_like(entering, dtype=torch.float16)
         _, r, _ = run_mixer(p, attributes, zero, entering, state)
-        streams.out_proj_input[part] = r
+        streams.out_proj_input[part], streams.out_proj_scale[part] = r
         fp = streams.fp[part].to(device)
         fp_next, _ = block(fp)
         # The output alone, as released, or with it all that the residual has lost so far.
@@ -317,15 +318,17 @@ def _run_mixers(
         streams.fp[part] = fp_next
         streams.target[part] = target
         if inputs is not None:
-            inputs.add(r, target - (r.float() * p["r_scale"]) @ out_proj.t())
+            real = r.real()
+            inputs.add(real, target - real @ out_proj.t())
     return inputs
 
 
-def _advance(p: dict[str, Any], recipe: QuantConfig, streams: _Streams) -> None:
+def _advance(p: Layer, recipe: QuantConfig, streams: _Streams) -> None:
     """The mean that out_proj lacks becomes its bias; the quantized stream moves on."""
 
     def out(part: slice) -> Tensor:
-        r = streams.out_proj_input[part].to(streams.device)
+        stored = (streams.out_proj_input[part], streams.out_proj_scale[part])
+        r = Int8Input(*(tensor.to(streams.device) for tensor in stored))
         return linear(p, "out_proj", r, recipe).float()
 
     if recipe.correction != "none":

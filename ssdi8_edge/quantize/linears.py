@@ -15,15 +15,17 @@ from ssdi8_edge.quantize.gptq import quantize_w4, quantize_w8
 # Of the mean diagonal of the Hessian, added to it when a weight is fitted: inputs that hardly vary
 # must not be given large weights.
 RIDGE = 0.01
+# That of an input that is zero throughout.
+LEAST_SQUARE = 1e-12
 
 
 class InputStatistics:
     """What GPTQ, the compensation and the bias need to know of a linear's INT8 input x, in FP64.
 
     Attributes:
-        hessian: Σ x xᵀ (In, In), x in INT8 steps.
+        hessian: Σ x xᵀ (In, In), of the values that x stands for.
         missing: Σ e xᵀ (Out or In, In), e being what the result, or the input, lacks to its FP
-            counterpart, in real units.
+            counterpart.
     """
 
     def __init__(self, width: int, missing_width: int, device: str) -> None:
@@ -34,9 +36,9 @@ class InputStatistics:
         self._sum, self._missing_sum, self._tokens = zeros(width), zeros(missing_width), 0
 
     def add(self, x: Tensor, missing: Tensor) -> None:
-        """x (B, L, In) INT8 and missing (B, L, Out or In) FP32, of the same tokens."""
-        rows, lacks = x.flatten(0, 1).float(), missing.flatten(0, 1)
-        # One batch in FP32: integers of its size are exact, and FP64 would be slow on a GPU.
+        """x (B, L, In) and missing (B, L, Out or In) FP32, of the same tokens."""
+        rows, lacks = x.flatten(0, 1), missing.flatten(0, 1)
+        # One batch in FP32: FP64 would be slow on a GPU.
         self.hessian += rows.t() @ rows
         self.missing += lacks.t() @ rows
         self._sum += rows.sum(0)
@@ -45,12 +47,12 @@ class InputStatistics:
 
     @property
     def mean(self) -> Tensor:
-        """Of x (In), in INT8 steps."""
+        """Of x (In)."""
         return self._sum / self._tokens
 
     @property
     def missing_mean(self) -> Tensor:
-        """Of e (Out or In), in real units."""
+        """Of e (Out or In)."""
         return self._missing_sum / self._tokens
 
     def center(self) -> None:
@@ -59,16 +61,15 @@ class InputStatistics:
         self.missing -= torch.outer(self._missing_sum, self.mean)
 
     def regression(self) -> Tensor:
-        """The matrix M of least ‖Σ e - M x‖², (Out or In, In), in real units per INT8 step."""
+        """The matrix M of least ‖Σ e - M x‖², (Out or In, In)."""
         damped = self.hessian.clone()
-        damped.diagonal().add_(RIDGE * damped.diagonal().mean().clamp_min(1.0))
+        damped.diagonal().add_(RIDGE * damped.diagonal().mean().clamp_min(LEAST_SQUARE))
         return torch.linalg.solve(damped, self.missing, left=False)
 
 
 def linear_tensors(
     name: str,
     weight: Tensor,
-    input_scale: Tensor,
     recipe: QuantConfig,
     hessian: Tensor | None = None,
     parts: Sequence[int] | None = None,
@@ -76,7 +77,6 @@ def linear_tensors(
     """Quantize `weight` (Out, In) FP32 by the recipe; zero bias.
 
     Args:
-        input_scale: () FP32, of the INT8 input.
         hessian: (In, In) Σ x xᵀ for GPTQ, up to a factor; None rounds to nearest.
         parts: numbers of rows that share a scale with linear "w8_block"; None is all rows.
     """
@@ -92,7 +92,7 @@ def linear_tensors(
         tensors = {
             "packed": w4.packed,
             "group_scale": w4.group_scale,
-            "scale": w4.row_scale * input_scale,
+            "scale": w4.row_scale,
             "bias": weight.new_zeros(len(weight)),
         }
     else:
@@ -100,12 +100,12 @@ def linear_tensors(
         if recipe.linear != "w8_row":
             sizes = parts if parts and recipe.linear == "w8_block" else [len(weight)]
             absmax = torch.cat([part.amax().expand(len(part)) for part in absmax.split([*sizes])])
-        tensors = w8_tensors(weight, absmax, input_scale, hessian, recipe.descent)
+        tensors = w8_tensors(weight, absmax, hessian, recipe.descent)
     return {f"{name}.{k}": v for k, v in tensors.items()}
 
 
 def product(tensors: Mapping[str, Tensor], name: str, x: Tensor, recipe: QuantConfig) -> Tensor:
-    """The quantized weight's product (Out), in real units, with `x` (In) in INT8 steps; FP64."""
+    """The quantized weight's product (Out) with `x` (In), FP64."""
     if recipe.linear == "w4":
         packed, group_scale = tensors[f"{name}.packed"], tensors[f"{name}.group_scale"]
         weight = unpack_w4(packed, group_scale, recipe.group_size)
@@ -115,16 +115,12 @@ def product(tensors: Mapping[str, Tensor], name: str, x: Tensor, recipe: QuantCo
 
 
 def w8_tensors(
-    weight: Tensor,
-    absmax: Tensor,
-    input_scale: Tensor,
-    hessian: Tensor | None = None,
-    descent: int = 0,
+    weight: Tensor, absmax: Tensor, hessian: Tensor | None = None, descent: int = 0
 ) -> dict[str, Tensor]:
-    """INT8 weight (Out, In) for ranges `absmax` (Out), its scale times the input's, a zero bias."""
+    """INT8 weight (Out, In) for ranges `absmax` (Out), its scale, a zero bias."""
     scale = int8.scale_from_absmax(absmax)
     return {
         "weight": quantize_w8(weight, scale, hessian, descent),
-        "scale": scale * input_scale,
+        "scale": scale,
         "bias": weight.new_zeros(len(weight)),
     }

@@ -1,8 +1,8 @@
 """The quantized model: one data flow, run on tensors or recorded as a graph.
 
-The parameters of a block are a mapping from name to tensor (or graph value); static activation
-scales are floats. `parameter_names` of the checkpoint: `embedding.weight`, `layers.{i}.<name>` with
-the names used in `run_block`, `norm_f.weight` or `norm_f.scale`, `lm_head.*`.
+The parameters of a block are a mapping from name to tensor (or graph value), with the names used in
+`run_block`; in the checkpoint `layers.{i}.` stands before them. Outside the blocks there are
+`embedding.weight`, `norm_f.weight` or `norm_f.scale`, and `lm_head.*`.
 """
 
 from __future__ import annotations
@@ -96,23 +96,34 @@ class NodeAttributes:
         return {"eps": c.norm_eps, "d_inner": c.d_inner, "ngroups": c.ngroups}
 
 
-def linear(p: Parameters, name: str, x: Any, recipe: QuantConfig) -> Any:
-    """The recipe's INT8 linear: FP16 (B, L, Out) from INT8 (B, L, In)."""
+class Int8Input(NamedTuple):
+    """The input of an INT8 linear: q (B, L, In) INT8 and token_scale (B, L, 1) FP32."""
+
+    q: Any
+    token_scale: Any
+
+    def real(self) -> Tensor:
+        """The values that it stands for, FP32."""
+        value: Tensor = self.q.float() * self.token_scale
+        return value
+
+
+def linear(p: Parameters, name: str, x: Int8Input, recipe: QuantConfig) -> Any:
+    """The recipe's INT8 linear: FP16 (B, L, Out)."""
     scale, bias = p[f"{name}.scale"], p[f"{name}.bias"]
     if f"{name}.packed" in p:
         packed, group_scale = p[f"{name}.packed"], p[f"{name}.group_scale"]
-        return LINEAR_W4(x, packed, group_scale, scale, bias, group_size=recipe.group_size)
-    return LINEAR(x, p[f"{name}.weight"], scale, bias)
+        return LINEAR_W4(*x, packed, group_scale, scale, bias, group_size=recipe.group_size)
+    return LINEAR(*x, p[f"{name}.weight"], scale, bias)
 
 
 def run_mixer(
     p: Parameters, attributes: NodeAttributes, hidden: Any, residual: Any, state: State
-) -> tuple[Any, Any, State]:
-    """Norm to gated norm of an INT8 block: (residual', input of out_proj INT8, state')."""
+) -> tuple[Any, Int8Input, State]:
+    """Norm to gated norm of an INT8 block: (residual', input of out_proj, state')."""
     recipe = attributes.recipe
     rounding = recipe.rounding
-    eps = attributes.config.norm_eps
-    residual, u = RMS_NORM(hidden, residual, scale=p["u_scale"], eps=eps, rounding="half_even")
+    residual, u = norm(p, "u_scale", attributes, hidden, residual)
     zxbcdt = linear(p, "in_proj", u, recipe)
     if recipe.ssd == "dequantized":
         y, zxbcdt, *carried = dequantized_ssd(
@@ -126,8 +137,8 @@ def run_mixer(
         rotation=recipe.bc_rotation,
         rounding=rounding,
     )
-    static = [k for k in ("x_scale", "state_scale", "x_tile_scale") if k in p]
-    scales = [p[k] for k in ("b_scale", "c_scale", "cb_scale", *static)]
+    scales = [p[k] for k in ("b_scale", "c_scale", "cb_scale")]
+    scales += _static(p, "x_scale", "state_scale", "x_tile_scale")
     ssd = ssd_modules if recipe.ssd_ops == "modular" else SSD_SCAN
     y, ssm = ssd(
         *(x, b, c, zxbcdt, state.ssm, p["dt_bias"], p["A"], p["D"], *scales), **attributes.ssd
@@ -135,14 +146,34 @@ def run_mixer(
     return residual, _gated(p, attributes, y, zxbcdt), State(conv, ssm)
 
 
-def _gated(p: Parameters, attributes: NodeAttributes, y: Any, zxbcdt: Any) -> Any:
-    """out_proj's INT8 input."""
-    return RMS_NORM_GATED(
-        *(y, zxbcdt, p["gate_norm.weight"]),
-        **attributes.gated,
-        scale=p["r_scale"],
-        rounding=attributes.recipe.rounding,
+def norm(
+    p: Parameters, scale: str, attributes: NodeAttributes, hidden: Any, residual: Any
+) -> tuple[Any, Int8Input]:
+    """residual' and the INT8 input of the linear behind; `scale` names its static scale."""
+    residual, *u = RMS_NORM(
+        *(hidden, residual, *_static(p, scale)),
+        eps=attributes.config.norm_eps,
+        rounding="half_even",
+        scaling=attributes.recipe.input_scaling,
     )
+    return residual, Int8Input(*u)
+
+
+def _gated(p: Parameters, attributes: NodeAttributes, y: Any, zxbcdt: Any) -> Int8Input:
+    """out_proj's input."""
+    return Int8Input(
+        *RMS_NORM_GATED(
+            *(y, zxbcdt, p["gate_norm.weight"], *_static(p, "r_scale")),
+            **attributes.gated,
+            rounding=attributes.recipe.rounding,
+            scaling=attributes.recipe.input_scaling,
+        )
+    )
+
+
+def _static(p: Parameters, *names: str) -> list[Any]:
+    """Those of the scales that the recipe has calibrated."""
+    return [p[name] for name in names if name in p]
 
 
 def run_block(
@@ -167,12 +198,12 @@ def run_block(
 
 def run_head(p: Parameters, attributes: NodeAttributes, hidden: Any, residual: Any) -> Any:
     """Final norm and lm_head: logits (B, L, V) FP32."""
-    eps = attributes.config.norm_eps
     if attributes.recipe.lm_head == "fp16":
+        eps = attributes.config.norm_eps
         _, normed = fp16.RMS_NORM(hidden, residual, p["norm_f.weight"], eps=eps)
         return fp16.LOGITS(fp16.LINEAR(normed, p["lm_head.weight"]))
-    _, u = RMS_NORM(hidden, residual, scale=p["norm_f.scale"], eps=eps, rounding="half_even")
-    return fp16.LOGITS(LINEAR(u, p["lm_head.weight"], p["lm_head.scale"], p["lm_head.bias"]))
+    _, u = norm(p, "norm_f.scale", attributes, hidden, residual)
+    return fp16.LOGITS(LINEAR(*u, p["lm_head.weight"], p["lm_head.scale"], p["lm_head.bias"]))
 
 
 Scope = Callable[[str], AbstractContextManager[Any]]
@@ -213,12 +244,11 @@ class QuantizedMamba2:
         self._top: dict[str, Any] = {}
         self._layers: list[dict[str, Any]] = [{} for _ in range(config.n_layer)]
         for name, tensor in tensors.items():
-            value = tensor.item() if tensor.dim() == 0 else tensor
             if name.startswith("layers."):
                 _, index, local = name.split(".", 2)
-                self._layers[int(index)][local] = value
+                self._layers[int(index)][local] = tensor
             else:
-                self._top[name] = value
+                self._top[name] = tensor
         self._top.setdefault("lm_head.weight", self._top["embedding.weight"])
 
     @property

@@ -38,13 +38,11 @@ def activation_scales(
     rotated = "_rotated" if recipe.bc_rotation == "hadamard" else ""
     released = recipe.state_observer == "local"
     scales = {
-        "u_scale": scale_from_absmax(seen("u"), PER_TENSOR_FLOOR),
-        "r_scale": scale_from_absmax(
-            seen("r_folded" if recipe.fold_gate_norm else "r"), PER_TENSOR_FLOOR
-        ),
         "b_scale": of_group(seen(f"B{rotated}")),
         "c_scale": of_group(seen(f"C{rotated}")),
     }
+    if recipe.input_scaling == "static":
+        scales |= {f"{name}_scale": of_linear_input(seen(name)) for name in ("u", "r")}
     if recipe.ssd == "dequantized":
         parts = [statistics[f"in_proj.{k}"].expand(n) for k, n in in_proj_parts.items()]
         x = _stored_x(statistics, recipe, order).flatten()
@@ -58,6 +56,11 @@ def activation_scales(
     if recipe.scaling == "static":
         scales |= _static_ssd_scales(statistics, recipe, rotated)
     return scales
+
+
+def of_linear_input(absmax: Tensor) -> Tensor:
+    """The scale (1) of all tokens, from their largest value ()."""
+    return scale_from_absmax(absmax, PER_TENSOR_FLOOR).reshape(1)
 
 
 def _collapse(value: Tensor, granularity: str) -> Tensor:

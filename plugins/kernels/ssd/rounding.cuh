@@ -46,20 +46,6 @@ __device__ __forceinline__ int round_value(float v) {
   return kAway ? round_int<true>(v) : round_product<false>(v, __int_as_float(1));
 }
 
-// The scale of values of which the largest is `top`: 1 / scale, and the scale; each may be the
-// neighbour of the reference's, which divides exactly.
-struct DynamicScale {
-  float inverse;
-  float step;
-};
-constexpr float kLeastTop = 1e-30f;
-constexpr float kMostSteps = 127.0f;
-
-__device__ __forceinline__ DynamicScale dynamic_scale(float top) {
-  top = fmaxf(top, kLeastTop);
-  return {__fdividef(kMostSteps, top), top * (1.0f / kMostSteps)};
-}
-
 // v * inverse rounded to an integer in the lowest byte, for values that need no saturation: their
 // scale is dynamic.
 template <bool kAway>

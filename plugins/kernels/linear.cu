@@ -563,6 +563,15 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm) tile_kernel(Line
         scale[j] = p.scale[row];
         bias[j] = p.bias[row];
       }
+      // Lane (g, t) loads those of tokens 2t and 2t + 1 of fragments g and g + 8 for the whole
+      // warp.
+      float2 of_tokens[T::kTokens / 64];
+#pragma unroll
+      for (int j = 0; j < T::kTokens / 64; ++j) {
+        const int token = token0 + j * 64 + g * 8 + 2 * t;
+        of_tokens[j].x = p.token_scale[min(token, p.tokens - 1)];
+        of_tokens[j].y = p.token_scale[min(token + 1, p.tokens - 1)];
+      }
       const int column = row0 + warp * kWarpRows + 8 * t;
       const bool vectors = p.n_out % 8 == 0;
 #pragma unroll
@@ -570,11 +579,10 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSm) tile_kernel(Line
         // 8 tokens x 32 rows. Before the transposes a lane has tokens 2t and 2t + 1 of rows g + 8j;
         // after the first, rows 8j + 2t and 8j + 2t + 1 of token g; after the second, 8t to 8t + 7.
         uint32_t words[kRowGroups];
-        float of_token[2];
-#pragma unroll
-        for (int k = 0; k < 2; ++k) {
-          of_token[k] = p.token_scale[min(token0 + i * 8 + 2 * t + k, p.tokens - 1)];
-        }
+        const float of_token[2] = {
+            __shfl_sync(kAllLanes, of_tokens[i / 8].x, i % 8 * 4 + t),
+            __shfl_sync(kAllLanes, of_tokens[i / 8].y, i % 8 * 4 + t),
+        };
 #pragma unroll
         for (int j = 0; j < kRowGroups; ++j) {
           int* pair = &acc[i / 2][i % 2][j / 2][j % 2 * 2];

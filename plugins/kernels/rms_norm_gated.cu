@@ -13,13 +13,12 @@
 //   the others               three at a time, through shared memory;
 //   the base matrix          last, a thread making a column, with the signs as constants of the
 //                            unrolled code (8 or 6 additions per value instead of 20 or 12).
-// One pass over memory.
+// One pass over memory. Every width has a kernel of its own, so that places in shared memory are
+// constants: three quarters of the time of one kernel for all.
 //
 // Everything is FP32; q may differ from the FP64 reference by 1 LSB near a rounding boundary.
 
 #include <math.h>
-
-#include <algorithm>
 
 #include "common.cuh"
 
@@ -89,20 +88,17 @@ __device__ __forceinline__ void transform_lanes(float (&v)[kVector], int mask) {
   }
 }
 
-// Column `column` of base^T . x. Of four values each there are eight sums up to the sign, which all
-// rows share: 12 additions, and one a row.
-template <int kOrder>
-__device__ __forceinline__ void base_product(const float* shared, int power, int column,
-                                             float (&sums)[kOrder]) {
+// A column of base^T . x, the values of which lie kPower apart from `own` on. Of four values each
+// there are eight sums up to the sign, which all rows share: 12 additions, and one a row.
+template <int kOrder, int kPower>
+__device__ __forceinline__ void base_product(const float* own, float (&sums)[kOrder]) {
   static_assert(kOrder % 4 == 0);
   constexpr BaseMatrix<kOrder> kBase;
-  // 64 and power are powers of 2: padded(b * power + column) is the sum of the two parts.
-  const float* own = shared + padded(column);
 #pragma unroll
   for (int b = 0; b < kOrder; b += 4) {
     float x[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) x[i] = own[padded((b + i) * power)];
+    for (int i = 0; i < 4; ++i) x[i] = own[padded((b + i) * kPower)];
     const float first[2] = {x[0] + x[1], x[0] - x[1]}, second[2] = {x[2] + x[3], x[2] - x[3]};
     float of_four[2][2][2];  // by whether the sign of the second, third, fourth is not the first's
 #pragma unroll
@@ -128,17 +124,29 @@ __device__ __forceinline__ float largest(const float (&v)[kCount]) {
   return top;
 }
 
-// kOrder of the base matrix: 1, 12 or 20. kWidest: the largest E, for which so many blocks share a
-// multiprocessor.
-template <int kOrder, int kWidest, int kBlocks>
-__global__ void __launch_bounds__(kWidest / kVector, kBlocks)
-    rms_norm_gated_kernel(Ssdi8RmsNormGatedParams p, int power_bits, float root,
-                          float inverse_group_size) {
-  SSDI8_DYNAMIC_SHARED(float, shared);  // padded(E); before that, a partial sum per thread
+// E = kOrder * 2^kPowerBits; kOrder of the base matrix: 1, 12 or 20.
+template <int kOrder, int kPowerBits>
+struct Width {
+  static constexpr int kInner = kOrder << kPowerBits;
+  static constexpr int kThreads = (kInner / kVector + kWarp - 1) / kWarp * kWarp;
+  static constexpr int kWarps = kThreads / kWarp;
+  // As many as 48 registers a thread allow, of 40 without a base matrix.
+  static constexpr int kBlocks =
+      kThreads > 640 || kThreads < 128 ? 1 : (kOrder == 1 ? 1536 : 1280) / kThreads;
+  static constexpr int kSharedFloats = padded(kInner) > kThreads ? padded(kInner) : kThreads;
+};
+
+template <int kOrder, int kPowerBits>
+__global__ void __launch_bounds__(Width<kOrder, kPowerBits>::kThreads,
+                                  Width<kOrder, kPowerBits>::kBlocks)
+    rms_norm_gated_kernel(Ssdi8RmsNormGatedParams p, float root, float inverse_group_size) {
+  using W = Width<kOrder, kPowerBits>;
+  constexpr int kInner = W::kInner;
+  SSDI8_DYNAMIC_SHARED(float, shared);  // kSharedFloats; at first a partial sum per thread
   __shared__ float of_warp_or_group[kMaxGroups];  // sums of warps, or 1 / rms of groups
-  __shared__ float tops[kMaxInner / kVector / kWarp];
+  __shared__ float tops[W::kWarps];
   const int e0 = threadIdx.x * kVector;
-  const bool active = e0 < p.d_inner;  // the last warp may be partial
+  const bool active = kInner % (kVector * kWarp) == 0 || e0 < kInner;
   const int64_t token = blockIdx.x;
 
   float v[kVector] = {};
@@ -148,7 +156,7 @@ __global__ void __launch_bounds__(kWidest / kVector, kBlocks)
     weight[0] = reinterpret_cast<const float4*>(p.weight + e0)[0];
     weight[1] = reinterpret_cast<const float4*>(p.weight + e0)[1];
     const uint4 y_raw =
-        *reinterpret_cast<const uint4*>(static_cast<const __half*>(p.y) + token * p.d_inner + e0);
+        *reinterpret_cast<const uint4*>(static_cast<const __half*>(p.y) + token * kInner + e0);
     const uint4 z_raw = *reinterpret_cast<const uint4*>(static_cast<const __half*>(p.zxbcdt) +
                                                         token * p.row_stride + e0);
     const __half2* y = reinterpret_cast<const __half2*>(&y_raw);
@@ -170,7 +178,7 @@ __global__ void __launch_bounds__(kWidest / kVector, kBlocks)
     sum = warp_sum(sum);
     if (lane == 0) of_warp_or_group[warp] = sum;
   } else {
-    const int threads_per_group = p.d_inner / p.ngroups / kVector;
+    const int threads_per_group = kInner / p.ngroups / kVector;
     shared[threadIdx.x] = sum;
     __syncthreads();
     for (int g = warp; g < p.ngroups; g += blockDim.x / kWarp) {
@@ -189,27 +197,32 @@ __global__ void __launch_bounds__(kWidest / kVector, kBlocks)
 #pragma unroll
   for (int i = 0; i < kVector; ++i) v[i] *= reinterpret_cast<const float*>(weight)[i];
   transform8(v);
-  const int lane_bits = (power_bits - 3) % 3;
-  for (int bit = 0; bit < lane_bits; ++bit) transform_lanes(v, 1 << bit);
-  int bit = 3 + lane_bits;  // done up to here
-  int e = e0, shift = 0;    // v[i] is of element e + (i << shift)
-  if (active && (kOrder > 1 || bit < power_bits)) {
+  constexpr int kLaneBits = (kPowerBits - 3) % 3;
+#pragma unroll
+  for (int bit = 0; bit < kLaneBits; ++bit) transform_lanes(v, 1 << bit);
+  constexpr int kFirstBit = 3 + kLaneBits;  // done up to here
+  constexpr bool kShares = kOrder > 1 || kFirstBit < kPowerBits;
+  int e = e0;  // of v[0]; the others follow, or lie kSpread apart
+  constexpr int kSpread = kShares ? kInner / kVector : 1;
+  if (active && kShares) {
     float4* own = reinterpret_cast<float4*>(shared + padded(e0));
     own[0] = make_float4(v[0], v[1], v[2], v[3]);
     own[1] = make_float4(v[4], v[5], v[6], v[7]);
   }
-  for (; bit < power_bits; bit += 3) {
+#pragma unroll
+  for (int bit = kFirstBit; bit < kPowerBits; bit += 3) {
     __syncthreads();
     if (!active) continue;
     const int low = threadIdx.x & ((1 << bit) - 1);
     e = (static_cast<int>(threadIdx.x) - low) * kVector + low;
-    shift = bit;
+    // Bits of e and of i << bit are apart, so `padded` of their sum is the sum of it.
+    float* own = shared + padded(e);
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) v[i] = shared[padded(e + (i << bit))];
+    for (int i = 0; i < kVector; ++i) v[i] = own[padded(i << bit)];
     transform8(v);
-    if (kOrder == 1 && bit + 3 == power_bits) continue;
+    if (kOrder == 1 && bit + 3 == kPowerBits) continue;
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) shared[padded(e + (i << bit))] = v[i];
+    for (int i = 0; i < kVector; ++i) own[padded(i << bit)] = v[i];
   }
 
   // All threads. What a result r is quantized by: Q(r * factor * inverse).
@@ -221,7 +234,7 @@ __global__ void __launch_bounds__(kWidest / kVector, kBlocks)
     top = warp_largest(top);
     if (lane == 0) tops[warp] = top;
     __syncthreads();
-    const bool of_warp = lane < blockDim.x / kWarp;
+    const bool of_warp = lane < W::kWarps;
     float factor = root;
     if (one_group) {
       const float total = warp_sum(of_warp ? of_warp_or_group[lane] : 0.0f);
@@ -237,11 +250,16 @@ __global__ void __launch_bounds__(kWidest / kVector, kBlocks)
   const auto to_int8 = [&](float r, const Steps& by) {
     return quantize(__fmul_rn(r, by.factor), by.inverse, p.rounding == SSDI8_HALF_AWAY);
   };
-  int8_t* quantized = p.quantized + token * p.d_inner;
+  int8_t* quantized = p.quantized + token * kInner;
   if constexpr (kOrder == 1) {
     const Steps by = steps(largest(v));
     if (!active) return;
-    if (shift == 0) {
+    if constexpr (kShares) {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        quantized[e + i * kSpread] = static_cast<int8_t>(to_int8(v[i], by));
+      }
+    } else {
       uint32_t words[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -250,37 +268,39 @@ __global__ void __launch_bounds__(kWidest / kVector, kBlocks)
             pack4(to_int8(r[0], by), to_int8(r[1], by), to_int8(r[2], by), to_int8(r[3], by));
       }
       *reinterpret_cast<uint2*>(quantized + e0) = make_uint2(words[0], words[1]);
-      return;
-    }
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      quantized[e + (i << shift)] = static_cast<int8_t>(to_int8(v[i], by));
     }
   } else {
     __syncthreads();
-    const int power = 1 << power_bits, column = threadIdx.x;  // power is less than threads
+    constexpr int kPower = 1 << kPowerBits;  // less than threads
+    const int column = threadIdx.x;
     float sums[kOrder] = {};
-    if (column < power) base_product(shared, power, column, sums);
+    if (column < kPower) base_product<kOrder, kPower>(shared + padded(column), sums);
     const Steps by = steps(largest(sums));
-    if (column >= power) return;
+    if (column >= kPower) return;
 #pragma unroll
     for (int row = 0; row < kOrder; ++row) {
-      quantized[row * power + column] = static_cast<int8_t>(to_int8(sums[row], by));
+      quantized[row * kPower + column] = static_cast<int8_t>(to_int8(sums[row], by));
     }
   }
 }
 
-// The base order of hadamard.py for size n, and k of the remaining 2^k; 0 where there is none.
-int base_order(int n, int* power_bits) {
-  for (const int base : {20, 12, 1}) {
-    const int power = n / base;
-    if (n % base == 0 && (power & (power - 1)) == 0) {
-      *power_bits = 0;
-      while ((1 << *power_bits) < power) ++*power_bits;
-      return base;
-    }
+// Of all widths kOrder * 2^k, k from kPowerBits on, up to kMaxInner.
+using Kernel = void (*)(Ssdi8RmsNormGatedParams, float, float);
+struct Launch {
+  Kernel kernel = nullptr;
+  int threads = 0;
+  int shared_bytes = 0;
+};
+template <int kOrder, int kPowerBits = 3>
+Launch launch_of(int d_inner) {
+  if constexpr (kOrder << kPowerBits > kMaxInner) {
+    return {};
+  } else {
+    using W = Width<kOrder, kPowerBits>;
+    if (d_inner != W::kInner) return launch_of<kOrder, kPowerBits + 1>(d_inner);
+    return {rms_norm_gated_kernel<kOrder, kPowerBits>, W::kThreads,
+            W::kSharedFloats * static_cast<int>(sizeof(float))};
   }
-  return 0;
 }
 
 }  // namespace
@@ -293,9 +313,10 @@ int base_order(int n, int* power_bits) {
 int ssdi8_rms_norm_gated(const Ssdi8RmsNormGatedParams* p, void* stream) {
   using namespace ssdi8;
   const int e = p->d_inner;
-  int power_bits = 0;
-  const int base = e > 0 ? base_order(e, &power_bits) : 0;
-  if (base == 0 || power_bits < 3 || e > kMaxInner) {
+  Launch found = launch_of<20>(e);  // the widths of the three have none in common
+  if (found.kernel == nullptr) found = launch_of<12>(e);
+  if (found.kernel == nullptr) found = launch_of<1>(e);
+  if (found.kernel == nullptr) {
     return refuse(
         "rms_norm_gated: d_inner %d is not 2^k, 12 * 2^k or 20 * 2^k with k >= 3, up to %d", e,
         kMaxInner);
@@ -312,16 +333,10 @@ int ssdi8_rms_norm_gated(const Ssdi8RmsNormGatedParams* p, void* stream) {
   if (p->tokens < 0) return refuse("rms_norm_gated: tokens %d out of range", p->tokens);
   if (const int code = refuse_token_scaling("rms_norm_gated", p->scaling, p->scale)) return code;
   if (p->tokens == 0) return SSDI8_OK;
-  const int threads = static_cast<int>(ceil_div(e / kVector, kWarp)) * kWarp;
-  const int shared_bytes = std::max(padded(e), threads) * static_cast<int>(sizeof(float));
   const float root = static_cast<float>(1.0 / sqrt(static_cast<double>(e)));
-  auto* kernel = base == 20   ? rms_norm_gated_kernel<20, 5120, 2>
-                 : base == 12 ? rms_norm_gated_kernel<12, 6144, 2>
-                 : e <= 4096  ? rms_norm_gated_kernel<1, 4096, 3>
-                              : rms_norm_gated_kernel<1, kMaxInner, 1>;
   const float inverse_group_size = static_cast<float>(p->ngroups) / static_cast<float>(e);
-  return check(launch(kernel, p->tokens, threads, shared_bytes, static_cast<cudaStream_t>(stream),
-                      *p, power_bits, root, inverse_group_size),
+  return check(launch(found.kernel, p->tokens, found.threads, found.shared_bytes,
+                      static_cast<cudaStream_t>(stream), *p, root, inverse_group_size),
                "rms_norm_gated");
 }
 

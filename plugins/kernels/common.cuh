@@ -32,12 +32,6 @@ int check(cudaError_t error, const char* op);
 // Refuses what the input of a linear layer cannot be scaled by, see kernels.h.
 int refuse_token_scaling(const char* op, int scaling, const float* scale);
 
-// The scale of all tokens, or null.
-template <class Params>
-const float* static_token_scale(const Params& p) {
-  return p.scaling == SSDI8_SCALING_STATIC ? p.scale : nullptr;
-}
-
 // Multiprocessors of the current device. Boards gate them per power mode, so it is never a
 // constant.
 cudaError_t multiprocessors(int* count);

@@ -107,6 +107,7 @@ int ssdi8_rms_norm(const Ssdi8RmsNormParams* p, void* stream) {
   if (p->tokens < 0) return refuse("rms_norm: tokens %d out of range", p->tokens);
   if (const int code = refuse_token_scaling("rms_norm", p->scaling, p->scale)) return code;
   if (p->tokens == 0) return SSDI8_OK;
+  const float* static_scale = p->scaling == SSDI8_SCALING_STATIC ? p->scale : nullptr;
   const int vectors = p->d_model / kVector;
   const int rounds = vectors > kMaxThreads ? 2 : 1;
   const int threads = static_cast<int>(ceil_div(ceil_div(vectors, rounds), kWarp)) * kWarp;
@@ -114,8 +115,8 @@ int ssdi8_rms_norm(const Ssdi8RmsNormParams* p, void* stream) {
   return check(
       launch(kernel, p->tokens, threads, 0, static_cast<cudaStream_t>(stream),
              static_cast<const __half*>(p->hidden), p->residual, p->residual_out, p->quantized,
-             p->token_scale, static_token_scale(*p), p->d_model,
-             1.0f / static_cast<float>(p->d_model), p->eps, p->rounding == SSDI8_HALF_AWAY),
+             p->token_scale, static_scale, p->d_model, 1.0f / static_cast<float>(p->d_model),
+             p->eps, p->rounding == SSDI8_HALF_AWAY),
       "rms_norm");
 }
 

@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(Width<kOrder, kPowerBits>::kThreads,
     const int threads_per_group = kInner / p.ngroups / kVector;
     shared[threadIdx.x] = sum;
     __syncthreads();
-    for (int g = warp; g < p.ngroups; g += blockDim.x / kWarp) {
+    for (int g = warp; g < p.ngroups; g += W::kWarps) {
       float total = 0.0f;
       for (int i = lane; i < threads_per_group; i += kWarp) {
         total += shared[g * threads_per_group + i];

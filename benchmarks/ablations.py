@@ -30,7 +30,7 @@ from ssdi8_edge.methods import METHODS
 _STATIC: dict[str, Any] = {"scaling": "static"}
 
 SHARED: dict[str, dict[str, Any]] = {
-    "static scales": _STATIC,
+    "static scales inside SSD": _STATIC,
     "static scales, of chunk states before passing": {**_STATIC, "state_observer": "local"},
     "static scales, Q0.7 gate": {**_STATIC, "gate": "q0.7"},
     "inputs of linears by one static scale": {"input_scaling": "static"},

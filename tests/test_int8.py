@@ -122,6 +122,14 @@ def test_quantize_multiplies_by_the_fp32_reciprocal(value: float, scale: float) 
     assert got.item() == exact_int8(scaled, "half_even")
 
 
+def test_scaling_of_linear_inputs_that_cannot_be() -> None:
+    """A static scale has to be there; the scaling "none" is of SSD alone."""
+    x = torch.ones(1, 2, 8)
+    for scaling, scale in (("static", None), ("none", torch.ones(1))):
+        with pytest.raises(ValueError, match=f"scaling '{scaling}'"):
+            int8.quantize_tokens(x, scaling, scale, "half_even", "u")
+
+
 def test_reciprocal_and_division_differ() -> None:
     """A pair where division would round up and the reciprocal does not, so the test above bites."""
     generator = torch.Generator().manual_seed(0)

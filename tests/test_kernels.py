@@ -1129,7 +1129,7 @@ def test_refusals(generator: torch.Generator) -> None:
     ones = torch.ones(64, device=DEVICE)
     gated = {**norm, "d_inner": 64, "ngroups": 1}
     for match, wrong in (
-        ("static scaling without a scale", {"scaling": "static"}),
+        ("scaling static needs scale", {"scaling": "static"}),
         ("scaling 2 out of range", {"scaling": "none"}),
     ):
         rms = norm | wrong

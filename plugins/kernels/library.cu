@@ -29,7 +29,7 @@ int check(cudaError_t error, const char* op) {
 int refuse_token_scaling(const char* op, int scaling, const float* scale) {
   if (scaling == SSDI8_SCALING_DYNAMIC) return SSDI8_OK;
   if (scaling != SSDI8_SCALING_STATIC) return refuse("%s: scaling %d out of range", op, scaling);
-  return scale ? SSDI8_OK : refuse("%s: static scaling without a scale", op);
+  return scale ? SSDI8_OK : refuse("%s: scaling static needs scale", op);
 }
 
 cudaError_t multiprocessors(int* count) {

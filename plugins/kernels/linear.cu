@@ -715,23 +715,21 @@ int run_linear(const LinearArguments& p, int variant, const char* op, void* stre
   }
 }
 
+// What both params structs call by the same name, and the weight.
+template <class Params>
+LinearArguments arguments_of(const Params& p, const int8_t* weight,
+                             const void* group_scale = nullptr, int group_shift = 0) {
+  auto* y = static_cast<__half*>(p.y);
+  return {p.x, p.token_scale, weight,        group_scale,    p.scale,    p.bias,
+          y,   p.tokens,      p.in_features, p.out_features, group_shift};
+}
+
 }  // namespace
 }  // namespace ssdi8
 
 int ssdi8_linear(const Ssdi8LinearParams* p, void* stream) {
   using namespace ssdi8;
-  const LinearArguments arguments = {p->x,
-                                     p->token_scale,
-                                     p->weight,
-                                     nullptr,
-                                     p->scale,
-                                     p->bias,
-                                     static_cast<__half*>(p->y),
-                                     p->tokens,
-                                     p->in_features,
-                                     p->out_features,
-                                     0};
-  return run_linear<kW8>(arguments, p->variant, "linear", stream);
+  return run_linear<kW8>(arguments_of(*p, p->weight), p->variant, "linear", stream);
 }
 
 int ssdi8_linear_w4(const Ssdi8LinearW4Params* p, void* stream) {
@@ -742,19 +740,8 @@ int ssdi8_linear_w4(const Ssdi8LinearW4Params* p, void* stream) {
         "linear_w4: group size %d is not 32, 64 or 128, or does not divide in_features %d", group,
         p->in_features);
   }
-  const LinearArguments arguments = {p->x,
-                                     p->token_scale,
-                                     p->packed,
-                                     p->group_scale,
-                                     p->scale,
-                                     p->bias,
-                                     static_cast<__half*>(p->y),
-                                     p->tokens,
-                                     p->in_features,
-                                     p->out_features,
-                                     group == 32   ? 5
-                                     : group == 64 ? 6
-                                                   : 7};
+  const int shift = group == 32 ? 5 : group == 64 ? 6 : 7;
+  const LinearArguments arguments = arguments_of(*p, p->packed, p->group_scale, shift);
   if (!p->integer_scales) return run_linear<kW4Rounded>(arguments, p->variant, "linear_w4", stream);
   return run_linear<kW4Integer>(arguments, p->variant, "linear_w4", stream);
 }

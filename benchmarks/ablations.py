@@ -38,30 +38,34 @@ SHARED: dict[str, dict[str, Any]] = {
     "A_log and D in INT8": {"ssm_params": "int8"},
     "half away from zero": {"rounding": "half_away"},
     "B and C not rotated": {"bc_rotation": "none"},
-    "inputs with their mean": {"centered": False},
-    "Scan2 all in FP16": {"scan2": "fp16"},
-    "SSD in FP16 but for B, C and CB": {"scan2": "fp16", "scaling": "none"},
+    "SSD in FP16 but for B and C": {"scaling": "none"},
     "no mean correction": {"correction": "none"},
-    "correction of out_proj's output": {"correction": "out"},
-    "correction by 0.15": {"correction_strength": 0.15},
-    "correction in full": {"correction_strength": 1.0},
-    "short calibration sequences": {"calibration_tokens": 512, "calibration_samples": 128},
-    "no descent after GPTQ": {"descent": 0},
+    "no compensation": {"compensation": 0.0},
+    "full compensation": {"compensation": 1.0},
+    "long calibration sequences": {"calibration_tokens": 2048, "calibration_samples": 32},
     "weights rounded to nearest": {"gptq": False},
+}
+# What 4 bits need and 8 bits do not.
+_ADDED: dict[str, dict[str, Any]] = {
+    "descent after GPTQ": {"descent": 4},
+    "correction of the residual stream": {"correction": "residual", "correction_strength": None},
 }
 DEPARTURES: dict[str, dict[str, dict[str, Any]]] = {
     "edge-w8a8": {
         "one scale per weight matrix": {"linear": "w8_tensor"},
         **SHARED,
-        "compensation": {"compensation": 0.5},
+        **{f"with {name}": fields for name, fields in _ADDED.items()},
     },
     "edge-w4a8": {
         "groups of 64": {"group_size": 64},
         "groups of 128": {"group_size": 128},
         "FP16 group scales": {"group_scales": "fp16"},
         "group scales from absolute maxima": {"group_search": "absmax"},
-        "no compensation": {"compensation": 0.0},
-        "full compensation": {"compensation": 1.0},
+        "no descent after GPTQ": {"descent": 0},
+        "correction of out_proj's output": {"correction": "out"},
+        "correction by 0.15": {"correction_strength": 0.15},
+        "correction in full": {"correction_strength": 1.0},
+        "correction as published": {"correction": "out", "correction_strength": 0.15},
         **SHARED,
     },
 }

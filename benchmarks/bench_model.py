@@ -82,7 +82,7 @@ def random_model(size: str, kind: str) -> QuantizedMamba2:
     config = Mamba2Config(d_model=d_model, n_layer=layers, vocab_size=VOCABULARY)
     recipe = find_method("edge-w4a8" if kind == "w4a8" else "edge-w8a8")
     if kind == "fp16":
-        recipe = replace(recipe, scaling="none", scan2="fp16")
+        recipe = replace(recipe, scaling="none")
     tensors = {
         f"layers.{i}.{name}": tensor
         for i in range(layers)

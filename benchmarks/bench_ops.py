@@ -215,15 +215,12 @@ def ssd_operations(s: Sizes, tokens: int) -> int:
 
 def ssd_inputs(op: str) -> list[str]:
     """The scales that come last are inputs of scaling "static" only."""
-    return [
-        name for name in OPS[op].inputs if name not in ("x_scale", "state_scale", "x_tile_scale")
-    ]
+    return [name for name in OPS[op].inputs if name not in ("x_scale", "state_scale")]
 
 
 def ssd_attributes(s: Sizes, op: str, scaling: str) -> dict[str, Any]:
     attributes = {
         "chunk_size": CHUNK,
-        "scan_tile": CHUNK if scaling == "none" else 64,
         "nheads": s.nheads,
         "headdim": 64,
         "ngroups": 1,

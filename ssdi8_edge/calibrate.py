@@ -56,7 +56,7 @@ def embed(checkpoint: Checkpoint, ids: Tensor) -> Iterator[tuple[slice, Tensor]]
 
 # Goes into the key of the statistics: raised when what is observed changes, so that those of an
 # earlier state of this file are made again.
-STATISTICS = 3
+STATISTICS = 4
 
 # Of |x| for the recipes that clip it so: method §3.2.
 PERCENTILE = 0.9995
@@ -66,9 +66,8 @@ PERCENTILE_MOMENTUM = 0.01
 class Observers:
     """Running absolute maxima and histograms of one layer; shapes as the scales they become."""
 
-    def __init__(self, config: Mamba2Config, scan_tile: int) -> None:
+    def __init__(self, config: Mamba2Config) -> None:
         self._config = config
-        self._tile = min(scan_tile, config.chunk_size)
         self._seen: dict[str, Tensor] = {}
         self._histograms: dict[str, MagnitudeHistogram] = {}
         self.absmax: dict[str, Tensor] = {}
@@ -147,7 +146,7 @@ class Observers:
         self._seen["A"] = a_rate
 
     def _chunk_tensors(self) -> None:
-        """w·x, its tile counterpart and CB, per chunk, from the tensors seen in this call."""
+        """w·x and CB, per chunk, from the tensors seen in this call."""
         config, seen = self._config, self._seen
         x, dt, b, c = seen["x"], seen["dt"], seen["B"], seen["C"]
         chunk = config.chunk_size
@@ -155,18 +154,11 @@ class Observers:
             part = slice(start, start + chunk)
             x_k, dt_k = x[:, part], dt[:, part]
             a = (dt_k * seen["A"]).cumsum(1)  # (B, K, H)
-            self._weighted("x_scaled", x_k, torch.exp(a[:, -1:] - a) * dt_k)
+            w = torch.exp(a[:, -1:] - a) * dt_k
+            self._update("x_scaled", (x_k * w[..., None]).abs().amax((0, 1)))
             cb = torch.einsum("bmgn,bkgn->bgmk", c[:, part], b[:, part])
             self._update("CB_full", cb.abs().amax((0, 2, 3)))
             self._update("CB", cb.tril().abs().amax((0, 2, 3)))
-            for first in range(0, x_k.shape[1], self._tile):
-                tile = slice(first, first + self._tile)
-                weight = torch.exp(a[:, tile][:, -1:] - a[:, tile]) * dt_k[:, tile]
-                self._weighted("x_tile", x_k[:, tile], weight)
-
-    def _weighted(self, name: str, x: Tensor, w: Tensor) -> None:
-        """w · x of a chunk or tile, x (B, K, H, P), w (B, K, H)."""
-        self._update(name, (x * w[..., None]).abs().amax((0, 1)))
 
 
 def in_proj_parts(config: Mamba2Config) -> dict[str, int]:
@@ -189,7 +181,7 @@ def calibrate(
 
     Returns:
         `layers.{i}.<name>` -> FP32 absolute maximum: u, r: (); B, C, CB, CB_full: (G);
-        x, x_scaled, x_tile, chunk_state, passed_state: (H, P); in_proj.z, .x, .B, .C, .dt: (), its
+        x, x_scaled, chunk_state, passed_state: (H, P); in_proj.z, .x, .B, .C, .dt: (), its
         output. `<name>_rotated` of B, C and the states: after `hadamard.rotate`. `<name>_mse` of u,
         r, B, C and both rotated: the range of least squared error. x_mean: (H, P), the largest mean
         of |x| over a window; x_percentile: (), a moving average of the windows' percentiles.
@@ -209,7 +201,7 @@ def calibrate(
             stream[part] = rows
         for i in track(range(config.n_layer), "calibrate"):
             layer = fp32_layer(checkpoint, i, device)
-            observers = Observers(config, recipe.scan_tile)
+            observers = Observers(config)
             observers.observe_decay(-layer["mixer.A_log"].exp())
             block = load_block(rotate_layer(layer), config)
             block.mixer.in_proj.register_forward_hook(

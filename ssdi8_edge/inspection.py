@@ -17,7 +17,6 @@ SCALES = (
     "x_scale",
     "state_scale",
     "cb_scale",
-    "x_tile_scale",
     "r_scale",
 )
 

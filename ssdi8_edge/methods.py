@@ -30,9 +30,6 @@ class QuantConfig:
         descent: passes of coordinate descent over the values that GPTQ has chosen.
         compensation: part of what in_proj's input and out_proj's output lack to the FP model's
             that weights are changed by before they are rounded, as far as the INT8 input tells.
-        centered: GPTQ and the compensation see inputs without their mean over the calibration text;
-            what that contributes is made good by the bias of in_proj and, with a correction, that
-            of out_proj.
         lm_head: FP16, or W8A8 per row with an INT8 norm_f.
         clip: end of the INT8 range of B and C, and of u and r if their scale is static: the largest
             value calibrated on ("absmax"), or where the squared error is least ("mse").
@@ -51,8 +48,6 @@ class QuantConfig:
         gate: how the state travels between chunks, see `formats.Gate`.
         state_observer: "local" calibrates the state scale on chunk states before passing, as
             released; "passed" also on the states that are stored after it.
-        scan2: "fp16", or "int8_offdiag": INT8 products left of the diagonal tiles.
-        scan_tile: positions per tile of Scan2 for "int8_offdiag".
         rounding: of the SSD tensors and of the input of out_proj.
         scaling: of w·x and of the passed states: "static", calibrated as released, "dynamic",
             each in units of its own largest value, or "none": FP16; see `formats.Scaling`.
@@ -72,9 +67,8 @@ class QuantConfig:
     group_scales: Literal["fp16", "integer"] = "integer"
     group_search: Literal["absmax", "mse"] = "mse"
     gptq: bool = True
-    descent: int = 4
-    compensation: float = 0.0
-    centered: bool = True
+    descent: int = 0
+    compensation: float = 0.5
     lm_head: Literal["fp16", "w8_row"] = "fp16"
     clip: Literal["absmax", "mse"] = "mse"
     input_scaling: Literal["static", "dynamic"] = "dynamic"
@@ -87,17 +81,15 @@ class QuantConfig:
     )
     gate: Gate = "fp32"
     state_observer: Literal["local", "passed"] = "passed"
-    scan2: Literal["fp16", "int8_offdiag"] = "int8_offdiag"
-    scan_tile: int = 64
     rounding: Rounding = "half_even"
     scaling: Scaling = "dynamic"
     ssm_params: Literal["fp32", "int8"] = "fp32"
-    correction: Literal["none", "out", "residual"] = "residual"
-    correction_strength: float | None = None
+    correction: Literal["none", "out", "residual"] = "out"
+    correction_strength: float | None = 0.15
     state_dtype: Literal["fp16", "fp32"] = "fp16"
     chunk_size: int | None = None
-    calibration_tokens: int = 2048
-    calibration_samples: int = 32
+    calibration_tokens: int = 512
+    calibration_samples: int = 128
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -130,11 +122,6 @@ class QuantConfig:
                 f"recipe {self.name}: gate 'q0.7' with scaling {self.scaling!r}",
                 "is not a combination that exists: an integer carry needs scaling 'static'.",
             )
-        if self.scaling == "none" and self.scan2 != "fp16":
-            raise UsageError(
-                f"recipe {self.name}: scaling 'none' with scan2 {self.scan2!r}",
-                "is not a combination that exists: it needs scan2 'fp16'.",
-            )
 
     @property
     def quantized(self) -> bool:
@@ -148,10 +135,6 @@ class QuantConfig:
                 f"method {self.name} is for comparing accuracy only, no engine runs it;",
                 "use it with `evaluate`, or build it with --until quantize.",
             )
-
-    def effective_scan_tile(self, chunk_size: int) -> int:
-        """The tile that ChunkScan uses; chunk_size means that all of Scan2 is FP16."""
-        return min(self.scan_tile, chunk_size) if self.scan2 == "int8_offdiag" else chunk_size
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -177,19 +160,15 @@ class QuantConfig:
         return cls(**fields)
 
 
-# What all published methods share: absolute maxima, plain GPTQ for 4 bits, short calibration
-# sequences, INT8 A_log and D.
+# What all published methods share: absolute maxima, FP16 group scales for 4 bits, INT8 A_log and D.
 _PUBLISHED: dict[str, Any] = {
     "group_search": "absmax",
     "group_scales": "fp16",
-    "descent": 0,
-    "centered": False,
+    "compensation": 0.0,
     "clip": "absmax",
     "ssm_params": "int8",
     "input_scaling": "static",
     "bc_rotation": "none",
-    "calibration_tokens": 512,
-    "calibration_samples": 128,
 }
 
 
@@ -199,11 +178,8 @@ def _released(name: str, about: str, **fields: Any) -> QuantConfig:
         **_PUBLISHED,
         "gate": "q0.7",
         "state_observer": "local",
-        "scan2": "fp16",
         "rounding": "half_away",
         "scaling": "static",
-        "correction": "out",
-        "correction_strength": 0.15,
     }
     return QuantConfig(name=name, about=about, **{**settings, **fields})
 
@@ -230,15 +206,17 @@ METHODS: dict[str, QuantConfig] = {
         QuantConfig(
             name="edge-w8a8",
             about="ours: INT8 weights per row by GPTQ, inputs per token, rotated and clipped B and "
-            "C, FP32 carry, dynamic scales inside SSD, INT8 Scan2 off the diagonal, residual "
-            "correction",
+            "C, FP32 carry, dynamic scales inside SSD, compensation of what inputs lack",
         ),
         QuantConfig(
             name="edge-w4a8",
-            about="ours with 4-bit weights in groups of 32, searched scales, compensation",
+            about="ours with 4-bit weights in groups of 32, searched scales, descent after GPTQ, "
+            "correction of the residual stream",
             linear="w4",
             group_size=32,
-            compensation=0.5,
+            descent=4,
+            correction="residual",
+            correction_strength=None,
         ),
         _released(
             "ssdi8-w8a8",
@@ -298,7 +276,7 @@ METHODS: dict[str, QuantConfig] = {
             about="baseline: no quantization",
             linear="fp16",
             ssd="fp16",
-            centered=False,
+            compensation=0.0,
             bc_rotation="none",
             correction="none",
         ),

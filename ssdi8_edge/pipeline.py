@@ -156,7 +156,6 @@ class Build:
                 "text": sha256_file(self.text),
                 "tokenizer": sha256_file(self.tokenizer),
                 "chunk_size": self.config.chunk_size,
-                "scan_tile": recipe.scan_tile,
                 "windows": [recipe.calibration_tokens, recipe.calibration_samples],
                 "quantized": recipe.quantized,
                 **({} if self.request.device == "cpu" else {"device": "cuda"}),

@@ -61,7 +61,6 @@ class SsdCase:
     d_state: int = 8
     ngroups: int = 1
     chunk: int = CHUNK
-    tile: int = 4
     gate: Gate = "fp32"
     rounding: Rounding = "half_even"
     scaling: Scaling = "dynamic"
@@ -103,7 +102,6 @@ class SsdCase:
         """Of Ssdi8SsdScan; the modules take the part they know."""
         return {
             "chunk_size": self.chunk,
-            "scan_tile": self.tile,
             **self.geometry,
             **self.time_step,
             "gate": self.gate,
@@ -117,9 +115,8 @@ RELEASED: dict[str, Any] = {
     "gate": "q0.7",
     "rounding": "half_away",
     "scaling": "static",
-    "tile": CHUNK,
 }
-NONE: dict[str, Any] = {"scaling": "none", "tile": CHUNK}
+NONE: dict[str, Any] = {"scaling": "none"}
 _CHANGES: dict[str, dict[str, Any]] = {
     "base": {},
     **{f"L={n}": {"length": n} for n in (1, 5, CHUNK - 1, CHUNK, CHUNK + 1)},
@@ -136,9 +133,6 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "d_state=24": {"d_state": 24},
     "chunk=8": {"chunk": 8},
     "many chunks": {"length": 9 * CHUNK},
-    "tile=chunk": {"tile": CHUNK},
-    "tile=8": {"tile": 8},
-    "tile=1": {"tile": 1},
     "half_away": {"rounding": "half_away"},
     "static": {"scaling": "static"},
     "static batch=2 ngroups=2": {"scaling": "static", "batch": 2, "ngroups": 2},
@@ -176,10 +170,7 @@ _STATIC_ONLY = ("x_scale", "state_scale")
 
 def takes(case: SsdCase, name: str) -> bool:
     """Whether an SSD op is given the input `name` in this case."""
-    static = case.scaling == "static"
-    if name == "x_tile_scale":
-        return static and case.tile < case.chunk
-    return static or name not in _STATIC_ONLY
+    return case.scaling == "static" or name not in _STATIC_ONLY
 
 
 SSD_CASES = {name: dataclasses.replace(BASE, **change) for name, change in _CHANGES.items()}
@@ -217,7 +208,6 @@ def ssd_inputs(case: SsdCase, seed: int = 0) -> dict[str, Tensor]:
         "x_scale": uniform(0.01, 0.03, h, p),
         "state_scale": uniform(0.03, 0.1, h, p),
         "cb_scale": uniform(0.05, 0.15, case.ngroups),
-        "x_tile_scale": uniform(0.01, 0.03, h, p),
     }
     if case.data == "zero":
         x, zxbcdt = torch.zeros_like(x), torch.zeros_like(zxbcdt)
@@ -231,7 +221,7 @@ def ssd_inputs(case: SsdCase, seed: int = 0) -> dict[str, Tensor]:
         state = (torch.sign(state.float()) * 6e4).to(case.state_dtype)
         # With steps of 6e4, or B and C of this size, y would leave FP16.
         zxbcdt[..., -h:] = normal(b, n, h).half()
-        for name in ("x_scale", "x_tile_scale", "state_scale"):
+        for name in ("x_scale", "state_scale"):
             scales[name] = torch.full((h, p), 6e4 / 127)
         scales |= {k: torch.full((case.ngroups,), 1e-4) for k in ("b_scale", "c_scale")}
         scales["cb_scale"] = torch.full((case.ngroups,), case.d_state * 127e-8)
@@ -286,8 +276,8 @@ def fp16_steps(values: np.ndarray) -> np.ndarray:
 
 
 def tiny_recipe(name: str, **changes: Any) -> QuantConfig:
-    """A preset at the size of `make_config`: groups of 32 columns, tiles of 8 positions."""
-    return dataclasses.replace(METHODS[name], **{"group_size": 32, "scan_tile": 8, **changes})
+    """A preset at the size of `make_config`: groups of 32 columns."""
+    return dataclasses.replace(METHODS[name], **{"group_size": 32, **changes})
 
 
 def write_checkpoint(

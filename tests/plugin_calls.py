@@ -26,7 +26,7 @@ MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "edge-w8a8": ("edge-w8a8", 1, {}),
     "modular": ("edge-w8a8", 2, {"ssd_ops": "modular", "state_dtype": "fp32"}),
     "released": ("ssdi8-w8a8", 1, {"ssd_ops": "modular"}),
-    "fp16 ssd": ("edge-w8a8", 1, {"ssd_ops": "modular", "scaling": "none", "scan2": "fp16"}),
+    "fp16 ssd": ("edge-w8a8", 1, {"ssd_ops": "modular", "scaling": "none"}),
     "w4": ("edge-w4a8", 1, {}),
 }
 BATCH, LENGTH = 2, 19  # more than a chunk of 16
@@ -92,7 +92,6 @@ def create(harness: Harness, call: Call) -> Plugin:
 # A valid set of fields for every op, at sizes that the kernels run.
 SSD_FIELDS: dict[str, Value] = {
     "chunk_size": 256,
-    "scan_tile": 64,
     "nheads": 24,
     "headdim": 64,
     "ngroups": 1,
@@ -141,7 +140,7 @@ def ssd_call(op: str, batch: int = 1, length: int = 300) -> Call:
         "a": ("FP32", decay),
         **{name: ("FP32", (heads,)) for name in ("dt_bias", "A", "D")},
         **{name: ("FP32", (1,)) for name in ("b_scale", "c_scale", "cb_scale")},
-        **{name: ("FP32", channels) for name in ("x_scale", "state_scale", "x_tile_scale")},
+        **{name: ("FP32", channels) for name in ("x_scale", "state_scale")},
     }
     inputs, outputs = ([shapes[n] for n in names] for names in (OPS[op].inputs, OPS[op].outputs))
     return Call(op, valid_fields(op), inputs, outputs)

@@ -211,7 +211,7 @@ def test_quantile(fraction: float) -> None:
 # ------------------------------------------------------------------------------------------------
 
 
-def direct_statistics(model: Mamba2LM, ids: Tensor, tile: int) -> dict[str, Tensor]:
+def direct_statistics(model: Mamba2LM, ids: Tensor) -> dict[str, Tensor]:
     """The statistics from the unrotated FP model: one call per layer, FP64, token by token."""
     config = model.config
     chunk, found = config.chunk_size, {}
@@ -256,7 +256,7 @@ def direct_statistics(model: Mamba2LM, ids: Tensor, tile: int) -> dict[str, Tens
         ):
             top[f"in_proj.{name}"] = value.abs().amax()
         of_states = ("chunk_state", "passed_state")
-        for name in ("x_scaled", "x_tile", *of_states, *(f"{k}_rotated" for k in of_states)):
+        for name in ("x_scaled", *of_states, *(f"{k}_rotated" for k in of_states)):
             top[name] = torch.zeros(shape, dtype=torch.float64)
         for name in ("CB", "CB_full"):
             top[name] = torch.zeros(config.nheads, dtype=torch.float64)
@@ -278,11 +278,9 @@ def direct_statistics(model: Mamba2LM, ids: Tensor, tile: int) -> dict[str, Tens
                     decay = torch.exp(dt[row, k] * rate)[:, None, None]
                     new = torch.einsum("hp,hn->hpn", dt[row, k, :, None] * x[row, k], b_h[row, k])
                     local, carried = decay * local + new, decay * carried + new
-                    for name, size in (("x_scaled", chunk), ("x_tile", tile)):
-                        end = min(start + ((k - start) // size + 1) * size, stop)
-                        left = (dt[row, k + 1 : end] * rate).sum(0)
-                        weight = torch.exp(left) * dt[row, k]
-                        raise_to(name, (weight[:, None] * x[row, k]).abs())
+                    left = (dt[row, k + 1 : stop] * rate).sum(0)
+                    weight = torch.exp(left) * dt[row, k]
+                    raise_to("x_scaled", (weight[:, None] * x[row, k]).abs())
                     for m in range(start, stop):
                         product = (c_h[row, m] * b_h[row, k]).sum(-1).abs()
                         raise_to("CB_full", product)
@@ -309,7 +307,7 @@ def test_statistics_by_hand(tiny: Tiny, ngroups: int) -> None:
     ids = random_ids(3, 37, seed=3)
     got = calibrate(checkpoint, tiny_recipe("edge-w8a8"), ids)
     with torch.inference_mode():
-        want = direct_statistics(model, ids, tile=8)
+        want = direct_statistics(model, ids)
     ranges = {k for k in got if k.endswith("_mse")}
     assert got.keys() - ranges == want.keys()
     assert len(ranges) == 6 * len(model.backbone.layers)
@@ -382,7 +380,6 @@ def test_static_activation_scales(tiny: Tiny) -> None:
         "c_scale": s["C_rotated"],
         "cb_scale": s["CB"],
         "x_scale": s["x_scaled"],
-        "x_tile_scale": s["x_tile"],
         "state_scale": states,
     }
     for name, absmax in want.items():
@@ -412,12 +409,11 @@ def test_clustered_activation_scales(tiny: Tiny) -> None:
 
 
 def test_released_activation_scales(tiny: Tiny) -> None:
-    """The release: local states, the full square of CB, no tile scale."""
+    """The release: local states, the full square of CB."""
     p, s = doctored(tiny, "ssdi8-w8a8")
     want = {"state": "chunk_state", "cb": "CB_full", "r": "r", "x": "x_scaled", "b": "B", "c": "C"}
     for name, absmax in want.items():
         assert torch.equal(p[f"{name}_scale"].flatten(), (s[absmax] / 127).flatten()), name
-    assert "x_tile_scale" not in p
     gamma = fp32_layer(tiny.source(2)[0], 0, "cpu")["mixer.norm.weight"]
     assert torch.equal(p["gate_norm.weight"], gamma)
 
@@ -428,7 +424,7 @@ def test_one_scale_per_tensor(tiny: Tiny, which: str) -> None:
     fine = layer_of(tiny.quantized("edge-w8a8", 2, scaling="static"))
     changes = {"scaling": "static", f"{which}_granularity": "tensor"}
     coarse = layer_of(tiny.quantized("edge-w8a8", 2, **changes))
-    families = {"bc": ["b", "c", "cb"], "x": ["x", "x_tile", "state"]}
+    families = {"bc": ["b", "c", "cb"], "x": ["x", "state"]}
     for family, names in families.items():
         for name in names:
             got, was = coarse[f"{name}_scale"], fine[f"{name}_scale"]

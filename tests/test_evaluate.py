@@ -194,7 +194,7 @@ def test_saturation_of_a_quantized_model(run: tuple[str, Path], text: Path) -> N
     """Every INT8 tensor of the torch reference; nothing where nothing is INT8 or counted."""
     method, out = run
     found = perplexity(open_subject(str(out / "quantized")), text, 1).saturation
-    sites = {"B", "C", "CB"}  # the others have dynamic scales
+    sites = {"B", "C"}  # the others have dynamic scales, or are FP16
     assert set(found) >= (sites if method == "edge-w8a8" else set())
     assert bool(found) == (method == "edge-w8a8")
     assert all(0 <= fraction < 0.2 for fraction in found.values())

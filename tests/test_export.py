@@ -141,10 +141,10 @@ VARIANTS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "edge-w8a8 2 groups modular": ("edge-w8a8", 2, {"ssd_ops": "modular"}),
     "edge-w8a8 int8 head": ("edge-w8a8", 1, {"lm_head": "w8_row"}),
     "edge-w8a8 q0.7": ("edge-w8a8", 1, {"gate": "q0.7", "scaling": "static"}),
-    "edge-w8a8 FP16 SSD": ("edge-w8a8", 1, {"scaling": "none", "scan2": "fp16"}),
+    "edge-w8a8 FP16 SSD": ("edge-w8a8", 1, {"scaling": "none"}),
     "edge-w8a8 2 groups FP16 SSD modular": (
         *("edge-w8a8", 2),
-        {"scaling": "none", "scan2": "fp16", "ssd_ops": "modular"},
+        {"scaling": "none", "ssd_ops": "modular"},
     ),
     "edge-w4a8": ("edge-w4a8", 1, {}),
     "edge-w4a8 2 groups modular": ("edge-w4a8", 2, {"ssd_ops": "modular"}),

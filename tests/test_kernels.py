@@ -602,7 +602,6 @@ SSD_BASE = {
     "ngroups": 1,
     "d_state": 128,
     "chunk_size": 256,
-    "scan_tile": 64,
     "gate": "fp32",
     "rounding": "half_even",
     "scaling": "dynamic",
@@ -612,7 +611,7 @@ SSD_BASE = {
 }
 STATIC = {"scaling": "static"}
 RELEASED = STATIC | {"gate": "q0.7"}
-NONE = {"scaling": "none", "scan_tile": 256}
+NONE = {"scaling": "none"}
 SSD_ROWS: list[dict[str, Any]] = [
     {},
     *({"length": n} for n in (2, 5, 63, 64, 65, 255, 256, 257, 2048)),
@@ -630,27 +629,25 @@ SSD_ROWS: list[dict[str, Any]] = [
     *({"chunk_size": n} for n in (64, 128)),
     {"chunk_size": 64, "d_state": 64, "length": 1000},
     {"chunk_size": 64, "d_state": 256, "length": 150},
-    {"scan_tile": 256},
-    {"scan_tile": 128, "chunk_size": 128},
     STATIC,
     STATIC | {"dt_shift": 6.0},
     STATIC | {"chunk_size": 64, "length": 300},
     STATIC | {"chunk_size": 128, "batch": 2, "headdim": 128},
-    STATIC | {"d_state": 256, "scan_tile": 256},
+    STATIC | {"d_state": 256},
     STATIC | {"d_state": 64, "length": 200},
     STATIC | {"scale": 0.1},
     STATIC | {"scale": 0.1, "rounding": "half_away"},
     STATIC | {"length": 2048, "nheads": 40},
     RELEASED,
     RELEASED | {"d_state": 64, "length": 300},
-    RELEASED | {"rounding": "half_away", "scan_tile": 256, "length": 2048},
+    RELEASED | {"rounding": "half_away", "length": 2048},
     RELEASED | {"scale": 0.1, "state": torch.float16, "d_state": 256},
     {"rounding": "half_away"},
     {"rounding": "half_away", "d_state": 64},
     {"rounding": "half_away", "d_state": 256, "length": 2048, "nheads": 80},
     {"state": torch.float16},
     {"scale": 0.1},  # CB alone
-    {"dt_shift": 6.0},  # decays by e^-100 within a tile
+    {"dt_shift": 6.0},  # decays by e^-100 within 64 positions
     {"dt_shift": -12.0},
 ]
 FP16_ROWS: list[dict[str, Any]] = [
@@ -667,9 +664,9 @@ FP16_ROWS: list[dict[str, Any]] = [
         {"headdim": 128},
         {"d_state": 64},
         {"d_state": 256, "headdim": 128, "batch": 2},
-        *({"chunk_size": n, "scan_tile": n} for n in (64, 128)),
-        {"chunk_size": 64, "scan_tile": 64, "d_state": 256, "length": 1000},
-        {"chunk_size": 128, "scan_tile": 128, "d_state": 64, "length": 1000},
+        *({"chunk_size": n} for n in (64, 128)),
+        {"chunk_size": 64, "d_state": 256, "length": 1000},
+        {"chunk_size": 128, "d_state": 64, "length": 1000},
         {"state": torch.float16},
         {"dt_shift": 6.0},
         {"dt_shift": -12.0},
@@ -680,8 +677,6 @@ FP16_ROWS: list[dict[str, Any]] = [
 def ssd_case(generator: torch.Generator, row: dict[str, Any]) -> dict[str, Any]:
     """Arguments by name, with scales from the absolute maxima of these very tensors."""
     case = SSD_BASE | row
-    if case["chunk_size"] == 64:
-        case["scan_tile"] = 64
     batch, length, heads, p = (case[k] for k in ("batch", "length", "nheads", "headdim"))
     groups, n = case["ngroups"], case["d_state"]
     skip_unless_affordable(batch * length * heads * p * n)
@@ -710,7 +705,7 @@ def ssd_case(generator: torch.Generator, row: dict[str, Any]) -> dict[str, Any]:
 
     a["cb_scale"] = torch.full((groups,), 0.02 * 0.03 * 74**2 * n**0.5 / 28, device=DEVICE)
     a["cb_scale"] *= case["scale"]
-    a |= dict.fromkeys(("x_scale", "state_scale", "x_tile_scale"))
+    a |= dict.fromkeys(("x_scale", "state_scale"))
     if case["scaling"] == "static":
         a |= channel_scales(case, a)
     case["inputs"] = a
@@ -726,20 +721,16 @@ def channel_scales(case: dict[str, Any], a: dict[str, Any]) -> dict[str, Any]:
     )
     x = a["x"].float().unflatten(2, (case["nheads"], case["headdim"]))
     ends = torch.arange(length, device=DEVICE)
-    scales: dict[str, Any] = {}
-    for name, tile in (("x_scale", chunk), ("x_tile_scale", 64)):
-        last = ((ends // tile + 1) * tile).clamp_max(length) - 1
-        w = torch.exp(decay[..., last] - decay) * dt  # (B, H, L)
-        absmax = (w.transpose(1, 2)[..., None] * x).abs().amax((0, 1))
-        scales[name] = scale_from_absmax(absmax) * case["scale"]
+    last = ((ends // chunk + 1) * chunk).clamp_max(length) - 1
+    w = torch.exp(decay[..., last] - decay) * dt  # (B, H, L)
+    absmax = (w.transpose(1, 2)[..., None] * x).abs().amax((0, 1))
+    scales = {"x_scale": scale_from_absmax(absmax) * case["scale"]}
     states = reference(
         *("Ssdi8ChunkState", a["x"], a["b_q"], dt, decay, a["b_scale"]),
         **select("Ssdi8ChunkState", attributes | {"gate": "fp32", "scaling": "dynamic"}),
     )
     absmax = torch.maximum(states.abs().amax((0, 1, 4)), a["ssm_state"].float().abs().amax((0, 3)))
     scales["state_scale"] = scale_from_absmax(1.5 * absmax) * case["scale"]
-    if case["scan_tile"] == chunk:
-        scales["x_tile_scale"] = None
     return scales
 
 
@@ -830,14 +821,14 @@ def test_ssd_modules_round_ties(rounding: str) -> None:
     states = (x, b_q, zeros + 1, zeros, one, ones, ones)  # Q(x)
     compare("Ssdi8ChunkState", *states, **sizes, **choice, gate="fp32")
 
-    # CB, in steps of 2, meets itself on the diagonal and then Q(x), tile by tile.
+    # CB, in steps of 2.
     c_q[0, position, position] = c_q[0, n + position, position] = torch.arange(
         -32, 32, dtype=torch.int8, device=DEVICE
     )
     passed = torch.zeros(1, 1, 1, n, n, dtype=torch.int8, device=DEVICE)
     scan = (x, b_q, c_q, zeros + 1, zeros, passed, torch.ones(1, 1, 1, n, device=DEVICE))
-    scales = (zeros[0, 0, :1], one, one, 2 * one, ones)
-    compare("Ssdi8ChunkScan", *scan, *scales, **sizes, **choice, scan_tile=64)
+    scales = (zeros[0, 0, :1], one, one, 2 * one)
+    compare("Ssdi8ChunkScan", *scan, *scales, **sizes, **choice)
 
     passing = (torch.zeros(1, 1, 1, n, n, device=DEVICE), zeros, halves.repeat(1, 1, n, 1), ones)
     gate = {"chunk_size": length, "gate": "fp32"}
@@ -963,8 +954,6 @@ def test_ssd_refusals(generator: torch.Generator) -> None:
         ({"headdim": 96}, "headdim 96"),
         ({"d_state": 32}, "d_state 32"),
         ({"chunk_size": 512}, "chunk_size 512"),
-        ({"scan_tile": 32}, "scan_tile 32"),
-        (NONE | {"scan_tile": 64}, "scaling none with scan_tile 64"),
         (NONE | {"gate": "q0.7"}, r"scaling none with gate Q0\.7"),
     ):
         case = ssd_case(generator, {"length": 8} | change)
@@ -972,10 +961,9 @@ def test_ssd_refusals(generator: torch.Generator) -> None:
             run_ssd_kernel("Ssdi8SsdScan", case["inputs"], case["attributes"])
     case = ssd_case(generator, STATIC | {"length": 8})
     for op, scales in (
-        ("Ssdi8SsdScan", ("x_scale", "state_scale", "x_tile_scale")),
+        ("Ssdi8SsdScan", ("x_scale", "state_scale")),
         ("Ssdi8ChunkState", ("x_scale", "state_scale")),
         ("Ssdi8StatePassing", ("state_scale",)),
-        ("Ssdi8ChunkScan", ("x_tile_scale",)),
     ):
         values, attributes = case["inputs"], case["attributes"]
         if op != "Ssdi8SsdScan":
@@ -983,11 +971,10 @@ def test_ssd_refusals(generator: torch.Generator) -> None:
         for name in scales:
             with pytest.raises(Ssdi8Error, match=f"scaling static needs {name}"):
                 run_ssd_kernel(op, values | {name: None}, attributes)
-        if op != "Ssdi8ChunkScan":
-            with pytest.raises(Ssdi8Error, match=r"scaling dynamic with gate Q0\.7"):
-                choice = {"gate": "q0.7", "scaling": "dynamic"}
-                states = {"states": values["states"].to(torch.int8)} if "states" in values else {}
-                run_ssd_kernel(op, values | states, attributes | choice)
+        with pytest.raises(Ssdi8Error, match=r"scaling dynamic with gate Q0\.7"):
+            choice = {"gate": "q0.7", "scaling": "dynamic"}
+            states = {"states": values["states"].to(torch.int8)} if "states" in values else {}
+            run_ssd_kernel(op, values | states, attributes | choice)
 
 
 def module_inputs(values: dict[str, Any], attributes: dict[str, Any]) -> dict[str, Any]:

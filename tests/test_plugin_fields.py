@@ -60,8 +60,7 @@ def test_serialized_fields_make_the_same_plugin(harness: Harness, op: str) -> No
         *((op, {"rounding": "half_away"}) for op in (*NORMS, "Ssdi8SsdScan")),
         ("Ssdi8SsdScan", {"gate": "q0.7", "scaling": "static"}),
         ("Ssdi8SsdScan", {"scaling": "static"}),
-        ("Ssdi8SsdScan", {"scaling": "none", "scan_tile": 256}),
-        ("Ssdi8SsdScan", {"scan_tile": 256}),
+        ("Ssdi8SsdScan", {"scaling": "none"}),
         ("Ssdi8SsdScan", {"dt_max": float("inf")}),
     ],
 )
@@ -137,13 +136,9 @@ def test_values_out_of_range(harness: Harness, op: str, name: str) -> None:
         ("Ssdi8ChunkState", {"ngroups": 7}, "nheads 24 is not a multiple of ngroups 7"),
         ("Ssdi8ChunkState", {"gate": "q0.7"}, "gate q0.7 needs scaling static"),
         ("Ssdi8StatePassing", {"gate": "q0.7"}, "gate q0.7 needs scaling static"),
-        ("Ssdi8ChunkScan", {"scaling": "none"}, "scaling none with scan_tile 64"),
         ("Ssdi8ChunkScan", {"ngroups": 7}, "ngroups 7"),
-        ("Ssdi8ChunkScan", {"scan_tile": 512}, "scan_tile 512 does not divide chunk_size 256"),
-        ("Ssdi8SsdScan", {"scan_tile": 96}, "scan_tile 96"),
         ("Ssdi8SsdScan", {"ngroups": 7}, "ngroups 7"),
         ("Ssdi8SsdScan", {"gate": "q0.7"}, "gate q0.7"),
-        ("Ssdi8SsdScan", {"scaling": "none"}, "scaling none with scan_tile 64"),
         ("Ssdi8SsdScan", {"dt_min": 1.0, "dt_max": 0.5}, "dt_min 1"),
     ],
 )

@@ -331,14 +331,14 @@ def test_shapes_that_do_not_fit_are_refused(harness: Harness, calls: list[Call])
 
 
 # Inputs that are read with scaling "static" alone.
-STATIC_SCALES = ("scale", "x_scale", "state_scale", "x_tile_scale")
+STATIC_SCALES = ("scale", "x_scale", "state_scale")
 
 
 def unread_scales(call: Call) -> int:
     """How many of the last inputs the kernel does not read."""
     if call.fields.get("scaling") in ("dynamic", "none"):
         return sum(name in STATIC_SCALES for name in OPS[call.op].inputs)
-    return int(call.fields.get("scan_tile", 0) == call.fields.get("chunk_size"))
+    return 0
 
 
 def test_numbers_of_tensors(harness: Harness, calls: list[Call]) -> None:
@@ -410,20 +410,15 @@ def test_enqueue_says_why_it_refuses(harness: Harness) -> None:
     call = ssd_call("Ssdi8SsdScan")
     plugin = create(harness, call)
     assert not enqueue_nothing(plugin, call)  # not configured
-    assert "0 inputs; with these attributes 11 to 14 are expected" in harness.messages()
+    assert "0 inputs; with these attributes 11 to 13 are expected" in harness.messages()
     assert plugin.configure(call.inputs, call.outputs)
     longer = ssd_call(call.op, 1, 301).inputs[0]
     torn = dataclasses.replace(call, inputs=[longer, *call.inputs[1:]])
     for configured in (plugin, plugin.clone(), plugin.attach()):
         assert not enqueue_nothing(configured, torn)
         assert "axis 1 of input b_q is 300, not 301" in harness.messages()
-    for change, words in (
-        ({"chunk_size": 512}, "chunk_size 512"),
-        ({"scan_tile": 32}, "scan_tile 32"),
-    ):
-        unfit = dataclasses.replace(call, fields={**call.fields, **change})
-        plugin = create(harness, unfit)
-        assert plugin.on_shape_change(call.inputs, call.outputs)
-        assert not enqueue_nothing(plugin, unfit)
-        message = harness.messages()
-        assert message.startswith("Ssdi8SsdScan: ssd_scan: ") and words in message
+    unfit = dataclasses.replace(call, fields={**call.fields, "chunk_size": 512})
+    plugin = create(harness, unfit)
+    assert plugin.on_shape_change(call.inputs, call.outputs)
+    assert not enqueue_nothing(plugin, unfit)
+    assert harness.messages().startswith("Ssdi8SsdScan: ssd_scan: chunk_size 512")

@@ -142,7 +142,7 @@ def ssd(op: str, g: torch.Generator, batch: int, length: int, **row: Any) -> Cas
 SSD_CHOICES: dict[str, dict[str, Any]] = {
     "": {},
     " static": STATIC,
-    " released": {**RELEASED, "scan_tile": 256},
+    " released": RELEASED,
     " none": NONE,
 }
 CASES: dict[str, Callable[[torch.Generator, int, int], Case]] = {

@@ -32,9 +32,8 @@ int ssdi8_chunk_cumsum(const Ssdi8ChunkCumsumParams* p, void* stream) {
   using namespace ssdi8;
   ssd::Shape shape{};
   // headdim, groups and d_state play no part here
-  if (int code =
-          ssd::make_shape("chunk_cumsum", p->batch, p->length, p->nheads, 64, 1, 64, p->chunk_size,
-                          p->chunk_size, SSDI8_HALF_EVEN, SSDI8_SCALING_STATIC, &shape)) {
+  if (int code = ssd::make_shape("chunk_cumsum", p->batch, p->length, p->nheads, 64, 1, 64,
+                                 p->chunk_size, SSDI8_HALF_EVEN, SSDI8_SCALING_STATIC, &shape)) {
     return code;
   }
   if (p->dt_column < 0 || p->dt_column + p->nheads > p->row_stride) {

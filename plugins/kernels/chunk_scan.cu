@@ -70,8 +70,7 @@ struct Scan {
   const float* passed_scale;
   ssd::Scales scales;
   const uint4* c_units;
-  const uint4* cb8;
-  const uint4* cb16;
+  const uint4* cb_units;
   __half* y;
 };
 
@@ -82,7 +81,6 @@ __global__ __launch_bounds__(P::kThreads, P::kBlocksPerSm) void chunk_scan_kerne
   Tables& tables = *reinterpret_cast<Tables*>(shared);
   uint4* r_units = shared + sizeof(Tables) / sizeof(uint4);
   uint4* x16 = r_units + P::kRWords;
-  uint4* xt = x16 + P::kX16Words;
 
   {
     const Item it = ssd::make_item(shape, ssd::lane_of_work(), ssd::chunk_of_work());
@@ -95,19 +93,13 @@ __global__ __launch_bounds__(P::kThreads, P::kBlocksPerSm) void chunk_scan_kerne
       tables.scan1_scale[threadIdx.x] =
           __fmul_rn(p.scales.c_scale[it.group], p.passed_scale[state + threadIdx.x]);
     }
-    __syncthreads();
-    if (shape.dynamic && shape.tiled) {
-      ssd::find_scales<P, false, true>(shape, raw, reinterpret_cast<float*>(xt), tables);
-      __syncthreads();
-    }
-    ssd::quantize_x<P, false, true>(shape, raw, tables, nullptr, xt);
     ssd::copy_x<P>(raw, x16);
   }
   const Item it = ssd::make_item(shape, ssd::lane_of_work(), ssd::chunk_of_work());
   ssd::RowScan<P> rows;
-  rows.load_first(shape, it.group_chunk, p.c_units, p.cb8, p.cb16);
+  rows.load_first(it.group_chunk, p.c_units, p.cb_units);
   __syncthreads();
-  rows.run(shape, p.c_units, p.cb8, p.cb16, tables, xt, x16, r_units, p.y);
+  rows.run(shape, p.c_units, p.cb_units, tables, x16, r_units, p.y);
 }
 
 // With scaling "none".
@@ -131,17 +123,16 @@ __global__ __launch_bounds__(P::kThreads,
   }
   const Item it = ssd::make_item(shape, ssd::lane_of_work(), ssd::chunk_of_work());
   const uint4* c_units = p.c_units + it.group_chunk * 2 * shape.c_units() * 32;
-  const uint4* cb16 = p.cb16 + it.group_chunk * shape.cb16_units() * 32;
+  const uint4* cb_units = p.cb_units + it.group_chunk * shape.cb_units() * 32;
   ssd::Fp16RowScan<P> rows;
-  rows.load_first(c_units, cb16);
+  rows.load_first(c_units, cb_units);
   __syncthreads();
-  rows.run(shape, c_units, cb16, tables, x16, r16, p.y);
+  rows.run(shape, c_units, cb_units, tables, x16, r16, p.y);
 }
 
 struct Workspace {
   uint4* c_units;
-  uint4* cb8;
-  uint4* cb16;
+  uint4* cb_units;
   size_t bytes;
 };
 
@@ -149,8 +140,7 @@ Workspace carve(const Shape& shape, void* base) {
   ssd::Arena arena(base);
   Workspace w;
   w.c_units = arena.take<uint4>(shape.group_chunks() * (shape.fp16 + 1) * shape.c_units() * 32);
-  w.cb8 = arena.take<uint4>(shape.fp16 ? 0 : shape.group_chunks() * shape.cb8_units() * 32);
-  w.cb16 = arena.take<uint4>(shape.group_chunks() * shape.cb16_units() * 32);
+  w.cb_units = arena.take<uint4>(shape.group_chunks() * shape.cb_units() * 32);
   w.bytes = arena.used();
   return w;
 }
@@ -158,8 +148,8 @@ Workspace carve(const Shape& shape, void* base) {
 template <int kN, bool kFp16>
 cudaError_t launch_cb(const Shape& shape, const Ssdi8ChunkScanParams& p, const Workspace& w,
                       cudaStream_t stream) {
-  const ssd::PrepareGroup prepare = {p.b_q,   p.c_q,     p.b_scale, p.c_scale, p.cb_scale,
-                                     nullptr, w.c_units, w.cb8,     w.cb16};
+  const ssd::PrepareGroup prepare = {p.b_q,      p.c_q,   p.b_scale, p.c_scale,
+                                     p.cb_scale, nullptr, w.c_units, w.cb_units};
   const size_t warps =
       shape.group_chunks() * (ssd::cb_jobs(shape.chunk) + ssd::c_jobs(shape.chunk));
   return launch(cb_kernel<kN, kFp16>, ceil_div(warps, ssd::kWarps), ssd::kThreads, 0, stream, shape,
@@ -172,10 +162,9 @@ Scan scan_of(const Ssdi8ChunkScanParams& p, const Workspace& w) {
           p.a,
           p.passed,
           p.passed_scale,
-          {nullptr, p.x_tile_scale, nullptr, p.b_scale, p.c_scale, p.cb_scale, p.d_skip},
+          {nullptr, nullptr, p.b_scale, p.c_scale, p.cb_scale, p.d_skip},
           w.c_units,
-          w.cb8,
-          w.cb16,
+          w.cb_units,
           static_cast<__half*>(p.y)};
 }
 
@@ -184,13 +173,12 @@ cudaError_t launch_chunk_scan(const Shape& shape, const Ssdi8ChunkScanParams& p,
                               cudaStream_t stream) {
   const Workspace w = carve(shape, p.workspace);
   if (cudaError_t error = launch_cb<P::kN, false>(shape, p, w, stream)) return error;
-  constexpr size_t kWords = P::kRWords + P::kX16Words + P::kXtWords;
-  constexpr size_t kMostBytes = sizeof(Tables) + kWords * sizeof(uint4);
-  static_assert(kMostBytes <= kMaxSharedBytes);
-  const size_t bytes = kMostBytes - (shape.tiled ? 0 : P::kXtWords * sizeof(uint4));
+  constexpr size_t kWords = P::kRWords + P::kX16Words;
+  constexpr size_t kBytes = sizeof(Tables) + kWords * sizeof(uint4);
+  static_assert(kBytes <= kMaxSharedBytes);
   auto* kernel = chunk_scan_kernel<P>;
-  if (cudaError_t error = ssd::grant_shared(kernel, bytes)) return error;
-  return launch(kernel, dim3(shape.lanes(), shape.chunks), P::kThreads, bytes, stream, shape,
+  if (cudaError_t error = ssd::grant_shared(kernel, kBytes)) return error;
+  return launch(kernel, dim3(shape.lanes(), shape.chunks), P::kThreads, kBytes, stream, shape,
                 scan_of(p, w));
 }
 
@@ -223,7 +211,7 @@ cudaError_t launch_chunk(const Shape& shape, const Ssdi8ChunkScanParams& p, cuda
 
 int make_shape(const Ssdi8ChunkScanParams& p, Shape* shape) {
   return ssd::make_shape("chunk_scan", p.batch, p.length, p.nheads, p.headdim, p.ngroups, p.d_state,
-                         p.chunk_size, p.scan_tile, p.rounding, p.scaling, shape);
+                         p.chunk_size, p.rounding, p.scaling, shape);
 }
 
 }  // namespace
@@ -237,11 +225,6 @@ int ssdi8_chunk_scan(const Ssdi8ChunkScanParams* p, void* stream) {
   using namespace ssdi8;
   ssd::Shape shape{};
   if (int code = make_shape(*p, &shape)) return code;
-  if (shape.tiled) {
-    if (int code = ssd::check_scale("chunk_scan", shape, "x_tile_scale", p->x_tile_scale)) {
-      return code;
-    }
-  }
   auto* launch = shape.d_state == 64    ? launch_chunk<64>
                  : shape.d_state == 128 ? launch_chunk<128>
                                         : launch_chunk<256>;

@@ -48,10 +48,10 @@ __global__ __launch_bounds__(P::kThreads, P::kBlocksPerSm) void chunk_state_kern
   ssd::fill_tables<P, true, false>(shape, it, dt, a, scales, integer_states, tables);
   __syncthreads();
   if (shape.dynamic) {
-    ssd::find_scales<P, true, false>(shape, raw, reinterpret_cast<float*>(xs), tables);
+    ssd::find_scales<P>(raw, reinterpret_cast<float*>(xs), tables);
     __syncthreads();
   }
-  ssd::quantize_x<P, true, false>(shape, raw, tables, xs, nullptr);
+  ssd::quantize_x<P>(shape, raw, tables, xs);
   const uint4* own_b = b_units + it.group_chunk * shape.b_units() * 32;
   ssd::StateOperands<P> operands;
   operands.load_first(own_b);
@@ -185,7 +185,7 @@ cudaError_t launch_chunk(const Shape& shape, const Ssdi8ChunkStateParams& p, cud
 
 int make_shape(const Ssdi8ChunkStateParams& p, Shape* shape) {
   return ssd::make_shape("chunk_state", p.batch, p.length, p.nheads, p.headdim, p.ngroups,
-                         p.d_state, p.chunk_size, p.chunk_size, p.rounding, p.scaling, shape);
+                         p.d_state, p.chunk_size, p.rounding, p.scaling, shape);
 }
 
 }  // namespace

@@ -31,7 +31,7 @@
 extern "C" {
 #endif
 
-#define SSDI8_ABI_VERSION 6
+#define SSDI8_ABI_VERSION 7
 
 enum { SSDI8_OK = 0, SSDI8_UNSUPPORTED = 1, SSDI8_CUDA_ERROR = 2 };
 
@@ -164,8 +164,7 @@ size_t ssdi8_sizeof_rms_norm_gated(void);
 enum { SSDI8_GATE_FP32 = 0, SSDI8_GATE_Q0_7 = 1 };
 
 // Scaling of w * x and of the states between chunks: dynamic by the largest values of each channel
-// in its chunk or tile, over 127; NONE: both are FP16, and scan_tile = chunk_size. Without STATIC
-// the gate is FP32.
+// in its chunk, over 127; NONE: both are FP16. Without STATIC the gate is FP32.
 
 // dt = clamp(softplus(dt_raw + dt_bias)); a = cumulative sum of A * dt inside each chunk.
 typedef struct Ssdi8ChunkCumsumParams {
@@ -248,7 +247,6 @@ typedef struct Ssdi8ChunkScanParams {
   const float* b_scale;       // (G)
   const float* c_scale;       // (G)
   const float* cb_scale;      // (G)
-  const float* x_tile_scale;  // (H, P), static only, null if scan_tile = chunk_size
   void* y;                    // (B, L, H * P) FP16
   void* workspace;
   int32_t batch;    // B
@@ -258,7 +256,6 @@ typedef struct Ssdi8ChunkScanParams {
   int32_t ngroups;  // G
   int32_t d_state;  // N
   int32_t chunk_size;
-  int32_t scan_tile;  // 64 or chunk_size
   int32_t rounding;
   int32_t scaling;
 } Ssdi8ChunkScanParams;
@@ -268,22 +265,21 @@ size_t ssdi8_sizeof_chunk_scan(void);
 
 // The four above in one op; for L = 1 the recurrence on the unquantized state.
 typedef struct Ssdi8SsdScanParams {
-  const void* x;              // (B, L, H * P) FP16
-  const int8_t* b_q;          // (B, L, G * N)
-  const int8_t* c_q;          // (B, L, G * N)
-  const void* zxbcdt;         // (B, L, R) FP16; columns dt_column .. dt_column + H are read
-  const void* ssm_state;      // (B, H, P, N)
-  const float* dt_bias;       // (H)
-  const float* a_rate;        // (H), the model's A < 0
-  const float* d_skip;        // (H), the model's D
-  const float* b_scale;       // (G)
-  const float* c_scale;       // (G)
-  const float* cb_scale;      // (G)
-  const float* x_scale;       // (H, P), static only
-  const float* state_scale;   // (H, P), static only
-  const float* x_tile_scale;  // (H, P), static only, null if scan_tile = chunk_size
-  void* y;                    // (B, L, H * P) FP16
-  void* ssm_state_out;        // (B, H, P, N), may be `ssm_state`
+  const void* x;             // (B, L, H * P) FP16
+  const int8_t* b_q;         // (B, L, G * N)
+  const int8_t* c_q;         // (B, L, G * N)
+  const void* zxbcdt;        // (B, L, R) FP16; columns dt_column .. dt_column + H are read
+  const void* ssm_state;     // (B, H, P, N)
+  const float* dt_bias;      // (H)
+  const float* a_rate;       // (H), the model's A < 0
+  const float* d_skip;       // (H), the model's D
+  const float* b_scale;      // (G)
+  const float* c_scale;      // (G)
+  const float* cb_scale;     // (G)
+  const float* x_scale;      // (H, P), static only
+  const float* state_scale;  // (H, P), static only
+  void* y;                   // (B, L, H * P) FP16
+  void* ssm_state_out;       // (B, H, P, N), may be `ssm_state`
   void* workspace;
   int32_t batch;    // B
   int32_t length;   // L
@@ -292,7 +288,6 @@ typedef struct Ssdi8SsdScanParams {
   int32_t ngroups;  // G
   int32_t d_state;  // N
   int32_t chunk_size;
-  int32_t scan_tile;   // 64 or chunk_size
   int32_t row_stride;  // R
   int32_t dt_column;
   int32_t gate;

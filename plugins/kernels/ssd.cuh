@@ -2,11 +2,11 @@
 //
 // A work item is one chunk of 64 channels of one head. The warps of a block compute, in this order,
 //   quantize_x     x (K, 64) -> shared memory, in the operand order of the matrix instructions:
-//                  Q(w . x) for the state, Q(w' . x) for INT8 Scan2, x itself for FP16 Scan2;
+//                  Q(w . x) for the state; copy_x: x itself for FP16 Scan2;
 //                  scaling "dynamic": after find_scales, which takes the scales from the maxima
 //   state_product  Q(w . x)^T . B_q, the chunk state, in registers
 //   (passing)      the state entering the chunk -> INT8 operand in shared memory
-//   RowScan        y = Scan1 + INT8 Scan2 left of the diagonal tiles + FP16 Scan2 on them + D . x
+//   RowScan        y = INT8 Scan1 + FP16 Scan2 + D . x
 //
 // Operand order. A unit is what one warp feeds to matrix instructions with one 16-byte access per
 // lane: 512 bytes, lane by lane, no bank conflict and no byte permutation after the producer. Lane

@@ -69,9 +69,9 @@ __global__ __launch_bounds__(ssd::kThreads) void prepare_kernel(
   const int h = head_tile / shape.p_tiles(), pt = head_tile % shape.p_tiles();
   if (shape.dynamic || h >= shape.nheads) return;
   for (int p = threadIdx.x % 32; p < ssd::kTileP; p += 32) {
-    ssd::fill_channel<true, true>(shape, h * shape.headdim + pt * ssd::kTileP + p,
-                                  h / (shape.nheads / shape.ngroups), scales, integer_gate,
-                                  tables.channels_of(shape, h, pt) + p);
+    ssd::fill_channel<true>(shape, h * shape.headdim + pt * ssd::kTileP + p,
+                            h / (shape.nheads / shape.ngroups), scales, integer_gate,
+                            tables.channels_of(shape, h, pt) + p);
   }
 }
 
@@ -82,8 +82,7 @@ struct Scan {
   ssd::Carries carries;
   const uint4* b_units;
   const uint4* c_units;
-  const uint4* cb8;
-  const uint4* cb16;
+  const uint4* cb_units;
   __half* y;
   bool integer_gate;
 };
@@ -273,8 +272,8 @@ struct Carry : ssd::CarrySlot<P> {
 // What the presets edge-* ask for of a model with headdim 64 and one group. A kernel that knows it
 // is half as long, which spares misses of the instruction cache.
 bool is_usual(const Shape& shape, bool integer_gate) {
-  return shape.dynamic && !shape.away && shape.tiled && shape.headdim == ssd::kTileP &&
-         shape.ngroups == 1 && !integer_gate;
+  return shape.dynamic && !shape.away && shape.headdim == ssd::kTileP && shape.ngroups == 1 &&
+         !integer_gate;
 }
 
 template <typename P, bool kUsual>  // ssd::Plan
@@ -283,7 +282,6 @@ __global__ __launch_bounds__(P::kThreads, P::kBlocksPerSm) void scan_kernel(Shap
   if (kUsual) {
     shape.dynamic = 1;
     shape.away = 0;
-    shape.tiled = 1;
     shape.headdim = ssd::kTileP;
     shape.ngroups = 1;
   }
@@ -293,7 +291,6 @@ __global__ __launch_bounds__(P::kThreads, P::kBlocksPerSm) void scan_kernel(Shap
   uint4* r_units = shared + sizeof(Tables) / sizeof(uint4);
   uint4* xs = r_units + P::kRWords;
   uint4* x16 = xs + P::kXsWords;
-  uint4* xt = x16 + P::kX16Words;
 
   if (ssd::lane_of_work() >= shape.lanes()) return;
   constexpr bool kAllPass = P::kStateWarps == P::kWarps;
@@ -302,14 +299,14 @@ __global__ __launch_bounds__(P::kThreads, P::kBlocksPerSm) void scan_kernel(Shap
     const Item it = ssd::make_item(shape, ssd::lane_of_work(), ssd::chunk_of_work());
     uint4 raw[P::kRowTiles][4];
     ssd::load_x<P>(shape, it, p.x, raw);
-    ssd::copy_tables<P>(shape, it, p.tables, p.scales, tables);
+    ssd::copy_tables<P>(shape, it, p.tables, tables);
     cp_async_wait<0>();
     __syncthreads();
     if (shape.dynamic) {
-      ssd::find_scales<P, true, true>(shape, raw, reinterpret_cast<float*>(xs), tables);
+      ssd::find_scales<P>(raw, reinterpret_cast<float*>(xs), tables);
       __syncthreads();
     }
-    ssd::quantize_x<P, true, true>(shape, raw, tables, xs, xt);
+    ssd::quantize_x<P>(shape, raw, tables, xs);
     ssd::copy_x<P>(raw, x16);
   }
   {
@@ -326,7 +323,7 @@ __global__ __launch_bounds__(P::kThreads, P::kBlocksPerSm) void scan_kernel(Shap
     if (passes) {
       ssd::StateInt<P> acc;
       ssd::state_product<P>(xs, b_units, operands, acc);
-      rows.load_first(shape, it.group_chunk, p.c_units, p.cb8, p.cb16);
+      rows.load_first(it.group_chunk, p.c_units, p.cb_units);
       if (integer_gate) {
         integer_carry.pass(acc, entering);
         integer_carry.quantize(entering, r_units);
@@ -335,13 +332,13 @@ __global__ __launch_bounds__(P::kThreads, P::kBlocksPerSm) void scan_kernel(Shap
         if (shape.dynamic) carry.store_tops(entering);
       }
     } else {
-      rows.load_first(shape, it.group_chunk, p.c_units, p.cb8, p.cb16);
+      rows.load_first(it.group_chunk, p.c_units, p.cb_units);
     }
     if (shape.dynamic) __syncthreads();
     if (passes && !integer_gate) carry.quantize(entering, r_units);
   }
   __syncthreads();
-  rows.run(shape, p.c_units, p.cb8, p.cb16, tables, xt, x16, r_units, p.y);
+  rows.run(shape, p.c_units, p.cb_units, tables, x16, r_units, p.y);
 }
 
 // --- one token --------------------------------------------------------------------------------
@@ -434,8 +431,7 @@ struct Workspace {
   ssd::PreparedTables tables;
   uint4* b_units;
   uint4* c_units;
-  uint4* cb8;
-  uint4* cb16;
+  uint4* cb_units;
   uint4* carries;
   int* progress;
   size_t bytes;
@@ -450,8 +446,7 @@ Workspace carve(const Shape& shape, void* base) {
                                         ssd::PreparedTables::kChannelFloats);
   w.b_units = arena.take<uint4>(shape.group_chunks() * shape.b_units() * 32);
   w.c_units = arena.take<uint4>(shape.group_chunks() * shape.c_units() * 32);
-  w.cb8 = arena.take<uint4>(shape.group_chunks() * shape.cb8_units() * 32);
-  w.cb16 = arena.take<uint4>(shape.group_chunks() * shape.cb16_units() * 32);
+  w.cb_units = arena.take<uint4>(shape.group_chunks() * shape.cb_units() * 32);
   w.carries = arena.take<uint4>(size_t(shape.lanes()) * shape.d_state * ssd::kTileP / 4);
   w.progress = arena.take<int>(size_t(shape.lanes()) * ssd::kFlags);
   w.bytes = arena.used();
@@ -463,10 +458,9 @@ cudaError_t launch_scan(const Shape& shape, const Ssdi8SsdScanParams& p, int pro
                         cudaStream_t stream) {
   const Workspace w = carve(shape, p.workspace);
   const ssd::Cumsum cumsum = ssd::cumsum_of(p);
-  const ssd::PrepareGroup prepare = {p.b_q,     p.c_q,     p.b_scale, p.c_scale, p.cb_scale,
-                                     w.b_units, w.c_units, w.cb8,     w.cb16};
-  const ssd::Scales scales = {p.x_scale, p.x_tile_scale, p.state_scale, p.b_scale,
-                              p.c_scale, p.cb_scale,     p.d_skip};
+  const ssd::PrepareGroup prepare = {p.b_q,      p.c_q,     p.b_scale, p.c_scale,
+                                     p.cb_scale, w.b_units, w.c_units, w.cb_units};
+  const ssd::Scales scales = {p.x_scale, p.state_scale, p.b_scale, p.c_scale, p.cb_scale, p.d_skip};
   const bool integer_gate = p.gate == SSDI8_GATE_Q0_7;
   const int cumsum_blocks = ssd::cumsum_blocks(shape);
   const size_t warps =
@@ -486,22 +480,19 @@ cudaError_t launch_scan(const Shape& shape, const Ssdi8SsdScanParams& p, int pro
                      {p.ssm_state, p.ssm_state_out, w.carries, w.progress, p.state_fp32 != 0},
                      w.b_units,
                      w.c_units,
-                     w.cb8,
-                     w.cb16,
+                     w.cb_units,
                      static_cast<__half*>(p.y),
                      integer_gate};
-  constexpr size_t kWords = P::kRWords + P::kXsWords + P::kX16Words + P::kXtWords;
-  constexpr size_t kMostBytes = sizeof(Tables) + kWords * sizeof(uint4);
-  static_assert(kMostBytes <= kMaxSharedBytes);
-  const size_t bytes = kMostBytes - (shape.tiled ? 0 : P::kXtWords * sizeof(uint4));
+  constexpr size_t kWords = P::kRWords + P::kXsWords + P::kX16Words;
+  constexpr size_t kBytes = sizeof(Tables) + kWords * sizeof(uint4);
+  static_assert(kBytes <= kMaxSharedBytes);
   auto* kernel = scan_kernel<P, false>;
-  // N of all published models; a chunk of one tile has none in INT8.
-  if constexpr (P::kN == 128 && P::kChunk > ssd::kScanTile) {
+  if constexpr (P::kN == 128) {  // of all published models
     if (is_usual(shape, integer_gate)) kernel = scan_kernel<P, true>;
   }
-  if (cudaError_t error = ssd::grant_shared(kernel, bytes)) return error;
+  if (cudaError_t error = ssd::grant_shared(kernel, kBytes)) return error;
   const dim3 grid = ssd::scan_grid(shape, 2 * processors);
-  return launch(kernel, grid, P::kThreads, bytes, stream, shape, scan);
+  return launch(kernel, grid, P::kThreads, kBytes, stream, shape, scan);
 }
 
 // Sixteen warps on an item halve its latency, eight twice per processor the time of many.
@@ -550,7 +541,7 @@ cudaError_t launch_step(const Ssdi8SsdScanParams& p, cudaStream_t stream) {
 
 int make_shape(const Ssdi8SsdScanParams& p, Shape* shape) {
   return ssd::make_shape("ssd_scan", p.batch, p.length, p.nheads, p.headdim, p.ngroups, p.d_state,
-                         p.chunk_size, p.scan_tile, p.rounding, p.scaling, shape);
+                         p.chunk_size, p.rounding, p.scaling, shape);
 }
 
 }  // namespace
@@ -567,10 +558,6 @@ int ssdi8_ssd_scan(const Ssdi8SsdScanParams* p, void* stream) {
   }
   if (int code = ssd::check_scale("ssd_scan", shape, "x_scale", p->x_scale)) return code;
   if (int code = ssd::check_scale("ssd_scan", shape, "state_scale", p->state_scale)) return code;
-  if (shape.tiled) {
-    if (int code = ssd::check_scale("ssd_scan", shape, "x_tile_scale", p->x_tile_scale))
-      return code;
-  }
   const auto enqueue = static_cast<cudaStream_t>(stream);
   if (shape.length == 1) {
     auto* launch = shape.d_state == 64    ? launch_step<64>

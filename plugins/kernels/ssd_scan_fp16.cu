@@ -24,7 +24,7 @@ using ssd::Shape;
 struct Operands {
   const uint4* b_units;
   const uint4* c_units;
-  const uint4* cb16;
+  const uint4* cb_units;
 };
 
 template <int kN>
@@ -89,10 +89,10 @@ __global__ __launch_bounds__(P::kThreads, ssd::kFp16Resident<P>) void scan_kerne
   }
   const Item it = ssd::make_item(shape, ssd::lane_of_work(), ssd::chunk_of_work());
   const uint4* c_units = operands.c_units + it.group_chunk * 2 * shape.c_units() * 32;
-  const uint4* cb16 = operands.cb16 + it.group_chunk * shape.cb16_units() * 32;
-  rows.load_first(c_units, cb16);
+  const uint4* cb_units = operands.cb_units + it.group_chunk * shape.cb_units() * 32;
+  rows.load_first(c_units, cb_units);
   __syncthreads();
-  rows.run(shape, c_units, cb16, tables, x16, r16, y);
+  rows.run(shape, c_units, cb_units, tables, x16, r16, y);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ struct Workspace {
   void* tables;
   uint4* b_units;
   uint4* c_units;
-  uint4* cb16;
+  uint4* cb_units;
   uint4* carries;
   int* progress;
   size_t bytes;
@@ -121,7 +121,7 @@ Workspace carve(const Shape& shape, void* base) {
   w.tables = take(arena, size_t(shape.batch) * shape.chunks * shape.nheads);
   w.b_units = arena.take<uint4>(shape.group_chunks() * 2 * shape.b_units() * 32);
   w.c_units = arena.take<uint4>(shape.group_chunks() * 2 * shape.c_units() * 32);
-  w.cb16 = arena.take<uint4>(shape.group_chunks() * shape.cb16_units() * 32);
+  w.cb_units = arena.take<uint4>(shape.group_chunks() * shape.cb_units() * 32);
   w.carries = arena.take<uint4>(size_t(shape.lanes()) * shape.d_state * ssd::kTileP / 4);
   w.progress = arena.take<int>(size_t(shape.lanes()) * ssd::kFlags);
   w.bytes = arena.used();
@@ -133,8 +133,8 @@ cudaError_t launch_scan(const Shape& shape, const Ssdi8SsdScanParams& p, int pro
                         cudaStream_t stream) {
   const Workspace w = carve(shape, p.workspace);
   const ssd::Cumsum cumsum = ssd::cumsum_of(p);
-  const ssd::PrepareGroup prepare = {p.b_q,     p.c_q,     p.b_scale, p.c_scale, p.cb_scale,
-                                     w.b_units, w.c_units, nullptr,   w.cb16};
+  const ssd::PrepareGroup prepare = {p.b_q,      p.c_q,     p.b_scale, p.c_scale,
+                                     p.cb_scale, w.b_units, w.c_units, w.cb_units};
   ssd::Scales scales{};
   scales.b_scale = p.b_scale;
   scales.c_scale = p.c_scale;
@@ -158,7 +158,7 @@ cudaError_t launch_scan(const Shape& shape, const Ssdi8SsdScanParams& p, int pro
   if (cudaError_t error = ssd::grant_shared(kernel, kBytes)) return error;
   const dim3 grid = ssd::scan_grid(shape, ssd::kFp16Resident<P> * processors);
   return launch(kernel, grid, P::kThreads, kBytes, stream, shape, static_cast<const __half*>(p.x),
-                static_cast<const Tables*>(w.tables), {w.b_units, w.c_units, w.cb16},
+                static_cast<const Tables*>(w.tables), {w.b_units, w.c_units, w.cb_units},
                 {p.ssm_state, p.ssm_state_out, w.carries, w.progress, p.state_fp32 != 0},
                 static_cast<__half*>(p.y));
 }

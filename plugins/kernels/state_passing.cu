@@ -232,8 +232,7 @@ int ssdi8_state_passing(const Ssdi8StatePassingParams* p, void* stream) {
   using namespace ssdi8;
   ssd::Shape shape{};
   if (int code = ssd::make_shape("state_passing", p->batch, p->length, p->nheads, p->headdim, 1,
-                                 p->d_state, p->chunk_size, p->chunk_size, p->rounding, p->scaling,
-                                 &shape)) {
+                                 p->d_state, p->chunk_size, p->rounding, p->scaling, &shape)) {
     return code;
   }
   if (int code = ssd::check_gate("state_passing", p->gate, shape)) return code;

@@ -11,7 +11,7 @@ using P = Ssdi8ChunkScanParams;
 
 constexpr char kName[] = "Ssdi8ChunkScan";
 
-bool consistent(const P& p) { return check_groups(kName, p) && check_tile(kName, p); }
+bool consistent(const P& p) { return check_groups(kName, p); }
 
 Description<P> describe() {
   Description<P> op;
@@ -19,7 +19,6 @@ Description<P> describe() {
   op.launch = ssdi8_chunk_scan;
   op.set_sizes = as_sequences;
   op.fields = geometry_fields<P>() + std::vector<Field<P>>{
-                                         size_field("scan_tile", &P::scan_tile),
                                          choice_field("rounding", &P::rounding, kRoundings),
                                          choice_field("scaling", &P::scaling, kScalings),
                                      };
@@ -36,9 +35,7 @@ Description<P> describe() {
       {"b_scale", kFloat, bind<&P::b_scale>, {&P::ngroups}},
       {"c_scale", kFloat, bind<&P::c_scale>, {&P::ngroups}},
       {"cb_scale", kFloat, bind<&P::cb_scale>, {&P::ngroups}},
-      {"x_tile_scale", kFloat, bind<&P::x_tile_scale>, channel_shape<P>()},
   };
-  op.optional_inputs = unread_scales_with_tiles<P, 1>;
   op.outputs = {{"y", kHalf, bind<&P::y>, inner_shape<P>()}};
   op.workspace = ssdi8_chunk_scan_workspace;
   op.workspace_pointer = &P::workspace;

@@ -111,26 +111,6 @@ bool check_groups(const char* op, const P& p) {
 }
 
 template <typename P>
-bool check_tile(const char* op, const P& p) {
-  if (p.chunk_size % p.scan_tile != 0) {
-    return log_error("%s: scan_tile %d does not divide chunk_size %d", op, p.scan_tile,
-                     p.chunk_size);
-  }
-  if (p.scaling == SSDI8_SCALING_NONE && p.scan_tile != p.chunk_size) {
-    return log_error("%s: scaling none with scan_tile %d, not chunk_size %d", op, p.scan_tile,
-                     p.chunk_size);
-  }
-  return true;
-}
-
-// `unread_scales`, the very last of which is read only where Scan2 has INT8 tiles.
-template <typename P, int32_t kScales>
-int32_t unread_scales_with_tiles(const P& p) {
-  if (p.scaling != SSDI8_SCALING_STATIC) return kScales;
-  return p.scan_tile < p.chunk_size ? 0 : 1;
-}
-
-template <typename P>
 bool check_gate(const char* op, const P& p) {
   if (p.gate == SSDI8_GATE_FP32 || p.scaling == SSDI8_SCALING_STATIC) return true;
   return log_error("%s: gate q0.7 needs scaling static", op);

@@ -13,8 +13,7 @@ using S = Size<P>;
 constexpr char kName[] = "Ssdi8SsdScan";
 
 bool consistent(const P& p) {
-  return check_groups(kName, p) && check_tile(kName, p) && check_gate(kName, p) &&
-         check_time_step(kName, p);
+  return check_groups(kName, p) && check_gate(kName, p) && check_time_step(kName, p);
 }
 
 Description<P> describe() {
@@ -24,7 +23,6 @@ Description<P> describe() {
   op.set_sizes = as_sequences;
   op.fields = geometry_fields<P>() + time_step_fields<P>() +
               std::vector<Field<P>>{
-                  size_field("scan_tile", &P::scan_tile),
                   choice_field("gate", &P::gate, kGates),
                   choice_field("rounding", &P::rounding, kRoundings),
                   choice_field("scaling", &P::scaling, kScalings),
@@ -44,9 +42,8 @@ Description<P> describe() {
       {"cb_scale", kFloat, bind<&P::cb_scale>, {&P::ngroups}},
       {"x_scale", kFloat, bind<&P::x_scale>, channel_shape<P>()},
       {"state_scale", kFloat, bind<&P::state_scale>, channel_shape<P>()},
-      {"x_tile_scale", kFloat, bind<&P::x_tile_scale>, channel_shape<P>()},
   };
-  op.optional_inputs = unread_scales_with_tiles<P, 3>;
+  op.optional_inputs = unread_scales<P, 2>;
   op.outputs = {
       {"y", kHalf, bind<&P::y>, inner_shape<P>()},
       {"ssm_state_out", state_type<P>(), bind<&P::ssm_state_out>, state_shape<P>()},

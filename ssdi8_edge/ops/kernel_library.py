@@ -25,7 +25,7 @@ from torch import Tensor
 from ssdi8_edge.errors import Ssdi8Error
 from ssdi8_edge.ops.op import Op
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 LIBRARY_NAME = "libssdi8_kernels.so"
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -319,6 +319,9 @@ def _require_decay(call: Call) -> None:
     _require(call, torch.float32, dt=decay, a=decay)
 
 
+_GROUP_SCALES = ("b_scale", "c_scale", "cb_scale")
+
+
 def _require_scales(call: Call, per_group: tuple[str, ...], per_channel: tuple[str, ...]) -> None:
     """Those of channels are there with scaling "static" only."""
     channels = (call.nheads, call.headdim)
@@ -376,7 +379,7 @@ def _chunk_scan(call: Call) -> Tensor:
     rows = (call.batch, _chunks(call), call.nheads, call.headdim)
     _require(call, _passed_type(call), passed=(*rows, call.d_state))
     _require(call, torch.float32, passed_scale=rows)
-    _require_scales(call, ("b_scale", "c_scale", "cb_scale"), ("x_tile_scale",))
+    _require(call, torch.float32, **{name: (call.ngroups,) for name in _GROUP_SCALES})
     call.y = torch.empty_like(call.x)
     _launch("chunk_scan", call, call.x.device)
     return call.y
@@ -387,11 +390,7 @@ def _ssd_scan(call: Call) -> tuple[Tensor, Tensor]:
     call.row_stride = call.zxbcdt.shape[2]
     _require(call, torch.float16, zxbcdt=(call.batch, call.length, call.row_stride))
     _require(call, torch.float32, **{name: (call.nheads,) for name in ("dt_bias", "A", "D")})
-    _require_scales(
-        call,
-        ("b_scale", "c_scale", "cb_scale"),
-        ("x_scale", "state_scale", "x_tile_scale"),
-    )
+    _require_scales(call, _GROUP_SCALES, ("x_scale", "state_scale"))
     _require_state(call, call.batch, call.nheads, call.headdim, call.d_state)
     call.y = torch.empty_like(call.x)
     _launch("ssd_scan", call, call.x.device)

@@ -31,7 +31,6 @@ def ssd_modules(
     cb_scale: Tensor,
     x_scale: Tensor | None = None,
     state_scale: Tensor | None = None,
-    x_tile_scale: Tensor | None = None,
     **attributes: Any,
 ) -> tuple[Tensor, Tensor]:
     """ChunkCumsum → ChunkState → StatePassing → ChunkScan, each an op of its own.
@@ -48,7 +47,7 @@ def ssd_modules(
     dt, a = run(CHUNK_CUMSUM, zxbcdt, dt_bias, A)
     states = run(CHUNK_STATE, x, b_q, dt, a, b_scale, *static(x_scale, state_scale))
     passed, passed_scale, final = run(STATE_PASSING, states, a, ssm_state, *static(state_scale))
-    scales = (b_scale, c_scale, cb_scale, *static(x_tile_scale))
+    scales = (b_scale, c_scale, cb_scale)
     return run(CHUNK_SCAN, x, b_q, c_q, dt, a, passed, passed_scale, D, *scales), final
 
 
@@ -66,10 +65,8 @@ def ssd_scan_reference(
     cb_scale: Tensor,
     x_scale: Tensor | None = None,
     state_scale: Tensor | None = None,
-    x_tile_scale: Tensor | None = None,
     *,
     chunk_size: int,
-    scan_tile: int,
     nheads: int,
     headdim: int,
     ngroups: int,
@@ -87,8 +84,7 @@ def ssd_scan_reference(
         x: (B, L, H·P) FP16; b_q, c_q: (B, L, G·N) INT8; zxbcdt: in_proj's output, for dt.
         ssm_state: (B, H, P, N) FP16 or FP32.
         dt_bias, A, D: (H) FP32. b_scale, c_scale, cb_scale: (G) FP32.
-        x_scale, state_scale, x_tile_scale: (H, P) FP32, as the modules need them: with scaling
-            "static" only.
+        x_scale, state_scale: (H, P) FP32, with scaling "static" only.
 
     Returns:
         y (B, L, H·P) FP16 and ssm_state' in the type of ssm_state.
@@ -112,9 +108,7 @@ def ssd_scan_reference(
         cb_scale,
         x_scale,
         state_scale,
-        x_tile_scale,
         chunk_size=chunk_size,
-        scan_tile=scan_tile,
         nheads=nheads,
         headdim=headdim,
         ngroups=ngroups,
@@ -164,7 +158,6 @@ def _group_rows(q: Tensor, scale: Tensor, heads: int, groups: int) -> Tensor:
 def _body(a: Attributes, form: BodyForm) -> str:
     static = a["scaling"] == "static"
     of_x, of_state = (", x_scale", ", state_scale") if static else ("", "")
-    of_tile = ", x_tile_scale" if static and int(a["scan_tile"]) < int(a["chunk_size"]) else ""
 
     def node(op: Op, outputs: str, arguments: str) -> str:
         attributes = ", ".join(f"{k} = {_literal(a[k])}" for k in op.attributes)
@@ -180,7 +173,7 @@ def _body(a: Attributes, form: BodyForm) -> str:
             ),
             node(
                 *(CHUNK_SCAN, "y_chunks"),
-                "x, b_q, c_q, dt, a, passed, passed_scale, D, b_scale, c_scale, cb_scale" + of_tile,
+                "x, b_q, c_q, dt, a, passed, passed_scale, D, b_scale, c_scale, cb_scale",
             ),
         ]
     )

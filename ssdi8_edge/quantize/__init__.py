@@ -23,7 +23,7 @@ from ssdi8_edge.model import Mamba2Block, Mamba2Config
 from ssdi8_edge.progress import Track, silent
 from ssdi8_edge.quantize.clusters import sort_and_cluster
 from ssdi8_edge.quantize.correction import MeanDifference
-from ssdi8_edge.quantize.linears import InputStatistics, linear_tensors, product, w8_tensors
+from ssdi8_edge.quantize.linears import InputStatistics, linear_tensors, w8_tensors
 from ssdi8_edge.quantize.modules import (
     Int8Input,
     NodeAttributes,
@@ -242,25 +242,17 @@ def _quantize_layer(
         ),
         "gate_norm.weight": rotated[GATE_NORM],
     }
-    weight, hessian, bias = rotated[IN_PROJ], None, None
-    if recipe.gptq or recipe.compensation or recipe.centered:
+    weight, hessian = rotated[IN_PROJ], None
+    if recipe.gptq or recipe.compensation:
         inputs = _in_proj_inputs(p, config, recipe, streams)
-        if recipe.centered:
-            inputs.center()
-            bias = weight.double() @ (inputs.mean + inputs.missing_mean)
         lacking = weight.double() @ inputs.regression() if recipe.compensation else 0.0
         weight = (weight + recipe.compensation * lacking).float()
         hessian = inputs.hessian if recipe.gptq else None
-    rows = list(parts.values())
-    p |= linear_tensors("in_proj", weight, recipe, hessian, rows)
-    if bias is not None:
-        p["in_proj.bias"] = (bias - product(p, "in_proj", inputs.mean, recipe)).float()
+    p |= linear_tensors("in_proj", weight, recipe, hessian, list(parts.values()))
 
     weight, hessian = rotate_out_proj_input(rotated[OUT_PROJ]), None
     outputs = _run_mixers(p, load_block(rotated, config), weight, config, recipe, streams)
     if outputs is not None:
-        if recipe.centered and recipe.correction != "none":
-            outputs.center()
         lacking = outputs.regression() if recipe.compensation else 0.0
         weight = (weight + recipe.compensation * lacking).float()
         hessian = outputs.hessian if recipe.gptq else None

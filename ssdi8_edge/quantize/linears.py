@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ssdi8_edge import int8
 from ssdi8_edge.methods import QuantConfig
-from ssdi8_edge.ops.linear import unpack_w4
 from ssdi8_edge.quantize.gptq import quantize_w4, quantize_w8
 
 # Of the mean diagonal of the Hessian, added to it when a weight is fitted: inputs that hardly vary
@@ -20,7 +19,7 @@ LEAST_SQUARE = 1e-12
 
 
 class InputStatistics:
-    """What GPTQ, the compensation and the bias need to know of a linear's INT8 input x, in FP64.
+    """What GPTQ and the compensation need to know of a linear's INT8 input x, in FP64.
 
     Attributes:
         hessian: Σ x xᵀ (In, In), of the values that x stands for.
@@ -33,7 +32,6 @@ class InputStatistics:
             return torch.zeros(*shape, dtype=torch.float64, device=device)
 
         self.hessian, self.missing = zeros(width, width), zeros(missing_width, width)
-        self._sum, self._missing_sum, self._tokens = zeros(width), zeros(missing_width), 0
 
     def add(self, x: Tensor, missing: Tensor) -> None:
         """x (B, L, In) and missing (B, L, Out or In) FP32, of the same tokens."""
@@ -41,24 +39,6 @@ class InputStatistics:
         # One batch in FP32: FP64 would be slow on a GPU.
         self.hessian += rows.t() @ rows
         self.missing += lacks.t() @ rows
-        self._sum += rows.sum(0)
-        self._missing_sum += lacks.sum(0)
-        self._tokens += len(rows)
-
-    @property
-    def mean(self) -> Tensor:
-        """Of x (In)."""
-        return self._sum / self._tokens
-
-    @property
-    def missing_mean(self) -> Tensor:
-        """Of e (Out or In)."""
-        return self._missing_sum / self._tokens
-
-    def center(self) -> None:
-        """Take the means out of both sums: a bias is going to carry what they contribute."""
-        self.hessian -= torch.outer(self._sum, self.mean)
-        self.missing -= torch.outer(self._missing_sum, self.mean)
 
     def regression(self) -> Tensor:
         """The matrix M of least ‖Σ e - M x‖², (Out or In, In)."""
@@ -102,16 +82,6 @@ def linear_tensors(
             absmax = torch.cat([part.amax().expand(len(part)) for part in absmax.split([*sizes])])
         tensors = w8_tensors(weight, absmax, hessian, recipe.descent)
     return {f"{name}.{k}": v for k, v in tensors.items()}
-
-
-def product(tensors: Mapping[str, Tensor], name: str, x: Tensor, recipe: QuantConfig) -> Tensor:
-    """The quantized weight's product (Out) with `x` (In), FP64."""
-    if recipe.linear == "w4":
-        packed, group_scale = tensors[f"{name}.packed"], tensors[f"{name}.group_scale"]
-        weight = unpack_w4(packed, group_scale, recipe.group_size)
-    else:
-        weight = tensors[f"{name}.weight"]
-    return (weight.double() @ x) * tensors[f"{name}.scale"]
 
 
 def w8_tensors(

@@ -84,7 +84,6 @@ class NodeAttributes:
     def ssd(self) -> dict[str, Any]:
         return {
             **self.heads,
-            "scan_tile": self.recipe.effective_scan_tile(self.config.chunk_size),
             "gate": self.recipe.gate,
             "rounding": self.recipe.rounding,
             "scaling": self.recipe.scaling,
@@ -138,7 +137,7 @@ def run_mixer(
         rounding=rounding,
     )
     scales = [p[k] for k in ("b_scale", "c_scale", "cb_scale")]
-    scales += _static(p, "x_scale", "state_scale", "x_tile_scale")
+    scales += _static(p, "x_scale", "state_scale")
     ssd = ssd_modules if recipe.ssd_ops == "modular" else SSD_SCAN
     y, ssm = ssd(
         *(x, b, c, zxbcdt, state.ssm, p["dt_bias"], p["A"], p["D"], *scales), **attributes.ssd

@@ -75,8 +75,6 @@ def _static_ssd_scales(
     if recipe.state_observer == "passed":
         states = torch.maximum(states, statistics[f"passed_state{rotated}"])
     ranges = {"x_scale": statistics["x_scaled"], "state_scale": states}
-    if recipe.scan2 == "int8_offdiag":
-        ranges["x_tile_scale"] = statistics["x_tile"]
     return {k: scale_from_absmax(_collapse(v, recipe.x_granularity)) for k, v in ranges.items()}
 
 

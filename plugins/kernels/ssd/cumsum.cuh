@@ -134,23 +134,21 @@ struct TableSink {
   template <int kPerLane>
   __device__ __forceinline__ void operator()(int b, int c, int h, const float (&dt)[kPerLane],
                                              const float (&a)[kPerLane]) const {
-    constexpr int kChunk = 32 * kPerLane, kLanesOfTile = kScanTile / kPerLane;
+    constexpr int kChunk = 32 * kPerLane;
     const int lane = threadIdx.x % 32;
     const float a_last = __shfl_sync(kAllLanes, a[kPerLane - 1], 31);
-    const float r = __shfl_sync(kAllLanes, a[kPerLane - 1], lane | (kLanesOfTile - 1));
     const float factor = weight_factor(shape);
     const int group = h / (shape.nheads / shape.ngroups);
     const float cb_scale = scales.cb_scale[group];
     float* to = tables.decay_of(shape, b, c, h);
     float4 row;  // an array of four, or a half of it, at a time
 #pragma unroll
-    for (int array = 0; array < 4; ++array) {
+    for (int array = 0; array < 3; ++array) {
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) {
         const float a2 = a[i] * kLog2e;
         const float v = array == 0   ? decay_weight(a_last, a[i], dt[i]) * factor
-                        : array == 1 ? decay_weight(r, a[i], dt[i]) * factor
-                        : array == 2 ? a2
+                        : array == 1 ? a2
                                      : a2 - __log2f(dt[i] * cb_scale);
         reinterpret_cast<float*>(&row)[i % 4] = v;
         float* at = to + array * kChunk + lane * kPerLane + i;
@@ -158,11 +156,9 @@ struct TableSink {
         if (kPerLane == 2 && i == 1) *reinterpret_cast<float2*>(at - 1) = make_float2(row.x, row.y);
       }
     }
-    to += 4 * kChunk;
-    if (lane % kLanesOfTile == 0) to[lane / kLanesOfTile] = r * kLog2e;
     if (lane == 0) {
-      *reinterpret_cast<float4*>(to + kMaxTiles) =
-          make_float4(expf(a_last), scales.b_scale[group], scales.c_scale[group], cb_scale);
+      *reinterpret_cast<float4*>(to + 3 * kChunk) =
+          make_float4(expf(a_last), scales.b_scale[group], scales.c_scale[group], scales.d_skip[h]);
     }
   }
 };

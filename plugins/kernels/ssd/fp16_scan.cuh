@@ -148,18 +148,18 @@ struct Fp16RowScan {
   __device__ __forceinline__ static const uint4* c_unit(const uint4* c_units, int tile) {
     return c_units + tile * kStepsOfC * 32 + lane_asked_again();
   }
-  __device__ __forceinline__ static const uint4* cb_unit(const uint4* cb16, int tile) {
-    return cb16 + tile * (P::kChunk / 16) * 32 + lane_asked_again();
+  __device__ __forceinline__ static const uint4* cb_unit(const uint4* cb_units, int tile) {
+    return cb_units + tile * (P::kChunk / 16) * 32 + lane_asked_again();
   }
 
   // As early as registers allow.
-  __device__ __forceinline__ void load_first(const uint4* c_units, const uint4* cb16) {
+  __device__ __forceinline__ void load_first(const uint4* c_units, const uint4* cb_units) {
     const int tile = first_tile();
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
 #pragma unroll
       for (int q = 0; q < kAhead; ++q) c[q][m] = load16_global(c_unit(c_units, tile + m) + q * 32);
-      cb[m] = load16_global(cb_unit(cb16, tile + m));
+      cb[m] = load16_global(cb_unit(cb_units, tile + m));
     }
   }
 
@@ -189,9 +189,9 @@ struct Fp16RowScan {
 
   // `y_out` is (B, L, H * P). The item is asked for again where its place is needed: the loops need
   // the registers.
-  __device__ __forceinline__ void run(const Shape& shape, const uint4* c_units, const uint4* cb16,
-                                      const Fp16Tables<P::kChunk>& tables, const uint4* x16,
-                                      const uint4* r16, __half* y_out) {
+  __device__ __forceinline__ void run(const Shape& shape, const uint4* c_units,
+                                      const uint4* cb_units, const Fp16Tables<P::kChunk>& tables,
+                                      const uint4* x16, const uint4* r16, __half* y_out) {
     const int lane = lane_asked_again(), g = lane / 4, t = lane % 4;
     const int tile = first_tile();
     float a[2][2];
@@ -224,7 +224,7 @@ struct Fp16RowScan {
     }
 
     // Scan2 left of the diagonal.
-    const uint4* unit = cb_unit(cb16, tile);
+    const uint4* unit = cb_unit(cb_units, tile);
     constexpr int kPitch = (P::kChunk / 16) * 32;  // from one block of rows to the next
     const uint4* x_unit = x16 + lane;
     const __half* w_tile = tables.w_tile + 4 * t;

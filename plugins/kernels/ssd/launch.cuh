@@ -13,10 +13,9 @@
 namespace ssdi8 {
 namespace ssd {
 
-// Fills `shape`, or refuses. scan_tile = chunk stands for an op without tiles.
+// Fills `shape`, or refuses.
 inline int make_shape(const char* op, int batch, int length, int nheads, int headdim, int ngroups,
-                      int d_state, int chunk, int scan_tile, int rounding, int scaling,
-                      Shape* shape) {
+                      int d_state, int chunk, int rounding, int scaling, Shape* shape) {
   if (batch < 1 || length < 1 || nheads < 1 || ngroups < 1 || nheads % ngroups != 0) {
     return refuse("%s: batch %d, length %d, %d heads in %d groups", op, batch, length, nheads,
                   ngroups);
@@ -28,19 +27,12 @@ inline int make_shape(const char* op, int batch, int length, int nheads, int hea
   if (chunk != 64 && chunk != 128 && chunk != 256) {
     return refuse("%s: chunk_size %d, not 64, 128 or 256", op, chunk);
   }
-  if (scan_tile != chunk && scan_tile != kScanTile) {
-    return refuse("%s: scan_tile %d, not %d or the chunk size %d", op, scan_tile, kScanTile, chunk);
-  }
   if (rounding != SSDI8_HALF_EVEN && rounding != SSDI8_HALF_AWAY) {
     return refuse("%s: rounding %d", op, rounding);
   }
   if (scaling != SSDI8_SCALING_STATIC && scaling != SSDI8_SCALING_DYNAMIC &&
       scaling != SSDI8_SCALING_NONE) {
     return refuse("%s: scaling %d", op, scaling);
-  }
-  if (scaling == SSDI8_SCALING_NONE && scan_tile != chunk) {
-    return refuse("%s: scaling none with scan_tile %d, not the chunk size %d", op, scan_tile,
-                  chunk);
   }
   *shape = {batch,
             length,
@@ -50,7 +42,6 @@ inline int make_shape(const char* op, int batch, int length, int nheads, int hea
             d_state,
             chunk,
             static_cast<int>(ceil_div(length, chunk)),
-            scan_tile < chunk,
             rounding == SSDI8_HALF_AWAY,
             scaling == SSDI8_SCALING_DYNAMIC,
             scaling == SSDI8_SCALING_NONE};

@@ -14,13 +14,12 @@
 namespace ssdi8 {
 namespace ssd {
 
-// One warp: CB of rows 16i .. 16i + 15 and columns 32s .. 32s + 31, in units of cb_scale: as one
-// INT8 unit (left of the diagonal tile) or as FP16 units of 16 columns each, rounded to integers
-// with scaling "static".
+// One warp: CB of rows 16i .. 16i + 15 and columns 32s .. 32s + 31, in units of cb_scale, as FP16
+// units of 16 columns each; rounded to integers with scaling "static".
 template <int kN, bool kAway>
 __device__ __forceinline__ void prepare_cb_unit(const Shape& shape, const int8_t* b_rows,
                                                 const int8_t* c_rows, int valid, int i, int s,
-                                                float requantizer, uint4* cb8, uint4* cb16) {
+                                                float requantizer, uint4* cb_units) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const size_t pitch = size_t(shape.ngroups) * kN;
   int acc[4][4];
@@ -49,20 +48,6 @@ __device__ __forceinline__ void prepare_cb_unit(const Shape& shape, const int8_t
 #pragma unroll
     for (int e = 0; e < 4; ++e) cb[v][e] = __fmul_rn(static_cast<float>(acc[v][e]), requantizer);
   }
-  if (shape.tiled && s / 2 < i / 4) {
-    int q[4][4];
-#pragma unroll
-    for (int v = 0; v < 4; ++v) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) q[v][e] = round_int<kAway>(cb[v][e]);
-    }
-    cb8[(size_t(i) * (shape.chunk / 32) + s) * 32 + lane] =
-        make_uint4(saturate4(q[0][0], q[0][1], q[1][0], q[1][1]),
-                   saturate4(q[0][2], q[0][3], q[1][2], q[1][3]),
-                   saturate4(q[2][0], q[2][1], q[3][0], q[3][1]),
-                   saturate4(q[2][2], q[2][3], q[3][2], q[3][3]));
-    return;
-  }
   const auto to_fp16 = [&](float v) {
     if (shape.dynamic || shape.fp16) return fmaxf(-kMaxFp16, fminf(v, kMaxFp16));
     return static_cast<float>(max(kAway ? -127 : -128, min(round_int<kAway>(v), 127)));
@@ -77,7 +62,7 @@ __device__ __forceinline__ void prepare_cb_unit(const Shape& shape, const int8_t
       const __half2 pair = __floats2half2_rn(to_fp16(cb[v][e]), to_fp16(cb[v][e + 1]));
       word[w] = *reinterpret_cast<const uint32_t*>(&pair);
     }
-    cb16[(size_t(i) * (shape.chunk / 16) + 2 * s + half) * 32 + lane] =
+    cb_units[(size_t(i) * (shape.chunk / 16) + 2 * s + half) * 32 + lane] =
         make_uint4(word[0], word[1], word[2], word[3]);
   }
 }
@@ -100,8 +85,7 @@ struct PrepareGroup {
   const float* cb_scale;
   uint4* b_units;  // null: not wanted
   uint4* c_units;  // null: CB and C not wanted
-  uint4* cb8;
-  uint4* cb16;
+  uint4* cb_units;
 };
 
 // kFp16: scaling "none", all operands in FP16.
@@ -123,14 +107,13 @@ __device__ __forceinline__ void prepare_group(const Shape& shape, const PrepareG
       const int i = 2 * r + rest / (r + 1), s = rest % (r + 1);
       const float requantizer =
           __fdiv_rn(__fmul_rn(p.c_scale[group], p.b_scale[group]), p.cb_scale[group]);
-      uint4* cb8 = p.cb8 + group_chunk_index * shape.cb8_units() * 32;
-      uint4* cb16 = p.cb16 + group_chunk_index * shape.cb16_units() * 32;
+      uint4* cb_units = p.cb_units + group_chunk_index * shape.cb_units() * 32;
       if (shape.away) {
         prepare_cb_unit<kN, true>(shape, p.b_q + first, p.c_q + first, valid, i, s, requantizer,
-                                  cb8, cb16);
+                                  cb_units);
       } else {
         prepare_cb_unit<kN, false>(shape, p.b_q + first, p.c_q + first, valid, i, s, requantizer,
-                                   cb8, cb16);
+                                   cb_units);
       }
       return;
     }

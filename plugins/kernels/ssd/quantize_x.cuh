@@ -31,85 +31,48 @@ __device__ __forceinline__ void load_x(const Shape& shape, const Item& it, const
 }
 
 // The largest |x . w| of each channel over the positions of a warp, weights being positive: a row
-// of 64 channels per warp in `tops`, those of the state and then those of the tiles.
-template <typename P, bool kState, bool kTile>
+// of 64 channels per warp in `tops`.
+template <typename P>
 __device__ __forceinline__ void store_tops(const uint4 (&raw)[P::kRowTiles][4],
                                            const Tables& tables, float* tops) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  float state[8] = {}, tile[8] = {};
+  float top[8] = {};
 #pragma unroll
   for (int j = 0; j < P::kRowTiles; ++j) {
     const int first = 16 * (P::kRowTiles * warp + j) + 4 * t;
-    const float4 w_state = *reinterpret_cast<const float4*>(tables.w_state + first);
-    const float4 w_tile = *reinterpret_cast<const float4*>(tables.w_tile + first);
+    const float4 weights = *reinterpret_cast<const float4*>(tables.w_state + first);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
+      const float w = reinterpret_cast<const float*>(&weights)[k];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const uint32_t bits = reinterpret_cast<const uint32_t*>(&raw[j][k])[i];
         const float2 v = __half22float2(*reinterpret_cast<const __half2*>(&bits));
-        if (kState) {
-          const float w = reinterpret_cast<const float*>(&w_state)[k];
-          state[2 * i] = fmaxf(state[2 * i], fabsf(__fmul_rn(v.x, w)));
-          state[2 * i + 1] = fmaxf(state[2 * i + 1], fabsf(__fmul_rn(v.y, w)));
-        }
-        if (kTile) {
-          const float w = reinterpret_cast<const float*>(&w_tile)[k];
-          tile[2 * i] = fmaxf(tile[2 * i], fabsf(__fmul_rn(v.x, w)));
-          tile[2 * i + 1] = fmaxf(tile[2 * i + 1], fabsf(__fmul_rn(v.y, w)));
-        }
+        top[2 * i] = fmaxf(top[2 * i], fabsf(__fmul_rn(v.x, w)));
+        top[2 * i + 1] = fmaxf(top[2 * i + 1], fabsf(__fmul_rn(v.y, w)));
       }
     }
   }
-  float2* own = reinterpret_cast<float2*>(tops + warp * kTileP + 8 * (g / 2 + 4 * (g % 2)) + 2 * t);
-  if (kState) {
-    quad_max(state);
-    *own = make_float2(state[0], state[1]);
-  }
-  if (kTile) {
-    quad_max(tile);
-    own[P::kWarps * kTileP / 2] = make_float2(tile[0], tile[1]);
-  }
+  quad_max(top);
+  *reinterpret_cast<float2*>(tops + warp * kTileP + 8 * (g / 2 + 4 * (g % 2)) + 2 * t) =
+      make_float2(top[0], top[1]);
 }
 
-// Whether a warp's positions are in INT8 tiles: the last tile has no rows below its diagonal tile.
+// The scales of x, scaling "dynamic". `tops` is scratch memory of 64 floats per warp, free after
+// the next synchronisation. Synchronises once.
 template <typename P>
-__device__ __forceinline__ bool has_tile(const Shape& shape) {
-  return shape.tiled && 16 * P::kRowTiles * int(threadIdx.x / 32) < P::kChunk - kScanTile;
-}
-
-// The scales of x in a chunk and in its tiles, scaling "dynamic". `tops` is scratch memory of two
-// rows of 64 floats per warp, free after the next synchronisation. Synchronises once.
-template <typename P, bool kState, bool kScan>
-__device__ __forceinline__ void find_scales(const Shape& shape, const uint4 (&raw)[P::kRowTiles][4],
-                                            float* tops, Tables& tables) {
-  if (kScan && has_tile<P>(shape)) {
-    store_tops<P, kState, true>(raw, tables, tops);
-  } else if (kState) {
-    store_tops<P, true, false>(raw, tables, tops);
-  }
+__device__ __forceinline__ void find_scales(const uint4 (&raw)[P::kRowTiles][4], float* tops,
+                                            Tables& tables) {
+  store_tops<P>(raw, tables, tops);
   __syncthreads();
-  constexpr int kWarpsOfTile = kScanTile / (16 * P::kRowTiles);
-  const int tiles = kScan && shape.tiled ? P::kChunk / kScanTile - 1 : 0;
-  for (int i = threadIdx.x; i < (kState + tiles) * kTileP; i += P::kThreads) {
-    const int p = i % kTileP, tile = i / kTileP - kState;
-    if (kState && tile < 0) {
-      float top = 0.0f;
+  const int p = threadIdx.x;
+  if (p >= kTileP) return;
+  float top = 0.0f;
 #pragma unroll
-      for (int warp = 0; warp < P::kWarps; ++warp) top = fmaxf(top, tops[warp * kTileP + p]);
-      const DynamicScale scale = dynamic_scale(top);
-      tables.x_inverse[p] = scale.inverse;
-      tables.state_multiplier[p] = __fmul_rn(scale.step, tables.b_scale);
-    } else {
-      const float* own = tops + (P::kWarps + tile * kWarpsOfTile) * kTileP + p;
-      float top = 0.0f;
-#pragma unroll
-      for (int warp = 0; warp < kWarpsOfTile; ++warp) top = fmaxf(top, own[warp * kTileP]);
-      const DynamicScale scale = dynamic_scale(top);
-      tables.tiles[tile].x_inverse[p] = scale.inverse;
-      tables.tiles[tile].scale[p] = __fmul_rn(scale.step, tables.cb_scale);
-    }
-  }
+  for (int warp = 0; warp < P::kWarps; ++warp) top = fmaxf(top, tops[warp * kTileP + p]);
+  const DynamicScale scale = dynamic_scale(top);
+  tables.x_inverse[p] = scale.inverse;
+  tables.state_multiplier[p] = __fmul_rn(scale.step, tables.b_scale);
 }
 
 // Four positions of the same 8 channels, times a weight per position, as INT8 operand words:
@@ -141,58 +104,42 @@ __device__ __forceinline__ void quantize_words(const uint4 (&raw)[4], const floa
   }
 }
 
-// A warp's positions as units [step of 32][pair of column blocks]; as A (kRows) or as B operand.
-template <typename P, bool kRows>
-__device__ __forceinline__ void quantize_units(const Shape& shape,
-                                               const uint4 (&raw)[P::kRowTiles][4],
-                                               const float* inverse, const float* weights,
-                                               uint4* units) {
+// w . x as units [step of 32][pair of column blocks], A operand.
+template <typename P>
+__device__ __forceinline__ void quantize_x(const Shape& shape, const uint4 (&raw)[P::kRowTiles][4],
+                                           const Tables& tables, uint4* xs) {
   constexpr int kJobs = P::kRowTiles;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const float* own_inverse = inverse + 8 * (g / 2 + 4 * (g % 2));
+  const float* inverse = tables.x_inverse + 8 * (g / 2 + 4 * (g % 2));
   uint2 words[kJobs][4];
 #pragma unroll
   for (int j = 0; j < kJobs; ++j) {
-    const float4 w = *reinterpret_cast<const float4*>(weights + 16 * (kJobs * warp + j) + 4 * t);
+    const float4 w =
+        *reinterpret_cast<const float4*>(tables.w_state + 16 * (kJobs * warp + j) + 4 * t);
     if (shape.dynamic) {
       if (shape.away) {
-        quantize_words<true, true>(raw[j], own_inverse, w, words[j]);
+        quantize_words<true, true>(raw[j], inverse, w, words[j]);
       } else {
-        quantize_words<false, true>(raw[j], own_inverse, w, words[j]);
+        quantize_words<false, true>(raw[j], inverse, w, words[j]);
       }
     } else if (shape.away) {
-      quantize_words<true, false>(raw[j], own_inverse, w, words[j]);
+      quantize_words<true, false>(raw[j], inverse, w, words[j]);
     } else {
-      quantize_words<false, false>(raw[j], own_inverse, w, words[j]);
+      quantize_words<false, false>(raw[j], inverse, w, words[j]);
     }
   }
-  uint4* unit = units + kJobs * warp / 2 * 4 * 32 + lane;
+  uint4* unit = xs + kJobs * warp / 2 * 4 * 32 + lane;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     if (kJobs == 2) {
       const uint2 low = words[0][i], high = words[kJobs - 1][i];
-      unit[i * 32] = kRows ? make_uint4(low.x, low.y, high.x, high.y)
-                           : make_uint4(low.x, high.x, low.y, high.y);
+      unit[i * 32] = make_uint4(low.x, low.y, high.x, high.y);
     } else {
       uint32_t* word = reinterpret_cast<uint32_t*>(unit + i * 32);
       const int half = warp % 2;
-      word[kRows ? 2 * half : half] = words[0][i].x;
-      word[kRows ? 2 * half + 1 : half + 2] = words[0][i].y;
+      word[2 * half] = words[0][i].x;
+      word[2 * half + 1] = words[0][i].y;
     }
-  }
-}
-
-// xs, xt: units [step of 32][pair of column blocks], A and B operands.
-template <typename P, bool kState, bool kScan>
-__device__ __forceinline__ void quantize_x(const Shape& shape, const uint4 (&raw)[P::kRowTiles][4],
-                                           const Tables& tables, uint4* xs, uint4* xt) {
-  const int warp = threadIdx.x / 32;
-  if (kState) quantize_units<P, true>(shape, raw, tables.x_inverse, tables.w_state, xs);
-  if (!kScan) return;
-  if (has_tile<P>(shape)) {
-    const int tile = 16 * P::kRowTiles * warp / kScanTile;
-    const float* inverse = tables.tiles[0].x_inverse + tile * Tables::tile_pitch(shape);
-    quantize_units<P, false>(shape, raw, inverse, tables.w_tile, xt);
   }
 }
 

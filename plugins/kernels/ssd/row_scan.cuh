@@ -68,31 +68,21 @@ __device__ __forceinline__ void store_rows(const float (&y)[8][4], int first, in
 }
 
 // The rows of y of a warp, 16 at a time. With two blocks of rows they are paired so that every warp
-// has the same number of products left of and on the diagonal.
+// has the same number of products.
 template <typename P>
 struct RowScan {
   static constexpr int kStepsOfC = P::kN / 32;
   // Loaded ahead for the next 16 rows.
   uint4 c[kStepsOfC];
-  uint4 cb_0, cb_1;   // CB of the first tile left of the diagonal tile
-  uint4 cb_diagonal;  // CB of the first 16 columns in FP16
+  uint4 cb;  // of the first 16 columns
 
   __device__ __forceinline__ static int tile_of(int m) {
     const int warp = read_tid_x() / 32;
     return m == 0 ? warp : 2 * P::kWarps - 1 - warp;
   }
-  // First column block of 16 in FP16.
-  __device__ __forceinline__ static int first_diagonal(const Shape& shape, int tile) {
-    return shape.tiled ? tile / 4 * 4 : 0;
-  }
-  __device__ __forceinline__ static const uint4* unit8_of(const uint4* cb8, int group_chunk,
-                                                          int tile) {
-    return cb8 + (group_chunk * (P::kChunk / 16) + tile) * (P::kChunk / 32) * 32 +
-           lane_asked_again();
-  }
-  __device__ __forceinline__ static const uint4* unit16_of(const uint4* cb16, int group_chunk,
-                                                           int tile, int s) {
-    return cb16 + ((group_chunk * (P::kChunk / 16) + tile) * (P::kChunk / 16) + s) * 32 +
+  __device__ __forceinline__ static const uint4* cb_unit(const uint4* cb_units, int group_chunk,
+                                                         int tile) {
+    return cb_units + (group_chunk * (P::kChunk / 16) + tile) * (P::kChunk / 16) * 32 +
            lane_asked_again();
   }
 
@@ -101,24 +91,17 @@ struct RowScan {
 #pragma unroll
     for (int q = 0; q < kStepsOfC; ++q) c[q] = load16_global(unit + q * 32 + lane_asked_again());
   }
-  __device__ __forceinline__ void load_left(const uint4* unit8) {
-    cb_0 = load16_global(unit8);
-    cb_1 = load16_global(unit8 + 32);
-  }
-
   // For the first rows; before run, as early as registers allow.
-  __device__ __forceinline__ void load_first(const Shape& shape, int group_chunk,
-                                             const uint4* c_units, const uint4* cb8,
-                                             const uint4* cb16) {
+  __device__ __forceinline__ void load_first(int group_chunk, const uint4* c_units,
+                                             const uint4* cb_units) {
     const int tile = tile_of(0);
     load_c(c_units, group_chunk, tile);
-    load_left(unit8_of(cb8, group_chunk, tile));
-    cb_diagonal = load16_global(unit16_of(cb16, group_chunk, tile, first_diagonal(shape, tile)));
+    cb = load16_global(cb_unit(cb_units, group_chunk, tile));
   }
 
-  __device__ __forceinline__ void run(const Shape& shape, const uint4* c_units, const uint4* cb8,
-                                      const uint4* cb16, const Tables& tables, const uint4* xt,
-                                      const uint4* x16, const uint4* r_units, __half* y_out) {
+  __device__ __forceinline__ void run(const Shape& shape, const uint4* c_units,
+                                      const uint4* cb_units, const Tables& tables, const uint4* x16,
+                                      const uint4* r_units, __half* y_out) {
     const int4 magic = tables.magic;
     const volatile Tables& place = tables;  // read when needed: the loops need the registers
 #pragma unroll 1
@@ -161,50 +144,11 @@ struct RowScan {
         }
       }
 
-      // Scan2 left of the diagonal tile: INT8, the row factor in the epilogue.
-      const int left = shape.tiled ? tile / 4 : 0;
-      const uint4* unit8 = unit8_of(cb8, group_chunk, tile);
-      const uint4* x_unit = xt + lane_asked_again();
-      const float* end = tables.tile_end;
-      const float* tile_scale = tables.tiles[0].scale + 8 * (lane_asked_again() % 4);
-#pragma unroll 1
-      for (int k64 = 0; k64 < left; ++k64) {
-        unit8 += 2 * 32;
-        const uint4 a_0 = cb_0, a_1 = cb_1;
-        if (k64 + 1 < left) load_left(unit8);
-        const float r = *end;
-        const RowFactor f0 = row_factor(a0 - r), f1 = row_factor(a1 - r);
-#pragma unroll
-        for (int pair = 0; pair < 4; ++pair) {
-          int acc[2][4];
-          const uint4 x_0 = load16(x_unit + pair * 32), x_1 = load16(x_unit + (4 + pair) * 32);
-          mma_int8_first(acc[0], a_0, x_0.x, x_0.y, magic);
-          mma_int8_first(acc[1], a_0, x_0.z, x_0.w, magic);
-          mma_int8(acc[0], a_1, x_1.x, x_1.y);
-          mma_int8(acc[1], a_1, x_1.z, x_1.w);
-          const float2 s0 = *reinterpret_cast<const float2*>(tile_scale + 2 * pair);
-          const float2 s1 = *reinterpret_cast<const float2*>(tile_scale + 32 + 2 * pair);
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const RowFactor& f = e < 2 ? f0 : f1;
-            const float2& scale = e % 2 ? s1 : s0;
-            y[2 * pair][e] =
-                fmaf(fmaf(__int_as_float(acc[0][e]), f.factor, f.offset), scale.x, y[2 * pair][e]);
-            y[2 * pair + 1][e] = fmaf(fmaf(__int_as_float(acc[1][e]), f.factor, f.offset), scale.y,
-                                      y[2 * pair + 1][e]);
-          }
-        }
-        x_unit += 8 * 32;
-        ++end;
-        tile_scale += Tables::tile_pitch(shape);
-      }
-
-      // Scan2 on the diagonal tile: FP16, the decay element by element; D on the diagonal itself.
+      // Scan2: FP16, the decay element by element; D on the diagonal itself.
       const int lane = lane_asked_again(), g = lane / 4, t = lane % 4;
-      int s = first_diagonal(shape, tile);
-      const uint4* unit16 = unit16_of(cb16, group_chunk, tile, s);
-      x_unit = x16 + s * 4 * 32 + lane;
-      const float4* less = reinterpret_cast<const float4*>(tables.a2_less + 16 * s + 4 * t);
+      const uint4* unit = cb_unit(cb_units, group_chunk, tile);
+      const uint4* x_unit = x16 + lane;
+      const float4* less = reinterpret_cast<const float4*>(tables.a2_less + 4 * t);
       const auto accumulate = [&](const uint4& weights) {
 #pragma unroll
         for (int pair = 0; pair < 4; ++pair) {
@@ -214,23 +158,21 @@ struct RowScan {
         }
       };
 #pragma unroll 1
-      for (; s < tile; ++s) {
-        unit16 += 32;
-        const uint4 cb = cb_diagonal;
-        cb_diagonal = load16_global(unit16);
-        accumulate(scan_weights<false>(cb, *less, a0, a1, 0, 0.0f));
+      for (int s = 0; s < tile; ++s) {
+        unit += 32;
+        const uint4 left = cb;
+        cb = load16_global(unit);
+        accumulate(scan_weights<false>(left, *less, a0, a1, 0, 0.0f));
         x_unit += 4 * 32;
         less += 4;
       }
-      const uint4 cb = cb_diagonal;
+      const uint4 diagonal = cb;
       if (more) {
         const int next = tile_of(m + 1);
         load_c(c_units, group_chunk, next);
-        load_left(unit8_of(cb8, group_chunk, next));
-        cb_diagonal =
-            load16_global(unit16_of(cb16, group_chunk, next, first_diagonal(shape, next)));
+        cb = load16_global(cb_unit(cb_units, group_chunk, next));
       }
-      accumulate(scan_weights<true>(cb, *less, a0, a1, 4 * t - g, tables.d_skip));
+      accumulate(scan_weights<true>(diagonal, *less, a0, a1, 4 * t - g, tables.d_skip));
 
       store_rows(y, 16 * tile_of(m), place.valid, shape.nheads * shape.headdim,
                  y_out + place.y_offset);

@@ -14,9 +14,7 @@ namespace ssd {
 constexpr int kThreads = 256;  // of the preparing kernels; Plan has those of work items
 constexpr int kWarps = kThreads / 32;
 constexpr int kTileP = 64;      // channels of a work item: one 128-byte line of x
-constexpr int kScanTile = 64;   // positions of a Scan2 tile
 constexpr int kMaxChunk = 256;  // also the bound of exact integer sums
-constexpr int kMaxTiles = kMaxChunk / kScanTile;
 constexpr int kUnitBytes = 512;
 constexpr int kFlags = 16;  // of progress per lane of work: one per warp
 
@@ -29,7 +27,6 @@ struct Shape {
   int d_state;
   int chunk;
   int chunks;
-  int tiled;    // Scan2 left of the diagonal tiles in INT8
   int away;     // rounding half_away
   int dynamic;  // scaling "dynamic"
   int fp16;     // scaling "none"
@@ -39,8 +36,7 @@ struct Shape {
   // Units per (batch, chunk, group).
   __host__ __device__ size_t b_units() const { return size_t(chunk / 32) * (d_state / 16); }
   __host__ __device__ size_t c_units() const { return size_t(chunk / 16) * (d_state / 32); }
-  __host__ __device__ size_t cb8_units() const { return size_t(chunk / 16) * (chunk / 32); }
-  __host__ __device__ size_t cb16_units() const { return size_t(chunk / 16) * (chunk / 16); }
+  __host__ __device__ size_t cb_units() const { return size_t(chunk / 16) * (chunk / 16); }
   __host__ __device__ size_t group_chunks() const { return size_t(batch) * chunks * ngroups; }
 };
 
@@ -71,7 +67,6 @@ struct Plan {
   static constexpr int kRWords = kN * kTileP / 16;
   static constexpr int kXsWords = kChunk * kTileP / 16;
   static constexpr int kX16Words = kChunk * kTileP / 8;
-  static constexpr int kXtWords = (kChunk - kScanTile) * kTileP / 16;
 
   __device__ static int first_row() { return (threadIdx.x / 32) / kWarpColumns * kRows; }
   __device__ static int first_step() { return (threadIdx.x / 32) % kWarpColumns * kSteps; }

@@ -15,44 +15,31 @@ namespace ssd {
 struct alignas(16) Tables {
   int4 magic;  // four times kMagicInt: from memory, or the compiler sets it anew for each product
   // Of the decay, in the order of PreparedTables.
-  float w_state[kMaxChunk];   // exp(a_last - a_k) * dt_k, times kTinyW if static and half-even
-  float w_tile[kMaxChunk];    // likewise, with the decay r at the end of k's tile for a_last
-  float a2[kMaxChunk];        // a * log2(e)
-  float a2_less[kMaxChunk];   // a2 - log2(dt * cb_scale)
-  float tile_end[kMaxTiles];  // r * log2(e) of each tile
-  float gate;                 // exp(a_last)
-  float b_scale, c_scale, cb_scale;
-  // Of the channels, in the order of PreparedTables; only what "static" prepares: the first of
-  // `tiles`, which is all of them, and all else.
+  float w_state[kMaxChunk];  // exp(a_last - a_k) * dt_k, times kTinyW if static and half-even
+  float a2[kMaxChunk];       // a * log2(e)
+  float a2_less[kMaxChunk];  // a2 - log2(dt * cb_scale)
+  float gate;                // exp(a_last)
+  float b_scale, c_scale;
+  float d_skip;
+  // Of the channels, in the order of PreparedTables: what "static" prepares.
   float x_inverse[kTileP];         // 1 / scale, times kTinyV if static and half-even
   float state_inverse[kTileP];     // static only
   float state_multiplier[kTileP];  // accumulator -> state
   float scan1_scale[kTileP];
-  struct Tile {
-    float x_inverse[kTileP];
-    float scale[kTileP];  // INT8 Scan2 accumulator -> y
-  } tiles[kMaxTiles - 1];
   // Of the item.
-  float d_skip;
   int group_chunk;
   int valid;
   size_t y_offset;  // of its first row and channel
-
-  // From one tile to the next.
-  __device__ static int tile_pitch(const Shape& shape) {
-    return shape.dynamic ? sizeof(Tile) / sizeof(float) : 0;
-  }
 };
 
 // Those that an op has; of the channels, null with scaling "dynamic".
 struct Scales {
-  const float* x_scale;       // (H, P)
-  const float* x_tile_scale;  // (H, P)
-  const float* state_scale;   // (H, P)
-  const float* b_scale;       // (G)
-  const float* c_scale;       // (G)
-  const float* cb_scale;      // (G)
-  const float* d_skip;        // (H)
+  const float* x_scale;      // (H, P)
+  const float* state_scale;  // (H, P)
+  const float* b_scale;      // (G)
+  const float* c_scale;      // (G)
+  const float* cb_scale;     // (G)
+  const float* d_skip;       // (H)
 };
 
 __device__ __forceinline__ float decay_weight(float end, float a_k, float dt_k) {
@@ -67,31 +54,21 @@ __device__ __forceinline__ float weight_factor(const Shape& shape) {
 
 // Writes the constants of channel hp at `first` and every kTileP floats from there, in the order of
 // Tables. Of scaling "static".
-template <bool kState, bool kScan>
+template <bool kScan>
 __device__ __forceinline__ void fill_channel(const Shape& shape, int hp, int group,
                                              const Scales& scales, bool integer_gate,
                                              float* first) {
-  const float tiny_v = shape.away ? 1.0f : kTinyV;
-  if (kState) {
-    const float x_scale = scales.x_scale[hp], state_scale = scales.state_scale[hp];
-    const float multiplier = __fmul_rn(x_scale, scales.b_scale[group]);
-    first[0] = __frcp_rn(x_scale) * tiny_v;
-    first[kTileP] = __frcp_rn(state_scale);
-    first[2 * kTileP] = integer_gate ? __fdiv_rn(multiplier, state_scale) : multiplier;
-    if (kScan) first[3 * kTileP] = __fmul_rn(scales.c_scale[group], state_scale);
-  }
-  if (kScan && shape.tiled) {
-    const float tile_scale = scales.x_tile_scale[hp];
-    first[4 * kTileP] = __frcp_rn(tile_scale) * tiny_v;
-    first[5 * kTileP] = tile_scale * scales.cb_scale[group];
-  }
+  const float x_scale = scales.x_scale[hp], state_scale = scales.state_scale[hp];
+  const float multiplier = __fmul_rn(x_scale, scales.b_scale[group]);
+  first[0] = __frcp_rn(x_scale) * (shape.away ? 1.0f : kTinyV);
+  first[kTileP] = __frcp_rn(state_scale);
+  first[2 * kTileP] = integer_gate ? __fdiv_rn(multiplier, state_scale) : multiplier;
+  if (kScan) first[3 * kTileP] = __fmul_rn(scales.c_scale[group], state_scale);
 }
 
 // What one thread sets.
-__device__ __forceinline__ void finish_tables(const Shape& shape, const Item& it,
-                                              const Scales& scales, Tables& tables) {
+__device__ __forceinline__ void finish_tables(const Shape& shape, const Item& it, Tables& tables) {
   tables.magic = make_int4(kMagicInt, kMagicInt, kMagicInt, kMagicInt);
-  if (scales.d_skip != nullptr) tables.d_skip = scales.d_skip[it.h];
   tables.group_chunk = it.group_chunk;
   tables.valid = it.valid;
   tables.y_offset = (size_t(it.b) * shape.length + it.start) * shape.nheads * shape.headdim + it.p0;
@@ -115,25 +92,21 @@ __device__ __forceinline__ void fill_tables(const Shape& shape, const Item& it, 
       if (k == 0) tables.gate = expf(a_last);
     }
     if (kScan) {
-      const float r = a[first + min(k | (kScanTile - 1), last)];
       const float a2 = a_k * kLog2e;
-      tables.w_tile[k] = decay_weight(r, a_k, dt_k) * weight_factor(shape);
       tables.a2[k] = a2;
       tables.a2_less[k] = a2 - __log2f(dt_k * scales.cb_scale[it.group]);
-      if (k % kScanTile == 0) tables.tile_end[k / kScanTile] = r * kLog2e;
     }
   }
   // The scales go to the last warps: the first have more to do elsewhere.
   const int p = threadIdx.x - (P::kThreads - kTileP);
   if (p < 0) return;
-  if (!shape.dynamic) {
-    fill_channel<kState, kScan>(shape, it.p0 + p, it.group, scales, integer_gate,
-                                tables.x_inverse + p);
+  if (kState && !shape.dynamic) {
+    fill_channel<kScan>(shape, it.p0 + p, it.group, scales, integer_gate, tables.x_inverse + p);
   }
   if (p > 0) return;
   if (kState) tables.b_scale = scales.b_scale[it.group];
-  if (kScan) tables.cb_scale = scales.cb_scale[it.group];
-  finish_tables(shape, it, scales, tables);
+  if (kScan) tables.d_skip = scales.d_skip[it.h];
+  finish_tables(shape, it, tables);
 }
 
 // Tables that a kernel before has written, for all items: the decay of (batch, chunk, head) and,
@@ -142,8 +115,8 @@ struct PreparedTables {
   float* decay;
   float* channels;
 
-  __host__ __device__ static int decay_floats(int chunk) { return 4 * chunk + kMaxTiles + 4; }
-  static constexpr int kChannelFloats = 6 * kTileP;
+  __host__ __device__ static int decay_floats(int chunk) { return 3 * chunk + 4; }
+  static constexpr int kChannelFloats = 4 * kTileP;
 
   __device__ float* decay_of(const Shape& s, int b, int c, int h) const {
     return decay + ((size_t(b) * s.chunks + c) * s.nheads + h) * decay_floats(s.chunk);
@@ -156,9 +129,8 @@ struct PreparedTables {
 // Starts the copy of an item's tables; complete after cp_async_wait and a synchronisation.
 template <typename P>
 __device__ __forceinline__ void copy_tables(const Shape& shape, const Item& it,
-                                            const PreparedTables& prepared, const Scales& scales,
-                                            Tables& tables) {
-  constexpr int kPerArray = P::kChunk / 4, kDecayWords = P::kChunk + (kMaxTiles + 4) / 4;
+                                            const PreparedTables& prepared, Tables& tables) {
+  constexpr int kPerArray = P::kChunk / 4, kDecayWords = 3 * kPerArray + 1;
   constexpr int kWords = kDecayWords + PreparedTables::kChannelFloats / 4;
   const float* decay = prepared.decay_of(shape, it.b, it.c, it.h);
   const float* channels = prepared.channels_of(shape, it.h, it.pt);
@@ -168,12 +140,12 @@ __device__ __forceinline__ void copy_tables(const Shape& shape, const Item& it,
     const float* from = of_decay ? decay + 4 * i : channels + 4 * (i - kDecayWords);
     const int array = i / kPerArray;
     float* to = !of_decay           ? tables.x_inverse + 4 * (i - kDecayWords)
-                : i < 4 * kPerArray ? tables.w_state + array * kMaxChunk + 4 * (i % kPerArray)
-                                    : tables.tile_end + 4 * (i - 4 * kPerArray);
+                : i < 3 * kPerArray ? tables.w_state + array * kMaxChunk + 4 * (i % kPerArray)
+                                    : &tables.gate;
     cp_async_16(shared_address(to), from);
   }
   cp_async_commit();
-  if (threadIdx.x == 0) finish_tables(shape, it, scales, tables);
+  if (threadIdx.x == 0) finish_tables(shape, it, tables);
 }
 
 }  // namespace ssd

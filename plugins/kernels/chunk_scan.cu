@@ -1,10 +1,10 @@
 // y = exp(a_m) . C R  +  sum_{k <= m} CB . exp(a_m - a_k) . dt_k . x_k  +  D . x.
 //
 // x, y (B, L, H . P) FP16; b_q, c_q (B, L, G . N) INT8; dt, a (B, H, L) FP32; passed (B, C, H, P,
-// N) INT8. With scaling "none" Q rounds to FP16, passed is FP16, and so are all products of the
-// second launch. Two launches: CB = Q(C_q . B_q^T) of the causal tiles, once per group and in
-// operand order, then one block per chunk and 64 channels of a head (ssd.cuh). D goes into the
-// diagonal of the weighted CB before that is rounded to FP16.
+// N) INT8. CB = Q(C_q . B_q^T) is FP16, rounded to integers with scaling "static"; with "none"
+// passed is FP16 too, and so are all products of the second launch. Two launches: CB of the causal
+// tiles, once per group and in operand order, then one block per chunk and 64 channels of a head
+// (ssd.cuh). D goes into the diagonal of the weighted CB before that is rounded to FP16.
 
 #include "ssd.cuh"
 

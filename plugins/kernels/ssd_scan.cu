@@ -27,6 +27,7 @@
 //   1.02  the operands of y loaded after the carry (1.01)
 //   0.99  the next chunk's x fetched into L2 (1.02)
 //   1.01  Scan1 for all columns at once; one kernel for all choices (1.07)
+//   1.00  Scan2 left of the diagonal tiles of 64 positions in INT8, x scaled anew in each (1.01)
 
 #include "ssd.cuh"
 #include "ssd_scan_fp16.cuh"

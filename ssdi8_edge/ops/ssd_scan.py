@@ -47,8 +47,8 @@ def ssd_modules(
     dt, a = run(CHUNK_CUMSUM, zxbcdt, dt_bias, A)
     states = run(CHUNK_STATE, x, b_q, dt, a, b_scale, *static(x_scale, state_scale))
     passed, passed_scale, final = run(STATE_PASSING, states, a, ssm_state, *static(state_scale))
-    scales = (b_scale, c_scale, cb_scale)
-    return run(CHUNK_SCAN, x, b_q, c_q, dt, a, passed, passed_scale, D, *scales), final
+    y = run(CHUNK_SCAN, x, b_q, c_q, dt, a, passed, passed_scale, D, b_scale, c_scale, cb_scale)
+    return y, final
 
 
 def ssd_scan_reference(

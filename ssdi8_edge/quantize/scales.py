@@ -50,8 +50,8 @@ def activation_scales(
             "in_proj_scale": scale_from_absmax(torch.cat(parts), PER_TENSOR_FLOOR),
             "x_scale": scale_from_absmax(x, PER_TENSOR_FLOOR),
         }
-    # The release observes the full square of CB, also where k > m. Ours is not clipped: that would
-    # take away a tenth of CB's error, but 0.6 % of a layer's CB would saturate on some texts.
+    # The release observes the full square of CB, also where k > m. Where CB is FP16, its scale only
+    # keeps it inside that range.
     scales["cb_scale"] = of_group(statistics["CB_full" if released else "CB"])
     if recipe.scaling == "static":
         scales |= _static_ssd_scales(statistics, recipe, rotated)

@@ -25,6 +25,7 @@ from board_simulator.server import free_port
 from ssdi8_edge.errors import BoardError, LinkLost, UsageError
 from ssdi8_edge.target import dial
 from ssdi8_edge.target.hosts import connect
+from ssdi8_edge.target.ssh_link import SshChannel
 
 pytestmark = needs_sshd
 
@@ -366,6 +367,20 @@ def test_ctrl_c_ends_the_wait_for_a_board_that_says_nothing(lab: Lab) -> None:
             client.close()
         assert process.returncode == 130 and "stopped" in said
         assert time.monotonic() - begin < 5
+
+
+class DyingChannel:
+    """Of a link that dies while receiving tells the other side that there is room again."""
+
+    def recv(self, most: int) -> bytes:
+        raise EOFError
+
+    recv_stderr = recv
+
+
+def test_a_link_that_dies_while_receiving_ends_the_stream() -> None:
+    channel = SshChannel(None, DyingChannel())  # type: ignore[arg-type]
+    assert channel.read() == channel.read_errors() == b""
 
 
 @pytest.mark.parametrize(

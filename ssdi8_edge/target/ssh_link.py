@@ -86,10 +86,19 @@ class SshChannel(Channel):
         self._channel = channel
 
     def read(self) -> bytes:
-        return bytes(self._channel.recv(1 << 20))
+        return self._received(self._channel.recv, 1 << 20)
 
     def read_errors(self) -> bytes:
-        return bytes(self._channel.recv_stderr(1 << 16))
+        return self._received(self._channel.recv_stderr, 1 << 16)
+
+    @staticmethod
+    def _received(receive: Callable[[int], bytes], most: int) -> bytes:
+        try:
+            return bytes(receive(most))
+        except Exception:
+            # Receiving also tells the other side that there is room again: not over a link that has
+            # just died, which is the end of the stream too. `check` tells why.
+            return b""
 
     def write(self, data: bytes) -> None:
         for start in range(0, len(data), PACKET):

@@ -147,16 +147,13 @@ class QuantConfig:
             UsageError: a field does not exist, or one is missing: what it stood for is not known.
         """
         known = {field.name for field in dataclasses.fields(cls)}
-        for name in fields:
-            if name not in known:
+        lacks, unknown = sorted(known - fields.keys()), sorted(fields.keys() - known)
+        for words, names in (("lacks", lacks), ("has the unknown", unknown)):
+            if names:
                 raise UsageError(
-                    f"unknown recipe field {name!r};", f"known: {', '.join(sorted(known))}."
+                    f"the recipe was written by another version: it {words} {', '.join(names)};",
+                    "quantize again.",
                 )
-        if missing := ", ".join(sorted(known - fields.keys())):
-            raise UsageError(
-                f"the recipe was written by another version: it lacks {missing};",
-                "quantize again.",
-            )
         return cls(**fields)
 
 

@@ -379,7 +379,7 @@ def _chunk_scan(call: Call) -> Tensor:
     rows = (call.batch, _chunks(call), call.nheads, call.headdim)
     _require(call, _passed_type(call), passed=(*rows, call.d_state))
     _require(call, torch.float32, passed_scale=rows)
-    _require(call, torch.float32, **{name: (call.ngroups,) for name in _GROUP_SCALES})
+    _require_scales(call, _GROUP_SCALES, ())
     call.y = torch.empty_like(call.x)
     _launch("chunk_scan", call, call.x.device)
     return call.y

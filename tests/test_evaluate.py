@@ -35,10 +35,11 @@ __all__ = ["one_thread"]  # a fixture, taken over
 def short_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     """The protocol's 2048 tokens are too many for a test."""
     assert windows.WINDOW == 2048
-    assert (windows.CONTEXTS, windows.LAST) == ((512, 2048, 8192), 256)
+    assert (windows.CONTEXTS, windows.LAST, windows.SPACING) == ((512, 2048, 8192), 256, 2048)
     monkeypatch.setattr(windows, "WINDOW", WINDOW)
     monkeypatch.setattr(windows, "CONTEXTS", (16, 32, 128))
     monkeypatch.setattr(windows, "LAST", 8)
+    monkeypatch.setattr(windows, "SPACING", 48)
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +112,7 @@ def test_perplexity_is_what_the_protocol_says(model: Path, text: Path) -> None:
     assert (result.windows, result.window_tokens, result.text) == (5, WINDOW, "held-out.txt")
     assert (result.model, result.engine, result.scored_tokens) == ("fp32", "torch", WINDOW - 1)
     assert (result.kl, result.top1_agreement, result.saturation) == (None, None, {})
+    assert result.change_stderr is None
 
 
 def test_limit(model: Path, text: Path, tmp_path: Path) -> None:
@@ -154,7 +156,26 @@ def test_distance_to_the_first_model(
 
 def test_a_model_is_no_distance_from_itself(pair: list[Subject], text: Path) -> None:
     _, again = perplexities([pair[0], pair[0]], text_file(text), limit=2)
-    assert (again.kl, again.top1_agreement) == (0.0, 1.0)
+    assert (again.kl, again.top1_agreement, again.change_stderr) == (0.0, 1.0, 0.0)
+
+
+def test_standard_error_of_the_change(pair: list[Subject], text: Path) -> None:
+    """Of the mean difference of the two losses, over windows; one window says nothing."""
+    ids = torch.tensor(byte_tokenizer().encode(text.read_text()).ids)
+    windows_of_ids = ids[: 5 * WINDOW].reshape(5, WINDOW)
+    losses = [
+        -subject.logits(windows_of_ids)[:, :-1]
+        .double()
+        .log_softmax(-1)
+        .gather(2, windows_of_ids[:, 1:, None])
+        .mean((1, 2))
+        for subject in pair
+    ]
+    expected = (losses[1] - losses[0]).std().item() / 5**0.5
+    first, other = perplexities(pair, text_file(text))
+    assert first.change_stderr is None
+    assert other.change_stderr == pytest.approx(expected, rel=1e-6)
+    assert perplexities(pair, text_file(text), limit=1)[1].change_stderr is None
 
 
 def test_other_tokens_are_not_compared(pair: list[Subject], text: Path, tmp_path: Path) -> None:
@@ -162,7 +183,7 @@ def test_other_tokens_are_not_compared(pair: list[Subject], text: Path, tmp_path
     byte_tokenizer(120).save(str(tmp_path / "tokenizer.json"))  # knows fewer letters
     foreign = random_subject("foreign", tmp_path / "tokenizer.json")
     _, other, same = perplexities([pair[0], foreign, pair[1]], text_file(text))
-    assert other.kl is None and other.top1_agreement is None
+    assert other.kl is None and other.top1_agreement is None and other.change_stderr is None
     assert other.perplexity == perplexity(foreign, text).perplexity
     assert same.kl is not None
 
@@ -213,7 +234,7 @@ def test_windows_go_through_the_progress_callback(pair: list[Subject], text: Pat
     assert seen == [(10, "held-out.txt, 64 tokens")]
     seen.clear()
     long_context(pair, text_file(text), None, track)
-    assert seen == [(4, f"held-out.txt, {length} tokens") for length in (16, 32, 128)]
+    assert seen == [(10, f"held-out.txt, {length} tokens") for length in (16, 32, 128)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -223,18 +244,25 @@ def test_windows_go_through_the_progress_callback(pair: list[Subject], text: Pat
 def test_long_context_scores_the_same_tokens_after_more_of_the_text(
     pair: list[Subject], text: Path
 ) -> None:
-    """The last 8 of windows of 16, 32 and 128, all of which end at the same places."""
+    """The last 8 of windows of 16, 32 and 128, all of which end at the same places, 48 apart."""
     ids = torch.tensor(byte_tokenizer().encode(text.read_text()).ids)
     for subject, results in zip(pair, long_context(pair, text_file(text)), strict=True):
         for context, result in zip((16, 32, 128), results, strict=True):
             losses = []
-            for end in (128, 256):
+            for end in (128, 176, 224, 272, 320):
                 window = ids[end - context : end]
                 log_p = subject.logits(window[None])[0].double().log_softmax(-1)
                 losses += [-log_p[i - 1, window[i]].item() for i in range(context - 8, context)]
-            assert result.perplexity == pytest.approx(math.exp(sum(losses) / 16), rel=1e-9)
-            assert (result.windows, result.window_tokens, result.scored_tokens) == (2, context, 8)
+            assert result.perplexity == pytest.approx(math.exp(sum(losses) / 40), rel=1e-9)
+            assert (result.windows, result.window_tokens, result.scored_tokens) == (5, context, 8)
             assert (result.kl is None) == (subject is pair[0])
+
+
+def test_limit_of_long_context(pair: list[Subject], text: Path, tmp_path: Path) -> None:
+    """The first windows of each length, as if the text ended there."""
+    cut = write_text(tmp_path / "held-out.txt", size=128 + 48)
+    assert long_context(pair, text_file(text), 2) == long_context(pair, text_file(cut))
+    assert long_context(pair, text_file(text), 99) == long_context(pair, text_file(text))
 
 
 def test_long_context_of_a_short_text(pair: list[Subject], tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ OTHER = replace(
     perplexity=10.2,
     kl=0.00123,
     top1_agreement=0.987,
+    change_stderr=0.0012,
     saturation={"u": 0.001, "r": 0.00002},
 )
 
@@ -67,9 +68,9 @@ def printed(rows: list[Evaluation], width: int) -> str:
 
 
 CELLS = [
-    *("10.0000", "10.2000 (+2.00%)", "0.00123", "98.70%", "0.100% u"),
+    *("10.0000", "10.2000 (+2.00% ± 0.12%)", "0.00123", "98.70%", "0.100% u"),
     *("60.0 ± 2.0", "55.0 ± 2.0", "70.0 ± 0.0", "65.0 ± 1.0", "60.0 ± 1.0"),
-    *("12.0000 (+0.00%)", "9.9000 (+10.00%)", "torch reference"),
+    *("12.0000 (+0.00% ± 0.12%)", "9.9000 (+10.00% ± 0.12%)", "torch reference"),
 ]
 
 
@@ -86,7 +87,7 @@ def test_markdown_is_one_table(rows: list[Evaluation]) -> None:
         assert f"| {cell} " in first + other
     assert "- a|b [x].txt: 3 × 2048 tokens" in rest
     assert any("items: lambada 400, hellaswag 100" in line for line in rest)
-    assert any("the same 256 tokens of each of 3 windows" in line for line in rest)
+    assert any("the last 256 tokens of 3 windows" in line for line in rest)
 
 
 @pytest.mark.parametrize("width", [200, 100, 60])

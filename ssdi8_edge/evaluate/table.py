@@ -73,7 +73,8 @@ def _text_columns(of_text: Sequence[Perplexity], alone: bool) -> list[Column]:
 def _with_change(result: Perplexity, first: Perplexity) -> str:
     if result is first:
         return f"{result.perplexity:.4f}"
-    return f"{result.perplexity:.4f} ({result.perplexity / first.perplexity - 1:+.2%})"
+    error = _optional(result.change_stderr, " ± {:.2%}")
+    return f"{result.perplexity:.4f} ({result.perplexity / first.perplexity - 1:+.2%}{error})"
 
 
 def _optional(value: float | None, form: str) -> str:
@@ -99,7 +100,8 @@ def notes(rows: Sequence[Evaluation]) -> list[str]:
     ]
     if len(rows) > 1:
         found.append(
-            f"change of perplexity, KL (nats per token) and top-1 agreement: to {first.model}"
+            f"change of perplexity (± standard error over windows), KL (nats per token) and top-1 "
+            f"agreement: to {first.model}"
         )
     if any(each.saturation for row in rows for each in row.perplexities):
         found.append("saturation: INT8 values at the end of their range, worst site of any layer")
@@ -109,8 +111,8 @@ def notes(rows: Sequence[Evaluation]) -> list[str]:
     if first.long_context:
         longest = first.long_context[-1]
         found.append(
-            f"long context: the same {longest.scored_tokens} tokens of each of {longest.windows} "
-            "windows, after more or less of what precedes them"
+            f"long context: the last {longest.scored_tokens} tokens of {longest.windows} windows "
+            "that end at the same places, after more or less of what precedes them"
         )
     return found
 

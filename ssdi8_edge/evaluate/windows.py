@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean, stdev
 
 import torch
 from torch import Tensor
@@ -23,6 +24,9 @@ WINDOW = 2048
 # Method §8.5: what an average over positions hides.
 CONTEXTS = (512, 2048, 8192)
 LAST = 256
+# From the end of one window of the long-context table to that of the next: non-overlapping windows
+# of 8192 tokens would leave too few scored tokens to tell methods apart.
+SPACING = 2048
 # Log-probabilities of so many positions at a time: at 50,000 tokens of vocabulary and 2048
 # positions each copy of them would take 0.8 GB.
 SLICE = 256
@@ -39,6 +43,8 @@ class Perplexity:
         kl: mean over the scored tokens of KL(first model ‖ this one), nats; None for the first, and
             for a model with other tokens.
         top1_agreement: fraction of the scored tokens where both have the same likeliest token.
+        change_stderr: standard error of the change of perplexity against the first model, relative:
+            of the mean over windows of the difference in their losses. None for one window.
         saturation: site -> fraction of INT8 values at the end of their range, in the worst layer;
             empty where nothing is INT8 or the engine does not count.
     """
@@ -52,6 +58,7 @@ class Perplexity:
     perplexity: float
     kl: float | None = None
     top1_agreement: float | None = None
+    change_stderr: float | None = None
     saturation: dict[str, float] = field(default_factory=dict)
 
 
@@ -59,9 +66,8 @@ class _Tally:
     """Sums over the scored positions of one model."""
 
     def __init__(self) -> None:
-        self.windows = 0
-        self.positions = 0
-        self.nll = 0.0
+        # Nats per token of each window. All windows score as many tokens.
+        self.losses: list[float] = []
         self.compared = 0
         self.kl = 0.0
         self.same_top = 0
@@ -69,23 +75,23 @@ class _Tally:
 
     def add(self, logits: Tensor, targets: Tensor, reference: Tensor | None) -> None:
         """logits and reference (S, T, V) FP32 of S windows predict targets (S, T)."""
-        self.windows += len(targets)
         for i in range(len(targets)):
             self._add_window(logits[i], targets[i], None if reference is None else reference[i])
 
     def _add_window(self, logits: Tensor, targets: Tensor, reference: Tensor | None) -> None:
-        self.positions += len(targets)
+        nll = 0.0
         for start in range(0, len(targets), SLICE):
             part = slice(start, start + SLICE)
             # FP64: KL to an FP16 model is a difference in the seventh digit.
             log_p = logits[part].double().log_softmax(-1)
-            self.nll -= log_p.gather(1, targets[part, None].to(log_p.device)).sum().item()
+            nll -= log_p.gather(1, targets[part, None].to(log_p.device)).sum().item()
             if reference is None:
                 continue
             log_r = reference[part].double().log_softmax(-1)
             self.compared += len(log_r)
             self.kl += (log_r.exp() * (log_r - log_p)).sum().item()
             self.same_top += int((log_r.argmax(-1) == log_p.argmax(-1)).sum())
+        self.losses.append(nll / len(targets))
 
     def add_saturation(self, fractions: dict[str, float], windows: int) -> None:
         """Windows are of one length, so that the mean of their fractions is the fraction."""
@@ -97,20 +103,30 @@ class _Tally:
         worst: dict[str, float] = {}
         for name, total in self.saturation.items():
             site = name.rsplit(".", 1)[-1]
-            worst[site] = max(worst.get(site, 0.0), total / self.windows)
+            worst[site] = max(worst.get(site, 0.0), total / len(self.losses))
         return worst
 
-    def result(self, subject: Subject, text: Text, window: int, scored: int) -> Perplexity:
+    def change_stderr(self, first: _Tally) -> float | None:
+        """Paired, window by window: the text is the same, so that what both find hard cancels."""
+        if not self.compared or len(self.losses) < 2:
+            return None
+        changes = [ours - theirs for ours, theirs in zip(self.losses, first.losses, strict=True)]
+        return stdev(changes) / math.sqrt(len(changes))
+
+    def result(
+        self, subject: Subject, text: Text, window: int, scored: int, first: _Tally
+    ) -> Perplexity:
         return Perplexity(
             model=subject.name,
             engine=subject.engine,
             text=text.name,
-            windows=self.windows,
+            windows=len(self.losses),
             window_tokens=window,
             scored_tokens=scored,
-            perplexity=math.exp(self.nll / self.positions),
+            perplexity=math.exp(fmean(self.losses)),
             kl=self.kl / self.compared if self.compared else None,
             top1_agreement=self.same_top / self.compared if self.compared else None,
+            change_stderr=self.change_stderr(first),
             saturation=self.worst_saturation(),
         )
 
@@ -141,24 +157,28 @@ def long_context(
 ) -> list[list[Perplexity]]:
     """Of each model, the perplexity of the last 256 tokens of windows of 512, 2048 and 8192.
 
-    The tokens are the same for every length, and so is all that precedes them but how much of it
-    the model sees: windows of one length differ from those of another in the context alone.
+    A window ends every 2048 tokens, from the 8192nd on; longer ones overlap. The scored tokens are
+    the same for every length, and so is all that precedes them but how much of it the model sees:
+    windows of one length differ from those of another in the context alone.
 
     Args:
-        limit: the first so many windows of the longest kind; None takes all.
+        limit: the first so many windows of each length; None takes all.
 
     Raises:
         UsageError: the text is shorter than the longest window.
     """
-    windows = _windows(subjects, text, CONTEXTS[-1], limit)
-    found = min(ids.shape[1] for ids in windows)
+    # The text as windows of one token: no more of it than the windows take.
+    tokens = CONTEXTS[-1] + (limit - 1) * SPACING if limit else None
+    ids = [each.flatten() for each in _windows(subjects, text, 1, tokens)]
+    found = min(map(len, ids))
     if found < CONTEXTS[-1]:
         raise UsageError(
             f"{text.name} holds {found} tokens;",
             f"the long-context table needs a text of at least {CONTEXTS[-1]}.",
         )
+    windows = [each.unfold(0, CONTEXTS[-1], SPACING) for each in ids]
     by_length = [
-        _measure(subjects, text, [ids[:, -length:] for ids in windows], track, LAST)
+        _measure(subjects, text, [each[:, -length:] for each in windows], track, LAST)
         for length in CONTEXTS
     ]
     return [list(of_model) for of_model in zip(*by_length, strict=True)]
@@ -213,6 +233,6 @@ def _measure(
         if n == 0:
             reference = predicting
     return [
-        tally.result(subject, text, own.shape[1], scored or own.shape[1] - 1)
+        tally.result(subject, text, own.shape[1], scored or own.shape[1] - 1, tallies[0])
         for tally, subject, own in zip(tallies, subjects, windows, strict=True)
     ]

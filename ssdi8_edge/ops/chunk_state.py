@@ -168,10 +168,10 @@ def decay_lines(chunk: int | str, f: int) -> list[str]:
     After `onnx_text.chunk_padding`; `chunk` is the number of tokens, or the tensor that holds it.
     """
     return [
-        t.pad_to_chunks("dt_hc", "dt", 2, [0, 0, -1, chunk]),
+        t.pad_to_chunks("dt_hc", "dt", 2, [0, 0, "chunk_count", chunk]),
         "dt_ch = Transpose <perm = [0, 2, 1, 3]> (dt_hc)",
         t.cast("dt_wide", "dt_ch", f),
-        t.pad_to_chunks("a_hc", "a", 2, [0, 0, -1, chunk], mode="edge"),
+        t.pad_to_chunks("a_hc", "a", 2, [0, 0, "chunk_count", chunk], mode="edge"),
         "a_ch = Transpose <perm = [0, 2, 1, 3]> (a_hc)",
         t.cast("a_wide", "a_ch", f),
         t.ints("k_axis", [3]),

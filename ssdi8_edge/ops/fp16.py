@@ -184,12 +184,13 @@ def _ssd_scan_body(a: Attributes, form: BodyForm) -> str:
     f = t.compute_type(form)
     kind = "double" if form == "cpu" else "float"
     h, g, p, n = (int(a[key]) for key in ("nheads", "ngroups", "headdim", "d_state"))
-    k = "chunk_tokens"
+    # No size is left to be inferred: from what, TensorRT could bound it by guessing only.
+    chunks, k = "chunk_count", "chunk_tokens"
     lines = [
         *time_step_lines(a, form),
         "dt = Transpose <perm = [0, 2, 1]> (dt_blh)",
         t.chunk_padding("x", 1, int(a["chunk_size"]), shrink=True),
-        t.pad_to_chunks("dt_chunks", "dt", 2, [0, 0, -1, k]),
+        t.pad_to_chunks("dt_chunks", "dt", 2, [0, 0, chunks, k]),
         t.cast("dt_hck", "dt_chunks", f),
         t.cast("A_chunk", "A", f),
         t.ints("A_shape", [h, 1, 1]),
@@ -197,22 +198,22 @@ def _ssd_scan_body(a: Attributes, form: BodyForm) -> str:
         "decay_steps = Mul (dt_hck, A_row)",
         "axis_k = Constant <value = int64 {3}> ()",
         "cumulative = CumSum (decay_steps, axis_k)",
-        t.ints("flat_shape", [0, 0, -1]),
+        t.shape("flat_shape", [0, 0, "padded_length"]),
         "a_padded = Reshape (cumulative, flat_shape)",
         t.keep_length("a", "a_padded", 2),
         *decay_lines(k, f),
         t.ints("last", [-1]),
         t.ints("second_last", [-2]),
         t.ints("axis3", [3]),
-        t.pad_to_chunks("x_chunks", "x", 1, [0, -1, k, h, p]),
+        t.pad_to_chunks("x_chunks", "x", 1, [0, chunks, k, h, p]),
         "x_chkp = Transpose <perm = [0, 1, 3, 2, 4]> (x_chunks)",
         t.cast("x_wide", "x_chkp", f),
-        t.ints("x_group_shape", [0, 0, g, h // g, -1, p]),
+        t.shape("x_group_shape", [0, 0, g, h // g, k, p]),
         "x_group = Reshape (x_wide, x_group_shape)",
     ]
     for name in ("b", "c"):
         lines += [
-            t.pad_to_chunks(f"{name}_chunks", name, 1, [0, -1, k, g, n]),
+            t.pad_to_chunks(f"{name}_chunks", name, 1, [0, chunks, k, g, n]),
             f"{name}_cgkn16 = Transpose <perm = [0, 1, 3, 2, 4]> ({name}_chunks)",
             t.cast(f"{name}_cgkn", f"{name}_cgkn16", f),
             f"{name}_heads = Unsqueeze ({name}_cgkn, axis3)",
@@ -239,7 +240,7 @@ def _ssd_scan_body(a: Attributes, form: BodyForm) -> str:
         "entering_np = Transpose <perm = [1, 0, 2, 4, 3]> (entering_c)",  # (B, C, H, N, P)
         "entering_group = Reshape (entering_np, entering_shape)",
         "scan1_group = MatMul (c_heads, entering_group)",
-        t.ints("head_shape", [0, 0, h, -1, p]),
+        t.shape("head_shape", [0, 0, h, k, p]),
         "scan1_raw = Reshape (scan1_group, head_shape)",
         "a_exp = Exp (a_wide)",
         "a_exp_column = Unsqueeze (a_exp, last)",
@@ -277,7 +278,7 @@ def _ssd_scan_body(a: Attributes, form: BodyForm) -> str:
         t.cast("total32", "total", t.FP32),
         t.cast("total16", "total32", t.FP16),
         "total_khp = Transpose <perm = [0, 1, 3, 2, 4]> (total16)",
-        t.ints("y_shape", [0, -1, h * p]),
+        t.shape("y_shape", [0, "padded_length", h * p]),
         "y_padded = Reshape (total_khp, y_shape)",
         t.keep_length("y", "y_padded", 1),
     ]

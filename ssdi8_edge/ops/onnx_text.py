@@ -219,22 +219,24 @@ def shape(name: str, parts: Sequence[int | str]) -> str:
 
 
 def chunk_padding(length_of: str, axis: int, chunk: int, *, shrink: bool = False) -> str:
-    """`length` (1): tokens of `length_of`; `chunk_tokens` (1); `padding` (1): up to a whole chunk.
+    """`length` (1): tokens of `length_of`; `chunk_count` and `chunk_tokens` (1): chunks, and tokens
+    of each; `padding` (1): tokens up to a whole chunk; `padded_length` (1): with them.
 
-    With `shrink`, a sequence shorter than a chunk is one chunk of its own length.
+    With `shrink`, a sequence shorter than a chunk is one chunk of its own length. It is divided by
+    the constant all the same: TensorRT bounds a quotient by the bounds of its terms, and would make
+    room for as many chunks as there are tokens.
     """
-    tokens = ints("chunk_tokens", [chunk])
-    if shrink:
-        limit = ints("chunk_limit", [chunk])
-        tokens = f"{limit}\nchunk_tokens = Min (length, chunk_limit)"
+    tokens = "Min (length, chunk_size)" if shrink else "Identity (chunk_size)"
     return "\n".join(
         [
             f"length = Shape <start = {axis}, end = {axis + 1}> ({length_of})",
-            tokens,
+            ints("chunk_size", [chunk]),
             ints("chunk_one", [1]),
+            f"chunk_tokens = {tokens}",
             "chunk_less_one = Sub (chunk_tokens, chunk_one)",
-            "length_up = Add (length, chunk_less_one)",
-            "chunk_count = Div (length_up, chunk_tokens)",
+            ints("chunk_round_up", [chunk - 1]),
+            "length_up = Add (length, chunk_round_up)",
+            "chunk_count = Div (length_up, chunk_size)",
             "padded_length = Mul (chunk_count, chunk_tokens)",
             "padding = Sub (padded_length, length)",
         ]

@@ -30,11 +30,11 @@ from ssdi8_edge.artifacts import (
     shipped,
     write_json,
 )
-from ssdi8_edge.board_runtime import run_engine
+from ssdi8_edge.board_runtime import run_engine, runtime_module
 from ssdi8_edge.errors import Ssdi8Error
 from ssdi8_edge.profiles import Target
 from ssdi8_edge.progress import Track, silent
-from ssdi8_edge.quantize.modules import QuantizedMamba2
+from ssdi8_edge.quantize.modules import QuantizedMamba2, State
 from ssdi8_edge.quantize.saved import load_quantized, read_config
 
 DECODE_STEPS = 4
@@ -44,7 +44,7 @@ _JUNK = {"__pycache__", "build"}
 
 
 def golden_vectors(
-    model: QuantizedMamba2, ids: Tensor, track: Track = silent
+    model: QuantizedMamba2, ids: Tensor, max_tokens: int, track: Track = silent
 ) -> dict[str, np.ndarray]:
     """What every runtime must reproduce, from the torch reference.
 
@@ -53,19 +53,30 @@ def golden_vectors(
 
     Args:
         ids: (tokens,) real text; used cyclically where it is short.
+        max_tokens: the most that a call takes; a longer prefill goes in the runtime's pieces, since
+            the states between them are rounded to their type.
     """
-    length = 2 * model.config.chunk_size + 3
+    chunk = model.config.chunk_size
+    length = 2 * chunk + 3
     repeats = -(-(length + DECODE_STEPS) // len(ids))
     ids = ids.repeat(repeats)[: length + DECODE_STEPS].to(torch.int32)[None]
     prompt, following = ids[:, :length], ids[:, length:]
-    layers = iter(track(range(model.config.n_layer + 1), "golden vectors"))
+    pieces = runtime_module("generate").prefill_pieces(length, max_tokens, chunk)
+    layers = iter(track(range(model.config.n_layer * len(pieces) + 1), "golden vectors"))
 
     def layer_begins(_: str) -> AbstractContextManager[None]:
         next(layers, None)
         return nullcontext()
 
-    logits, states = model.forward(prompt, None, GOLDEN_LOGITS, layer_begins)
+    states: list[State] | None = None
+    last_logits = []
+    for start, end in pieces:
+        keep = min(GOLDEN_LOGITS, end - start)
+        logits, states = model.forward(prompt[:, start:end], states, keep, layer_begins)
+        last_logits.append(logits)
     deque(layers, maxlen=0)  # ends the bar
+    assert states is not None
+    logits = torch.cat(last_logits, 1)[:, -GOLDEN_LOGITS:]
     golden = {"input_ids": prompt, "logits": logits, "decode_ids": following}
     for i, state in enumerate(states):
         golden |= {f"conv_state.{i}": state.conv, f"ssm_state.{i}": state.ssm}
@@ -112,7 +123,8 @@ def pack(
         shutil.copyfile(run_folder / QUANTIZED / TOKENIZER, folder / TOKENIZER)
     for source, inside in ((shipped("jetson"), folder), (shipped("plugins"), folder / "plugins")):
         _copy_sources(source, inside)
-    golden = golden_vectors(load_quantized(run_folder / QUANTIZED), golden_ids, track)
+    model = load_quantized(run_folder / QUANTIZED)
+    golden = golden_vectors(model, golden_ids, target.max_tokens, track)
     np.savez(folder / GOLDEN, **golden)  # type: ignore[arg-type]
 
     manifest: dict[str, Any] = {

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -52,9 +53,11 @@ def byte_tokenizer(vocabulary: int = 256) -> Tokenizer:
     return tokenizer
 
 
-def write_model(folder: Path, d_model: int = 128) -> Path:
-    """A checkpoint with tokenizer: 2 layers, 256 tokens; widths that 4-bit groups of 128 divide."""
-    config = make_config(d_model=d_model, headdim=32)
+def write_model(folder: Path, **sizes: int) -> Path:
+    """A checkpoint with tokenizer: 2 layers, 256 tokens; the smallest sizes that have kernels and
+    that 4-bit groups of 128 divide, unless `sizes` says otherwise."""
+    fitting = {"d_model": 128, "headdim": 64, "d_state": 64, "chunk_size": 64}
+    config = make_config(**(fitting | sizes))
     tensors = make_model(config).state_dict()
     del tensors["lm_head.weight"]
     folder.mkdir(parents=True)
@@ -371,6 +374,19 @@ def test_other_target_redoes_the_bundle_only(ask: Ask, finished: Path) -> None:
     result = build(ask(finished, target="orin-nano"))
     assert (result.ran, result.reused) == (["bundle"], list(STAGES[:3]))
     assert result.manifest is not None and result.manifest["target"]["name"] == "orin-nano"
+
+
+@pytest.mark.parametrize("most", [64, 130])
+def test_target_that_takes_fewer_tokens_than_the_golden_vectors(
+    ask: Ask, finished: Path, most: int
+) -> None:
+    """They are of a prefill in pieces then, of which the last is shorter than the kept logits."""
+    request = ask(finished)
+    engine = request.target.engine.model_copy(update={"tokens": [1, 32, most]})
+    target = request.target.model_copy(update={"engine": engine})
+    assert build(dataclasses.replace(request, target=target)).ran == ["bundle"]
+    with np.load(finished / "bundle" / "golden.npz") as golden:
+        assert golden["input_ids"].shape == (1, 131) and golden["logits"].shape[1] == 4
 
 
 def test_plan_touches_nothing(ask: Ask, clean: Path, tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ from ssdi8_edge.lowering import lower
 from ssdi8_edge.methods import QuantConfig
 from ssdi8_edge.model import Mamba2Config
 from ssdi8_edge.ops.kernel_library import references_only
+from ssdi8_edge.ops.kernel_limits import require_kernels
 from ssdi8_edge.profiles import Target
 from ssdi8_edge.progress import Track, silent
 from ssdi8_edge.quantize import quantize
@@ -133,7 +134,7 @@ class Build:
                 f"call, less than the model's chunk of {self.config.chunk_size};",
                 "raise engine.tokens in its profile.",
             )
-        _require_widths(request.recipe, self.config)
+        _require_sizes(request, self.config)
         if not self.text.is_file():
             raise UsageError(f"calibration text {self.text} does not exist;", "name a text file.")
         self._steps = self._noted_steps()
@@ -395,16 +396,21 @@ def _find_tokenizer(request: BuildRequest, checkpoint: Checkpoint) -> Path:
     )
 
 
-def _require_widths(recipe: QuantConfig, config: Mamba2Config) -> None:
-    """Refuse at once what the last layer would refuse after an hour.
+def _require_sizes(request: BuildRequest, config: Mamba2Config) -> None:
+    """Refuse at once what the last layer would refuse after an hour, or the board after that.
 
     Raises:
-        UsageError: no rotation or no 4-bit groups for the model's widths.
+        UsageError: no rotation, no 4-bit groups or no kernel for the model's sizes.
     """
-    for width in (config.d_model, config.d_inner) if recipe.quantized else ():
+    recipe, target = request.recipe, request.target
+    if not recipe.quantized:
+        return
+    for width in (config.d_model, config.d_inner):
         hadamard.factors(width)
         if recipe.linear == "w4":
             require_groups(width, recipe.group_size)
+    if target.runtime == "tensorrt":
+        require_kernels(config, target.name)
 
 
 @contextmanager

@@ -439,8 +439,12 @@ CASES: dict[str, tuple[Case, list[str]]] = {
     "out below a file": (out_below_a_file, ["file/run", "--out"]),
     "out is no place for files": (build_with("--out", "/proc/run"), ["/proc/run", "--out"]),
     "4-bit groups do not fit": (
-        build_of(lambda _, place: write_model(place / "narrow", d_model=48), "--method=edge-w4a8"),
-        ["48 input columns", "8-bit method"],
+        build_of(lambda _, place: write_model(place / "small", d_model=64), "--method=ssdi8-w4a8"),
+        ["64 input columns", "8-bit method"],
+    ),
+    "no kernels for the heads": (
+        build_of(lambda _, place: write_model(place / "odd", headdim=32), "--target=orin-nx"),
+        ["the model's headdim is 32", "orin-nx", "kernels for 64, 128", "--target host-cpu"],
     ),
     "run: no bundle": (on_bundle("run", "/nowhere", *GO), ["/nowhere is not a bundle"]),
     "run: no manifest": (

@@ -16,9 +16,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssdi8_edge.errors import Ssdi8Error
+from ssdi8_edge.errors import Ssdi8Error, UsageError
 from ssdi8_edge.int8 import scale_from_absmax
+from ssdi8_edge.model import Mamba2Config
 from ssdi8_edge.ops import OPS, kernel_library
+from ssdi8_edge.ops.kernel_limits import require_kernels
 from ssdi8_edge.ops.linear import unpack_w4
 
 GPU = torch.cuda.is_available()
@@ -451,9 +453,9 @@ def conv_case(
     magnitude: float = 1.0,
     scale: float = 0.02,
     rotation: str = "hadamard",
+    heads: int = 8,
 ) -> tuple[list[Tensor], dict[str, Any]]:
     conv_dim = d_inner + 2 * ngroups * d_state
-    heads = 8
     zxbcdt = torch.full(
         (batch, length, d_inner + conv_dim + heads), torch.nan, dtype=torch.float16, device=DEVICE
     )
@@ -491,6 +493,7 @@ def conv_case(
         {"d_conv": 3},
         {"d_conv": 3, "length": 1},
         {"d_inner": 5120, "length": 257},
+        *({"heads": heads, "batch": 2, "length": 70} for heads in (3, 6, 12)),  # rows not aligned
         {"d_inner": 320, "d_state": 64},
         {"d_state": 64, "ngroups": 3, "length": 3},
         {"d_state": 256, "ngroups": 2, "length": 70},
@@ -554,6 +557,7 @@ def test_causal_conv1d_state_in_place(generator: torch.Generator, length: int) -
         *({"d_inner": 20 * 2**k} for k in (3, 4, 5, 6, 7, 8)),
         {"d_inner": 5120, "length": 257},
         {"d_inner": 5120, "ngroups": 8},
+        *({"heads": heads} for heads in (3, 6, 12)),  # rows not aligned
         {"magnitude": 0.0},
         {"magnitude": 100.0},
         {"scale": 1e-3},  # saturates
@@ -565,12 +569,11 @@ def test_causal_conv1d_state_in_place(generator: torch.Generator, length: int) -
 @pytest.mark.parametrize("scaling", ["dynamic", "static"])
 def test_rms_norm_gated(generator: torch.Generator, row: dict[str, Any], scaling: str) -> None:
     base = {"batch": 1, "length": 5, "d_inner": 1536, "ngroups": 1, "magnitude": 1.0}
-    case = {**base, "scale": 0.03, "rounding": "half_even", **row}
+    case = {**base, "heads": 64, "scale": 0.03, "rounding": "half_even", **row}
     batch, length, d_inner = case["batch"], case["length"], case["d_inner"]
     y = normal(generator, batch, length, d_inner) * case["magnitude"]
-    zxbcdt = torch.full(
-        (batch, length, 2 * d_inner + 64), torch.nan, dtype=torch.float16, device=DEVICE
-    )
+    columns = 2 * d_inner + case["heads"]
+    zxbcdt = torch.full((batch, length, columns), torch.nan, dtype=torch.float16, device=DEVICE)
     zxbcdt[..., :d_inner] = normal(generator, batch, length, d_inner) * max(case["magnitude"], 1)
     weight = torch.rand(d_inner, generator=generator, device=DEVICE) + 0.5
     compare(
@@ -975,6 +978,71 @@ def test_ssd_refusals(generator: torch.Generator) -> None:
             choice = {"gate": "q0.7", "scaling": "dynamic"}
             states = {"states": values["states"].to(torch.int8)} if "states" in values else {}
             run_ssd_kernel(op, values | states, attributes | choice)
+
+
+# Each differs in one size from a model that the kernels fit.
+LIMITS: list[dict[str, int]] = [
+    *({"headdim": n} for n in (32, 64, 128, 256)),
+    *({"d_state": n} for n in (32, 64, 128, 256, 512)),
+    *({"chunk_size": n} for n in (32, 64, 256, 512)),
+    *({"d_conv": n} for n in (1, 2, 4, 5)),
+    {"d_model": 48, "headdim": 32},
+    {"d_model": 4096, "ngroups": 64},
+    {"d_model": 4096, "ngroups": 128},
+    {"d_model": 8192},
+]
+
+
+@pytest.mark.parametrize("sizes", LIMITS, ids=str)
+def test_limits_are_those_of_the_launchers(
+    generator: torch.Generator, sizes: dict[str, int]
+) -> None:
+    """A build refuses for a board what the kernels of a block would refuse there, and no more."""
+    fitting = {"d_model": 128, "n_layer": 1, "vocab_size": 16, "d_state": 64, "chunk_size": 64}
+    config = Mamba2Config(**(fitting | sizes))
+    width, inner = config.d_model, config.d_inner
+    hidden, y = normal(generator, 1, 2, width), normal(generator, 1, 2, inner)
+    norm = {"eps": 1e-5, "rounding": "half_even", "scaling": "dynamic"}
+
+    def conv() -> None:
+        shape = (inner, config.ngroups, config.d_state, config.d_conv)
+        inputs, attributes = conv_case(generator, 1, 2, *shape)
+        kernel_of("Ssdi8CausalConv1d")(*inputs, **attributes)
+
+    def ssd() -> None:
+        row = {
+            name: getattr(config, name)
+            for name in ("nheads", "headdim", "ngroups", "d_state", "chunk_size")
+        }
+        case = ssd_case(generator, {**row, "length": 2})
+        run_ssd_kernel("Ssdi8SsdScan", case["inputs"], case["attributes"])
+
+    def linear(n_in: int) -> None:
+        x, weight = random_int8(generator, 1, 2, n_in), random_int8(generator, 8, n_in)
+        scale, bias = scale_and_bias(generator, 8)
+        kernel_of("Ssdi8Linear")(x, scale_of_tokens(generator, x), weight, scale, bias)
+
+    gated = {**norm, "d_inner": inner, "ngroups": config.ngroups}
+    ones = torch.ones(inner, device=DEVICE)
+    calls: list[Callable[[], Any]] = [
+        lambda: kernel_of("Ssdi8RmsNorm")(hidden, hidden.float(), **norm),
+        lambda: linear(width),
+        conv,
+        ssd,
+        lambda: kernel_of("Ssdi8RmsNormGated")(y, y, ones, **gated),
+        lambda: linear(inner),
+    ]
+    refused = 0
+    for call in calls:
+        try:
+            call()
+        except Ssdi8Error:
+            refused += 1
+    if refused:
+        with pytest.raises(UsageError, match=r"the model's \w+ is \d+, but a board has"):
+            require_kernels(config, "a board")
+    else:
+        require_kernels(config, "a board")
 
 
 def module_inputs(values: dict[str, Any], attributes: dict[str, Any]) -> dict[str, Any]:

@@ -38,6 +38,11 @@ __device__ __forceinline__ Row load_row(const __half* p) {
   return {reinterpret_cast<const __half2&>(raw.x), reinterpret_cast<const __half2&>(raw.y)};
 }
 
+// Of a row that may begin at any value.
+__device__ __forceinline__ Row load_unaligned_row(const __half* p) {
+  return {__halves2half2(p[0], p[1]), __halves2half2(p[2], p[3])};
+}
+
 __device__ __forceinline__ void store_row(__half* p, Row row) {
   *reinterpret_cast<uint2*>(p) = make_uint2(reinterpret_cast<const uint32_t&>(row.low),
                                             reinterpret_cast<const uint32_t&>(row.high));
@@ -94,7 +99,8 @@ __host__ __device__ inline int blocks_of(int channels) {
   return static_cast<int>(ceil_div(channels / kChannels, kThreads));
 }
 
-template <int kWidth, int kN>  // W; N if B and C are rotated, else 0
+// W; N if B and C are rotated, else 0; whether kChannels divides R.
+template <int kWidth, int kN, bool kAligned>
 __global__ void __launch_bounds__(kThreads)
     causal_conv1d_kernel(Ssdi8CausalConv1dParams p, int run_length) {
   __shared__ Exchange exchange;  // compiled away unless kN is 256
@@ -114,8 +120,9 @@ __global__ void __launch_bounds__(kThreads)
 
   // Row `t` of the sequence, where rows before the first come from the state.
   const auto row_at = [&](int t) {
-    return t < 0 ? load_row(state + static_cast<int64_t>(t + kWidth - 1) * p.conv_dim)
-                 : load_row(input + static_cast<int64_t>(t) * p.row_stride);
+    if (t < 0) return load_row(state + static_cast<int64_t>(t + kWidth - 1) * p.conv_dim);
+    const __half* row = input + static_cast<int64_t>(t) * p.row_stride;
+    return kAligned ? load_row(row) : load_unaligned_row(row);
   };
 
   Row window[kWidth - 1 + kBatchOfRows];
@@ -216,11 +223,19 @@ __global__ void __launch_bounds__(kThreads)
 // launcher
 // ---------------------------------------------------------------------------------------------
 
-template <int kN>
+template <int kN, bool kAligned>
 auto* kernel_of(int width) {
-  return width == 4   ? causal_conv1d_kernel<4, kN>
-         : width == 3 ? causal_conv1d_kernel<3, kN>
-                      : causal_conv1d_kernel<2, kN>;
+  return width == 4   ? causal_conv1d_kernel<4, kN, kAligned>
+         : width == 3 ? causal_conv1d_kernel<3, kN, kAligned>
+                      : causal_conv1d_kernel<2, kN, kAligned>;
+}
+
+template <bool kAligned>
+auto* kernel_of(int width, bool rotated, int d_state) {
+  return !rotated         ? kernel_of<0, kAligned>(width)
+         : d_state == 64  ? kernel_of<64, kAligned>(width)
+         : d_state == 128 ? kernel_of<128, kAligned>(width)
+                          : kernel_of<256, kAligned>(width);
 }
 
 }  // namespace
@@ -247,9 +262,9 @@ int ssdi8_causal_conv1d(const Ssdi8CausalConv1dParams* p, void* stream) {
   if (rotated && d_state != 64 && d_state != 128 && d_state != 256) {
     return refuse("causal_conv1d: rotation of d_state %d, not 64, 128 or 256", d_state);
   }
-  if (p->row_stride % kChannels != 0 || p->row_stride < p->d_inner + p->conv_dim) {
-    return refuse("causal_conv1d: row stride %d is not a multiple of %d that holds %d columns",
-                  p->row_stride, kChannels, p->d_inner + p->conv_dim);
+  if (p->row_stride < p->d_inner + p->conv_dim) {
+    return refuse("causal_conv1d: row stride %d does not hold %d columns", p->row_stride,
+                  p->d_inner + p->conv_dim);
   }
   if (p->batch < 0 || p->batch > 65535 || p->length < 1) {
     return refuse("causal_conv1d: batch %d or length %d out of range", p->batch, p->length);
@@ -265,10 +280,8 @@ int ssdi8_causal_conv1d(const Ssdi8CausalConv1dParams* p, void* stream) {
   }
   while (ceil_div(p->length, run) > 65535) run *= 2;
   const dim3 grid(blocks_x, static_cast<unsigned>(ceil_div(p->length, run)), p->batch);
-  auto* kernel = !rotated         ? kernel_of<0>(p->d_conv)
-                 : d_state == 64  ? kernel_of<64>(p->d_conv)
-                 : d_state == 128 ? kernel_of<128>(p->d_conv)
-                                  : kernel_of<256>(p->d_conv);
+  auto* kernel = p->row_stride % kChannels == 0 ? kernel_of<true>(p->d_conv, rotated, d_state)
+                                                : kernel_of<false>(p->d_conv, rotated, d_state);
   return check(launch(kernel, grid, kThreads, 0, static_cast<cudaStream_t>(stream), *p, run),
                "causal_conv1d");
 }

@@ -123,7 +123,7 @@ typedef struct Ssdi8CausalConv1dParams {
   void* conv_state_out;    // (B, W - 1, E2) FP16, may be `conv_state`
   int32_t batch;           // B
   int32_t length;          // L
-  int32_t row_stride;      // R, elements from one token of zxbcdt to the next; a multiple of 4
+  int32_t row_stride;      // R, elements from one token of zxbcdt to the next
   int32_t d_inner;         // E, a multiple of 4
   int32_t conv_dim;        // E2 = E + 2GN
   int32_t d_conv;          // W, 2 to 4
@@ -144,7 +144,7 @@ typedef struct Ssdi8RmsNormGatedParams {
   float* token_scale;   // (T)
   int32_t tokens;       // T
   int32_t d_inner;      // E = 2^k, 12 * 2^k or 20 * 2^k with k >= 3, at most 8192
-  int32_t row_stride;   // R, elements from one token of zxbcdt to the next; a multiple of 8
+  int32_t row_stride;   // R, elements from one token of zxbcdt to the next
   int32_t ngroups;      // G; E / G must be a multiple of 8
   float eps;
   int32_t rounding;

@@ -20,6 +20,7 @@ from ssdi8_edge.board_runtime import bundle_folder, runtime_module
 from ssdi8_edge.device import require_device
 from ssdi8_edge.errors import UsageError
 from ssdi8_edge.ops import kernel_library
+from ssdi8_edge.ops.kernel_limits import require_kernels
 from ssdi8_edge.quantize.modules import QuantizedMamba2, State
 from ssdi8_edge.quantize.saved import is_quantized_checkpoint, load_quantized
 
@@ -52,6 +53,8 @@ class GpuBackend:
         if not kernel_library.available():
             kernel_library.load()  # says what is missing, if it is the library
             raise UsageError("torch finds no CUDA GPU here;", "use --device cpu.")
+        if model.recipe.quantized:
+            require_kernels(model.config, device, "use --device cpu.")
         self._model = model
         self._device = torch.device(device)
         self._states: dict[int, list[State]] = {}

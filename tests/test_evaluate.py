@@ -16,14 +16,18 @@ from torch import Tensor
 from ssdi8_edge.checkpoint import DEMO_FOLDER, Checkpoint
 from ssdi8_edge.errors import BundleError, CheckpointError, UsageError
 from ssdi8_edge.evaluate import Subject, open_subject, perplexity, require_device, windows
+from ssdi8_edge.evaluate import subject as subject_module
 from ssdi8_edge.evaluate.texts import join_lines, text_file, wikitext2
 from ssdi8_edge.evaluate.windows import long_context, perplexities
+from ssdi8_edge.gpu_backend import GpuBackend
 from ssdi8_edge.int8 import round_to_int8
 from ssdi8_edge.methods import METHODS
 from ssdi8_edge.model import Mamba2Config, Mamba2LM
+from ssdi8_edge.ops import kernel_library
 from ssdi8_edge.pipeline import Build, BuildRequest
 from ssdi8_edge.profiles import load_target
 from ssdi8_edge.quantize.modules import Scope
+from ssdi8_edge.quantize.saved import load_quantized
 
 WINDOW = 64
 TEXT_BYTES = 5 * WINDOW + 10
@@ -418,6 +422,21 @@ def test_device_that_torch_does_not_have(model: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UsageError, match="no cuda:2: torch counts 2 CUDA GPUs"):
         open_subject(str(model), device="cuda:2")
+
+
+def test_model_without_kernels_stays_on_the_cpu(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, recipe = write_model(tmp_path / "odd", headdim=32), METHODS["edge-w8a8"]
+    target, out = load_target("host-cpu"), tmp_path / "run"
+    Build(BuildRequest(str(model), recipe, target, out, text, until="quantize")).run()
+    monkeypatch.setattr(subject_module, "require_device", lambda _: None)
+    monkeypatch.setattr(subject_module, "load_quantized", lambda folder, _: load_quantized(folder))
+    monkeypatch.setattr(kernel_library, "available", lambda: True)
+    with pytest.raises(UsageError, match=r"headdim is 32, but cuda has .*; give --device cpu"):
+        open_subject(str(out), device="cuda")
+    with pytest.raises(UsageError, match=r"headdim is 32, but cuda has .*; use --device cpu"):
+        GpuBackend(load_quantized(out / "quantized"))
 
 
 def test_bundle_stays_on_the_cpu(run: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,13 +18,13 @@ WIDTH_STEP, MOST_WIDTH = 32, 8192
 MOST_GROUPS = 64
 
 
-def require_kernels(config: Mamba2Config, target: str) -> None:
+def require_kernels(config: Mamba2Config, place: str, remedy: str) -> None:
     """Refuse a quantized model that has a size without a kernel.
 
     Its widths must also have a Hadamard rotation, which every engine needs: `hadamard.factors`.
 
     Args:
-        target: what the message calls the machine.
+        place, remedy: of the message: what has the kernels, and what to do without them.
 
     Raises:
         UsageError: names the first size that does not fit.
@@ -33,9 +33,9 @@ def require_kernels(config: Mamba2Config, target: str) -> None:
     def require(name: str, fits: bool, kernels: str) -> None:
         if not fits:
             raise UsageError(
-                f"the model's {name} is {getattr(config, name)}, but {target} has INT8 kernels "
+                f"the model's {name} is {getattr(config, name)}, but {place} has INT8 kernels "
                 f"for {kernels};",
-                "give --method fp16, or --target host-cpu.",
+                remedy,
             )
 
     for name, sizes in SIZES.items():

@@ -112,6 +112,11 @@ class Bundle:
         return self.manifest["files"]
 
     @property
+    def quantized(self) -> bool:
+        """Whether the graph has our INT8 ops; the FP16 baseline is made of standard ops alone."""
+        return self.manifest["recipe"].get("linear") != "fp16"
+
+    @property
     def key(self) -> str:
         """Of everything that the bundle was made from."""
         return str(self.manifest.get("key", ""))

@@ -161,11 +161,6 @@ def find_plugins(bundle: Bundle, named: Path | None) -> Path | None:
     return named or (built if built.is_file() else None)
 
 
-def needs_plugins(bundle: Bundle) -> bool:
-    """Whether the graph has ops of ours; the FP16 baseline is made of standard ops alone."""
-    return bundle.manifest["recipe"].get("linear") != "fp16"
-
-
 def engines_in(store: Path) -> list[Engine]:
     """Those with a readable log, newest first."""
     found = []

@@ -28,7 +28,6 @@ from runtime.engine_store import (
     choose_engine,
     engines_in,
     find_plugins,
-    needs_plugins,
     no_engine,
     surroundings,
 )
@@ -285,7 +284,7 @@ def _layout(
 
 def _plugin_library(bundle: Bundle, store: Path, named: Path | None) -> Path | None:
     """The library named, else that of the newest engine, else the one built in the bundle."""
-    if not needs_plugins(bundle):
+    if not bundle.quantized:
         return None
     recorded = engines_in(store)[0].log.get("plugins")
     if named is None and recorded and Path(recorded).is_file():

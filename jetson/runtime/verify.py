@@ -17,16 +17,21 @@ GOLDEN = "golden.npz"
 EXACT = 1e-3
 # Kernels compute in FP32 and move some INT8 values by one step, and later layers see the sum of it.
 # Measured with the graph's FP32 form in onnxruntime, on the demo model and one of 36 M parameters:
-# up to 4e-3 in what depends on one block alone, 6e-2 in deeper states, 3e-2 in logits. The first
-# three states pass through every op once.
+# up to 4e-3 in what depends on one block alone, 6e-2 in deeper states, 3e-2 in logits. FP32 sums of
+# the FP16 baseline, in another order, round to another FP16 value now and then: in onnxruntime up
+# to 3e-4, and 2e-3 after 24 layers. The first three states pass through every op once.
 FIRST_BLOCK = ("conv_state.0", "ssm_state.0", "conv_state.1")
 FIRST_BLOCK_TOLERANCE = 1e-2
 DEEPER_TOLERANCE = 1e-1
 
 
-def tolerance(runtime: str, name: str) -> float:
-    """How far the tensor `name` may be from its golden twin."""
-    if runtime == "onnxruntime":
+def tolerance(exact: bool, name: str) -> float:
+    """How far the tensor `name` may be from its golden twin.
+
+    Args:
+        exact: what computes does the reference's own arithmetic, whose sums have no order.
+    """
+    if exact:
         return EXACT
     return FIRST_BLOCK_TOLERANCE if name in FIRST_BLOCK else DEEPER_TOLERANCE
 
@@ -67,8 +72,10 @@ def compare_with_golden(backend: Backend, bundle: Bundle) -> Iterator[Comparison
     logits, states = prefill(backend, bundle, golden["input_ids"], keep=expected.shape[1])
     logits_error = relative_error(logits, expected)  # the next call may overwrite them
 
+    exact = backend.runtime == "onnxruntime" and bundle.quantized
+
     def comparison(name: str, error: float) -> Comparison:
-        return Comparison(name, error, tolerance(backend.runtime, name))
+        return Comparison(name, error, tolerance(exact, name))
 
     for name in bundle.model.state_shapes(1):
         yield comparison(name, relative_error(np.asarray(states[name]), golden[name]))

@@ -34,7 +34,6 @@ from runtime.engine_store import (
     Surroundings,
     engines_in,
     find_plugins,
-    needs_plugins,
     surroundings,
 )
 from runtime.libcuda import Gpu, this_gpu
@@ -211,7 +210,7 @@ def _target_shapes(bundle: Bundle) -> Mapping[str, Any]:
 
 
 def _plugins(bundle: Bundle, named: Path | None) -> Path | None:
-    if not needs_plugins(bundle):
+    if not bundle.quantized:
         return None
     library = find_plugins(bundle, named)
     if library is None:

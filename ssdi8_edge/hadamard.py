@@ -58,7 +58,7 @@ def factors(n: int) -> tuple[Tensor, Tensor]:
                 left = torch.kron(_paley(base), left)
             return left, _sylvester(right)
     raise UsageError(
-        f"no Hadamard rotation of size {n}:",
+        f"there is no Hadamard rotation of size {n};",
         "model widths must be 2^k, 12·2^k or 20·2^k for the rotated recipes (use --method fp16).",
     )
 

@@ -98,29 +98,31 @@ class QuantConfig:
             value = getattr(self, field.name)
             if allowed and isinstance(allowed[0], str) and value not in allowed:
                 raise UsageError(
-                    f"recipe {self.name}: {field.name} is {value!r}",
-                    f"but must be one of {', '.join(map(repr, allowed))}.",
+                    f"recipe {self.name}: {field.name} is {value!r};",
+                    f"it must be one of {', '.join(map(repr, allowed))}.",
                 )
         if (self.linear == "fp16") != (self.ssd == "fp16"):
             raise UsageError(
-                f"recipe {self.name}: linear {self.linear!r} with ssd {self.ssd!r}",
-                "is not a combination that exists: both are fp16, or neither.",
+                f"recipe {self.name} combines linear {self.linear!r} with ssd {self.ssd!r};",
+                "both must be fp16, or neither.",
             )
         stored_only = self.x_granularity in ("tensor_percentile", "cluster")
         if stored_only and self.ssd != "dequantized":
             raise UsageError(
-                f"recipe {self.name}: x_granularity {self.x_granularity!r} with ssd {self.ssd!r}",
-                "is not a combination that exists: it needs ssd 'dequantized'.",
+                f"recipe {self.name} combines x_granularity {self.x_granularity!r} with ssd "
+                f"{self.ssd!r};",
+                "it needs ssd 'dequantized'.",
             )
         if self.ssd == "dequantized" and self.bc_rotation != "none":
             raise UsageError(
-                f"recipe {self.name}: bc_rotation {self.bc_rotation!r} with ssd 'dequantized'",
-                "is not a combination that exists: it needs ssd 'int8'.",
+                f"recipe {self.name} combines bc_rotation {self.bc_rotation!r} with ssd "
+                "'dequantized';",
+                "it needs ssd 'int8'.",
             )
         if self.gate == "q0.7" and self.scaling != "static":
             raise UsageError(
-                f"recipe {self.name}: gate 'q0.7' with scaling {self.scaling!r}",
-                "is not a combination that exists: an integer carry needs scaling 'static'.",
+                f"recipe {self.name} combines gate 'q0.7' with scaling {self.scaling!r};",
+                "an integer carry needs scaling 'static'.",
             )
 
     @property

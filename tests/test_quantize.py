@@ -835,7 +835,7 @@ def test_recipe_refuses_a_bad_value(field: str) -> None:
 def test_recipe_refuses_half_fp16() -> None:
     """FP16 linears with an INT8 SSD, or the other way round, exist nowhere."""
     for fields in ({"linear": "fp16"}, {"ssd": "fp16"}):
-        with pytest.raises(UsageError, match="both are fp16, or neither"):
+        with pytest.raises(UsageError, match="both must be fp16, or neither"):
             QuantConfig(name="x", **fields)
 
 

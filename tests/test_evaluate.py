@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from ssdi8_edge.int8 import round_to_int8
 from ssdi8_edge.methods import METHODS
 from ssdi8_edge.model import Mamba2Config, Mamba2LM
 from ssdi8_edge.ops import kernel_library
+from ssdi8_edge.ops.rms_norm import RMS_NORM
 from ssdi8_edge.pipeline import Build, BuildRequest
 from ssdi8_edge.profiles import load_target
 from ssdi8_edge.quantize.modules import Scope
@@ -424,19 +426,32 @@ def test_device_that_torch_does_not_have(model: Path, monkeypatch: pytest.Monkey
         open_subject(str(model), device="cuda:2")
 
 
-def test_model_without_kernels_stays_on_the_cpu(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("headdim", "engine"), [(32, "torch reference"), (64, "CUDA kernels")])
+def test_sizes_without_kernels(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, headdim: int, engine: str
 ) -> None:
-    model, recipe = write_model(tmp_path / "odd", headdim=32), METHODS["edge-w8a8"]
+    """Evaluated on a GPU by the references; running on one needs the kernels."""
+    model, recipe = write_model(tmp_path / "odd", headdim=headdim), METHODS["edge-w8a8"]
     target, out = load_target("host-cpu"), tmp_path / "run"
     Build(BuildRequest(str(model), recipe, target, out, text, until="quantize")).run()
+    quantized = load_quantized(out / "quantized")
     monkeypatch.setattr(subject_module, "require_device", lambda _: None)
-    monkeypatch.setattr(subject_module, "load_quantized", lambda folder, _: load_quantized(folder))
+    monkeypatch.setattr(subject_module, "load_quantized", lambda folder, device: quantized)
     monkeypatch.setattr(kernel_library, "available", lambda: True)
-    with pytest.raises(UsageError, match=r"headdim is 32, but cuda has .*; give --device cpu"):
-        open_subject(str(out), device="cuda")
-    with pytest.raises(UsageError, match=r"headdim is 32, but cuda has .*; use --device cpu"):
-        GpuBackend(load_quantized(out / "quantized"))
+    allowed = []
+
+    def forward(*arguments: Any) -> list[Tensor]:
+        allowed.append(kernel_library.kernel_for(RMS_NORM) is not None)
+        return [torch.zeros(1, 1, 256)]
+
+    monkeypatch.setattr(quantized, "forward", forward)
+    found = open_subject(str(out), device="cuda")
+    found.forward(torch.zeros(1, 1, dtype=torch.int64), 1, nullcontext)
+    assert found.engine == f"{engine}, cuda" and allowed == [headdim == 64]
+    assert found.counts_saturation == (headdim == 32)
+    if headdim == 32:
+        with pytest.raises(UsageError, match=r"headdim is 32, but .* on cuda; use --device cpu"):
+            GpuBackend(quantized)
 
 
 def test_bundle_stays_on_the_cpu(run: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

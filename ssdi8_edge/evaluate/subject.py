@@ -20,7 +20,7 @@ from ssdi8_edge.device import require_device
 from ssdi8_edge.errors import UsageError
 from ssdi8_edge.model import Mamba2Config, Mamba2LM
 from ssdi8_edge.ops import kernel_library
-from ssdi8_edge.ops.kernel_limits import require_kernels
+from ssdi8_edge.ops.kernel_limits import misfit
 from ssdi8_edge.quantize.modules import Scope
 from ssdi8_edge.quantize.saved import is_quantized_checkpoint, load_quantized
 from ssdi8_edge.stream import open_tokenizer
@@ -130,11 +130,12 @@ def _bundle_subject(source: str, folder: Path, device: str) -> Subject:
 def _quantized_subject(source: str, folder: Path, tokenizer: Path | None, device: str) -> Subject:
     model = load_quantized(folder, device)
     kernels = device != "cpu" and kernel_library.available()
-    if kernels and model.recipe.quantized:
-        require_kernels(model.config, device, "give --device cpu.")
+    if model.recipe.quantized:
+        kernels = kernels and misfit(model.config) is None
 
     def forward(ids: Tensor, keep: int, scope: Scope) -> Tensor:
-        return model.forward(ids, None, keep, scope)[0]
+        with nullcontext() if kernels else kernel_library.references_only():
+            return model.forward(ids, None, keep, scope)[0]
 
     return Subject(
         source,

@@ -18,30 +18,36 @@ WIDTH_STEP, MOST_WIDTH = 32, 8192
 MOST_GROUPS = 64
 
 
+def misfit(config: Mamba2Config) -> str | None:
+    """The first size of a quantized model that has no kernel, and those that have; None: all have.
+
+    Its widths must also have a Hadamard rotation, which every engine needs: `hadamard.factors`.
+    """
+
+    def found(name: str, kernels: str) -> str:
+        size = getattr(config, name)
+        return f"the model's {name} is {size}, but there are INT8 kernels for {kernels}"
+
+    for name, sizes in SIZES.items():
+        if getattr(config, name) not in sizes:
+            return found(name, ", ".join(map(str, sizes)))
+    for name in ("d_model", "d_inner"):
+        width = getattr(config, name)
+        if width % WIDTH_STEP or width > MOST_WIDTH:
+            return found(name, f"multiples of {WIDTH_STEP} up to {MOST_WIDTH}")
+    if config.ngroups > MOST_GROUPS:
+        return found("ngroups", f"at most {MOST_GROUPS}")
+    return None
+
+
 def require_kernels(config: Mamba2Config, place: str, remedy: str) -> None:
     """Refuse a quantized model that has a size without a kernel.
 
-    Its widths must also have a Hadamard rotation, which every engine needs: `hadamard.factors`.
-
     Args:
-        place, remedy: of the message: what has the kernels, and what to do without them.
+        place, remedy: of the message: what would run the kernels, and what to do without them.
 
     Raises:
         UsageError: names the first size that does not fit.
     """
-
-    def require(name: str, fits: bool, kernels: str) -> None:
-        if not fits:
-            raise UsageError(
-                f"the model's {name} is {getattr(config, name)}, but {place} has INT8 kernels "
-                f"for {kernels};",
-                remedy,
-            )
-
-    for name, sizes in SIZES.items():
-        require(name, getattr(config, name) in sizes, ", ".join(map(str, sizes)))
-    for name in ("d_model", "d_inner"):
-        width = getattr(config, name)
-        fits = width % WIDTH_STEP == 0 and width <= MOST_WIDTH
-        require(name, fits, f"multiples of {WIDTH_STEP} up to {MOST_WIDTH}")
-    require("ngroups", config.ngroups <= MOST_GROUPS, f"at most {MOST_GROUPS}")
+    if found := misfit(config):
+        raise UsageError(f"{found} on {place};", remedy)

@@ -25,8 +25,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from ssdi8_edge.target.hosts import connect
-from ssdi8_edge.target.upload import Cargo, upload
+from ssdi8_edge.boards.link.hosts import connect
+from ssdi8_edge.boards.store.upload import Cargo, upload
 from tests.board_simulator.server import SshServer
 
 # Besides the weights: graphs, golden vectors, and as many sources as a bundle has.

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ssdi8_edge.model import Mamba2Config, Mamba2LM
+from ssdi8_edge.models.reference import Mamba2Config, Mamba2LM
 
 # A job that a script starts in the background ignores Ctrl-C, and so would every command that the
 # tests start. A handler of our own is not inherited: they begin with the default again.

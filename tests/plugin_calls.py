@@ -12,12 +12,12 @@ from case_table import apply_recipe, random_ids, tiny_recipe, write_checkpoint
 from conftest import make_config
 from plugin_harness import Form, Harness, Plugin, Value, forms
 
-from ssdi8_edge import lowering
-from ssdi8_edge.artifacts import WEIGHTS
-from ssdi8_edge.export import export_model
+from ssdi8_edge.compile import lowering
+from ssdi8_edge.compile.export import export_model
+from ssdi8_edge.compile.safetensors_writer import SafetensorsWriter
+from ssdi8_edge.ground.artifacts import WEIGHTS
 from ssdi8_edge.ops import OPS
 from ssdi8_edge.ops.op import Op
-from ssdi8_edge.safetensors_writer import SafetensorsWriter
 
 PLUGIN_OPS = sorted(name for name, op in OPS.items() if op.plugin)
 

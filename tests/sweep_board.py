@@ -11,15 +11,15 @@ from pathlib import Path
 
 from board_simulator.machine import make_board
 
-from ssdi8_edge.target.board_sweep import SweepRequest
-from ssdi8_edge.target.connection import Connection, Say
-from ssdi8_edge.target.local import LocalConnection, _LocalChannel
-from ssdi8_edge.target.measuring import Source
-from ssdi8_edge.target.points import open_points
-from ssdi8_edge.target.process import Channel
-from ssdi8_edge.target.records import Bundle, Point, Settings
-from ssdi8_edge.target.sweep import Outcome, sweep
-from ssdi8_edge.target.sweep_commands import Installed
+from ssdi8_edge.boards.link.connection import Connection, Say
+from ssdi8_edge.boards.link.local import LocalConnection, _LocalChannel
+from ssdi8_edge.boards.link.process import Channel
+from ssdi8_edge.boards.points.points import open_points
+from ssdi8_edge.boards.points.records import Bundle, Point, Settings
+from ssdi8_edge.boards.sweep.board_sweep import SweepRequest
+from ssdi8_edge.boards.sweep.measuring import Source
+from ssdi8_edge.boards.sweep.sweep import Outcome, sweep
+from ssdi8_edge.boards.sweep.sweep_commands import Installed
 
 SETTINGS = Settings(new_tokens=4, repeat=2, warmup=1, pin_clocks=False, power_seconds=0.0)
 LENGTHS = (8, 16, 32)

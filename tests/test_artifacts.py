@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from ssdi8_edge import artifacts
-from ssdi8_edge.artifacts import key_of, sha256_file, shipped, whole_or_absent
-from ssdi8_edge.errors import Ssdi8Error
+from ssdi8_edge.ground import artifacts
+from ssdi8_edge.ground.artifacts import key_of, sha256_file, shipped, whole_or_absent
+from ssdi8_edge.ground.errors import Ssdi8Error
 
 SMALL_DISK = 64 * 1024
 

@@ -16,10 +16,15 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ssdi8_edge import checkpoint as checkpoint_module
-from ssdi8_edge.checkpoint import Checkpoint, expected_shapes, fetch_tokenizer, open_checkpoint
-from ssdi8_edge.errors import CheckpointError
-from ssdi8_edge.model import Mamba2Config, Mamba2LM
+from ssdi8_edge.checkpoints import checkpoint as checkpoint_module
+from ssdi8_edge.checkpoints.checkpoint import (
+    Checkpoint,
+    expected_shapes,
+    fetch_tokenizer,
+    open_checkpoint,
+)
+from ssdi8_edge.ground.errors import CheckpointError
+from ssdi8_edge.models.reference import Mamba2Config, Mamba2LM
 
 MakeCheckpoint = Callable[..., Path]
 MakeConfig = Callable[..., Mamba2Config]

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_pipeline import BOOKKEEPING, write_model, write_text
 
-from ssdi8_edge.checkpoint import DEMO_FOLDER
+from ssdi8_edge.checkpoints.checkpoint import DEMO_FOLDER
 
 COMMAND = [sys.executable, "-m", "ssdi8_edge"]
 PROMPT = "The sea"

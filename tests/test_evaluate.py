@@ -14,22 +14,22 @@ import torch
 from test_pipeline import byte_tokenizer, one_thread, write_model, write_text
 from torch import Tensor
 
-from ssdi8_edge.checkpoint import DEMO_FOLDER, Checkpoint
-from ssdi8_edge.errors import BundleError, CheckpointError, UsageError
+from ssdi8_edge.checkpoints.checkpoint import DEMO_FOLDER, Checkpoint
+from ssdi8_edge.checkpoints.quantized import load_quantized
+from ssdi8_edge.compile.pipeline import Build, BuildRequest
 from ssdi8_edge.evaluate import Subject, open_subject, perplexity, require_device, windows
 from ssdi8_edge.evaluate import subject as subject_module
 from ssdi8_edge.evaluate.texts import join_lines, text_file, wikitext2
 from ssdi8_edge.evaluate.windows import long_context, perplexities
-from ssdi8_edge.gpu_backend import GpuBackend
-from ssdi8_edge.int8 import round_to_int8
-from ssdi8_edge.methods import METHODS
-from ssdi8_edge.model import Mamba2Config, Mamba2LM
+from ssdi8_edge.ground.errors import BundleError, CheckpointError, UsageError
+from ssdi8_edge.local.gpu_backend import GpuBackend
+from ssdi8_edge.models.network import Scope
+from ssdi8_edge.models.reference import Mamba2Config, Mamba2LM
+from ssdi8_edge.numerics.int8 import round_to_int8
 from ssdi8_edge.ops import kernel_library
 from ssdi8_edge.ops.rms_norm import RMS_NORM
-from ssdi8_edge.pipeline import Build, BuildRequest
-from ssdi8_edge.profiles import load_target
-from ssdi8_edge.quantize.modules import Scope
-from ssdi8_edge.quantize.saved import load_quantized
+from ssdi8_edge.recipes.methods import METHODS
+from ssdi8_edge.targets import load_target
 
 WINDOW = 64
 TEXT_BYTES = 5 * WINDOW + 10

@@ -15,15 +15,15 @@ from test_evaluate_zero_shot import NO_HARNESS, write_data
 from test_pipeline import write_model, write_text
 from typer.testing import CliRunner
 
-from ssdi8_edge.artifacts import QUANTIZED
 from ssdi8_edge.cli import app
-from ssdi8_edge.comparison import quantize_by
-from ssdi8_edge.errors import UsageError
+from ssdi8_edge.compile.comparison import quantize_by
 from ssdi8_edge.evaluate.evaluation import Evaluation
 from ssdi8_edge.evaluate.table import markdown, require_writable, save_results, show
 from ssdi8_edge.evaluate.tasks import Accuracy
 from ssdi8_edge.evaluate.windows import Perplexity
-from ssdi8_edge.methods import METHODS
+from ssdi8_edge.ground.artifacts import QUANTIZED
+from ssdi8_edge.ground.errors import UsageError
+from ssdi8_edge.recipes.methods import METHODS
 
 FIRST = Perplexity("fp32", "torch", "a|b [x].txt", 3, 2048, 2047, 10.0)
 OTHER = replace(

@@ -16,14 +16,14 @@ import pytest
 import torch
 from test_pipeline import byte_tokenizer, one_thread, write_model, write_text
 
-from ssdi8_edge.checkpoint import DEMO_FOLDER, open_checkpoint
-from ssdi8_edge.errors import UsageError
+from ssdi8_edge.checkpoints.checkpoint import DEMO_FOLDER, open_checkpoint
+from ssdi8_edge.compile.pipeline import Build, BuildRequest
 from ssdi8_edge.evaluate import open_subject, tasks
 from ssdi8_edge.evaluate.evaluation import evaluate, plan
 from ssdi8_edge.evaluate.tasks import TASKS
-from ssdi8_edge.methods import METHODS
-from ssdi8_edge.pipeline import Build, BuildRequest
-from ssdi8_edge.profiles import load_target
+from ssdi8_edge.ground.errors import UsageError
+from ssdi8_edge.recipes.methods import METHODS
+from ssdi8_edge.targets import load_target
 
 __all__ = ["one_thread"]  # a fixture, taken over
 

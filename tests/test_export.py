@@ -28,16 +28,16 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ssdi8_edge import lowering
-from ssdi8_edge.artifacts import WEIGHTS
-from ssdi8_edge.checkpoint import DEMO_FOLDER, open_checkpoint
-from ssdi8_edge.export import IR_VERSION, OPSET, GraphBuilder, export_model, nested_nodes
-from ssdi8_edge.methods import METHODS
+from ssdi8_edge.checkpoints.checkpoint import DEMO_FOLDER, open_checkpoint
+from ssdi8_edge.compile import lowering
+from ssdi8_edge.compile.export import IR_VERSION, OPSET, GraphBuilder, export_model, nested_nodes
+from ssdi8_edge.compile.safetensors_writer import SafetensorsWriter
+from ssdi8_edge.ground.artifacts import WEIGHTS
+from ssdi8_edge.ground.stream import read_tokens
+from ssdi8_edge.models.network import State
 from ssdi8_edge.ops import OPS
 from ssdi8_edge.ops.op import DOMAIN, Op
-from ssdi8_edge.quantize.modules import State
-from ssdi8_edge.safetensors_writer import SafetensorsWriter
-from ssdi8_edge.stream import read_tokens
+from ssdi8_edge.recipes.methods import METHODS
 
 LENGTHS = [1, 5, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 3]
 # The head is an FP16 linear summed in FP32: another order of the sum, then one FP16 rounding.

@@ -15,15 +15,15 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 import ssdi8_edge
-from ssdi8_edge.artifacts import TOKENIZER
-from ssdi8_edge.calibrate import calibrate, layer_config
-from ssdi8_edge.checkpoint import open_checkpoint
-from ssdi8_edge.errors import UsageError
-from ssdi8_edge.gpu_backend import GpuBackend, run_on_gpu
-from ssdi8_edge.methods import find_method
+from ssdi8_edge.checkpoints.checkpoint import open_checkpoint
+from ssdi8_edge.compile.calibrate import calibrate, layer_config
+from ssdi8_edge.compile.quantize import quantize
+from ssdi8_edge.ground.artifacts import TOKENIZER
+from ssdi8_edge.ground.errors import UsageError
+from ssdi8_edge.local.gpu_backend import GpuBackend, run_on_gpu
+from ssdi8_edge.models.network import QuantizedMamba2
 from ssdi8_edge.ops import kernel_library
-from ssdi8_edge.quantize import quantize
-from ssdi8_edge.quantize.modules import QuantizedMamba2
+from ssdi8_edge.recipes.methods import find_method
 
 needs_kernels = [
     pytest.mark.gpu,

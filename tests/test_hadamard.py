@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssdi8_edge import hadamard
-from ssdi8_edge.errors import UsageError
+from ssdi8_edge.ground.errors import UsageError
+from ssdi8_edge.numerics import hadamard
 
 # 2^k, 12 · 2^k and 20 · 2^k: the widths of the published models, and the smallest of each family.
 ORDERS = [1, 2, 4, 12, 20, 24, 40, 48, 64, 256, 768, 1024, 1536, 2048, 2560, 3072, 5120]

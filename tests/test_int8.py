@@ -12,8 +12,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ssdi8_edge import int8
-from ssdi8_edge.int8 import Rounding
+from ssdi8_edge.numerics import int8
+from ssdi8_edge.numerics.int8 import Rounding
 
 ROUNDINGS: tuple[Rounding, ...] = ("half_even", "half_away")
 LOWEST = {"half_even": -128, "half_away": -127}

@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssdi8_edge.errors import Ssdi8Error, UsageError
-from ssdi8_edge.int8 import scale_from_absmax
-from ssdi8_edge.model import Mamba2Config
+from ssdi8_edge.ground.errors import Ssdi8Error, UsageError
+from ssdi8_edge.models.reference import Mamba2Config
+from ssdi8_edge.numerics.int8 import scale_from_absmax
 from ssdi8_edge.ops import OPS, kernel_library
 from ssdi8_edge.ops.kernel_limits import require_kernels
 from ssdi8_edge.ops.linear import unpack_w4

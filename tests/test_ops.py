@@ -33,10 +33,11 @@ from case_table import (
 )
 from torch import Tensor
 
-from ssdi8_edge import int8, model
-from ssdi8_edge.export import GraphBuilder
-from ssdi8_edge.formats import Rotation, Scaling
-from ssdi8_edge.int8 import Rounding
+from ssdi8_edge.compile.export import GraphBuilder
+from ssdi8_edge.models import reference as model
+from ssdi8_edge.numerics import int8
+from ssdi8_edge.numerics.formats import Rotation, Scaling
+from ssdi8_edge.numerics.int8 import Rounding
 from ssdi8_edge.ops import OPS, chunk_scan, fp16
 from ssdi8_edge.ops.linear import pack_w4, unpack_w4
 from ssdi8_edge.ops.op import Op
@@ -577,7 +578,7 @@ def test_gated_norm_against_loops(
     e: int, ngroups: int, magnitude: float, rounding: Rounding, scaling: Scaling
 ) -> None:
     """Gate before norm, RMS per group, weight, rotation as a dense product, quantization."""
-    from ssdi8_edge.hadamard import factors
+    from ssdi8_edge.numerics.hadamard import factors
 
     batch, length, eps, scale = 2, 3, 1e-5, 0.021
     g = torch.Generator().manual_seed(2)

@@ -28,13 +28,13 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from ssdi8_edge import __version__
-from ssdi8_edge.board_runtime import open_checked_bundle
-from ssdi8_edge.checkpoint import DEMO_FOLDER
-from ssdi8_edge.errors import Ssdi8Error, UsageError
-from ssdi8_edge.methods import METHODS
-from ssdi8_edge.pipeline import STAGES, Build, BuildRequest, BuildResult
-from ssdi8_edge.profiles import load_target
-from ssdi8_edge.quantize.saved import load_quantized
+from ssdi8_edge.checkpoints.checkpoint import DEMO_FOLDER
+from ssdi8_edge.checkpoints.quantized import load_quantized
+from ssdi8_edge.compile.pipeline import STAGES, Build, BuildRequest, BuildResult
+from ssdi8_edge.ground.errors import Ssdi8Error, UsageError
+from ssdi8_edge.local.bridge import open_checked_bundle
+from ssdi8_edge.recipes.methods import METHODS
+from ssdi8_edge.targets import load_target
 
 KILLS = 14
 TEXT_BYTES = 600  # one token a byte
@@ -487,7 +487,7 @@ def _command(arguments: list[str]) -> None:
 
 def start_build(arguments: list[str]) -> multiprocessing.process.BaseProcess:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ssdi8_edge.cli", "ssdi8_edge.pipeline"])
+    context.set_forkserver_preload(["ssdi8_edge.cli", "ssdi8_edge.compile.pipeline"])
     process = context.Process(target=_command, args=(arguments,))
     process.start()
     return process
@@ -645,9 +645,9 @@ def test_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
         "import re, sys\n"
         "from pathlib import Path\n"
         "import torch; torch.set_num_threads(1)\n"
-        "from ssdi8_edge.pipeline import Build, BuildRequest\n"
-        "from ssdi8_edge.methods import METHODS\n"
-        "from ssdi8_edge.profiles import load_target\n"
+        "from ssdi8_edge.compile.pipeline import Build, BuildRequest\n"
+        "from ssdi8_edge.recipes.methods import METHODS\n"
+        "from ssdi8_edge.targets import load_target\n"
         "model, text, out = sys.argv[1:]\n"
         "request = BuildRequest(model, METHODS['edge-w8a8'], load_target('host-cpu'), Path(out),\n"
         "                       Path(text), until='quantize')\n"

@@ -30,7 +30,7 @@ from plugin_calls import (
 )
 from plugin_harness import LIBRARY, TYPE_NAMES, Harness, Plugin, Value, open_plugins
 
-from ssdi8_edge.export import IR_VERSION, OPSET
+from ssdi8_edge.compile.export import IR_VERSION, OPSET
 from ssdi8_edge.ops import OPS, kernel_library
 from ssdi8_edge.ops.op import DOMAIN
 

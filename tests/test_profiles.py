@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ssdi8_edge.errors import UsageError
-from ssdi8_edge.profiles import load_target, target_names
+from ssdi8_edge.ground.errors import UsageError
+from ssdi8_edge.targets import load_target, target_names
 
 GOOD = """\
 name = "bench"

@@ -32,25 +32,26 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
-from ssdi8_edge import hadamard, int8, safetensors_writer
-from ssdi8_edge.calibrate import fp32_layer
-from ssdi8_edge.checkpoint import DEMO_FOLDER, Checkpoint, open_checkpoint
-from ssdi8_edge.errors import CheckpointError, UsageError
-from ssdi8_edge.methods import METHODS, QuantConfig, find_method
-from ssdi8_edge.model import LayerState, Mamba2Config, Mamba2LM
+from ssdi8_edge.checkpoints.checkpoint import DEMO_FOLDER, Checkpoint, open_checkpoint
+from ssdi8_edge.checkpoints.quantized import is_quantized_checkpoint, load_quantized, read_config
+from ssdi8_edge.compile import safetensors_writer
+from ssdi8_edge.compile.calibrate import fp32_layer
+from ssdi8_edge.compile.pipeline import Build, BuildRequest
+from ssdi8_edge.compile.quantize import quantize
+from ssdi8_edge.compile.quantize.clusters import sort_and_cluster
+from ssdi8_edge.compile.quantize.correction import SKIP_TOKENS, MeanDifference
+from ssdi8_edge.compile.quantize.gptq import quantize_w4, quantize_w8
+from ssdi8_edge.compile.quantize.linears import InputStatistics
+from ssdi8_edge.compile.safetensors_writer import SafetensorsWriter
+from ssdi8_edge.ground.errors import CheckpointError, UsageError
+from ssdi8_edge.ground.stream import read_tokens
+from ssdi8_edge.models.network import QuantizedMamba2, State, run_block
+from ssdi8_edge.models.reference import LayerState, Mamba2Config, Mamba2LM
+from ssdi8_edge.models.rewrites import permute_layer
+from ssdi8_edge.numerics import hadamard, int8
 from ssdi8_edge.ops.linear import unpack_w4
-from ssdi8_edge.pipeline import Build, BuildRequest
-from ssdi8_edge.profiles import load_target
-from ssdi8_edge.quantize import quantize
-from ssdi8_edge.quantize.clusters import sort_and_cluster
-from ssdi8_edge.quantize.correction import SKIP_TOKENS, MeanDifference
-from ssdi8_edge.quantize.gptq import quantize_w4, quantize_w8
-from ssdi8_edge.quantize.linears import InputStatistics
-from ssdi8_edge.quantize.modules import QuantizedMamba2, State, run_block
-from ssdi8_edge.quantize.saved import is_quantized_checkpoint, load_quantized, read_config
-from ssdi8_edge.safetensors_writer import SafetensorsWriter
-from ssdi8_edge.stream import read_tokens
-from ssdi8_edge.transforms import permute_layer
+from ssdi8_edge.recipes.methods import METHODS, QuantConfig, find_method
+from ssdi8_edge.targets import load_target
 
 QUANTIZED = [name for name, recipe in METHODS.items() if recipe.quantized]
 EDGE = ["edge-w8a8", "edge-w4a8"]

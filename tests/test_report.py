@@ -19,7 +19,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssdi8_edge.errors import UsageError
+from ssdi8_edge.boards.points.records import Point, Profile
+from ssdi8_edge.ground.errors import UsageError
 from ssdi8_edge.report import svg
 from ssdi8_edge.report.charts import Bar, Series, Spot, bar_chart, line_chart, scatter
 from ssdi8_edge.report.exports import to_csv, to_markdown
@@ -29,7 +30,6 @@ from ssdi8_edge.report.reference import SSD_LATENCY_MS
 from ssdi8_edge.report.sources import Measurements, load
 from ssdi8_edge.report.tables import Table, Tables
 from ssdi8_edge.report.values import ssd_seconds
-from ssdi8_edge.target.records import Point, Profile
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="chromium is missing")

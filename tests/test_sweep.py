@@ -35,11 +35,12 @@ from sweep_board import (
 )
 from tiny_bundle import make_bundle, pack
 
-from ssdi8_edge.errors import BoardBusy, BoardError, LinkLost, Ssdi8Error, UsageError
-from ssdi8_edge.target import board_sweep, measuring, points, sweep_commands
-from ssdi8_edge.target.hosts import connect
-from ssdi8_edge.target.points import PointFile, PointId, open_points, read_points
-from ssdi8_edge.target.profile import profile
+from ssdi8_edge.boards.link.hosts import connect
+from ssdi8_edge.boards.points import points
+from ssdi8_edge.boards.points.points import PointFile, PointId, open_points, read_points
+from ssdi8_edge.boards.sweep import board_sweep, measuring, sweep_commands
+from ssdi8_edge.boards.sweep.profile import profile
+from ssdi8_edge.ground.errors import BoardBusy, BoardError, LinkLost, Ssdi8Error, UsageError
 
 needs_sshd = pytest.mark.skipif(sshd_path() is None, reason="sshd is missing (openssh-server)")
 
@@ -490,7 +491,7 @@ def test_boards_that_answer_rubbish(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_rubbish_in_the_middle_of_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Points that nobody asked for, twice the same, without a state: none gets into the file."""
     source = (Path(measuring.__file__).parent / "board/measure.py").read_text()
-    from ssdi8_edge.target import connection
+    from ssdi8_edge.boards.link import connection
 
     real = connection._program_text
     for answer in (
@@ -751,8 +752,8 @@ def sweep_process(tmp_path: Path, out: Path) -> subprocess.Popen[str]:
         import sys
         from pathlib import Path
         from sweep_board import Record, SETTINGS, run_sweep, source_of
-        from ssdi8_edge.target import board_sweep, sweep_commands
-        from ssdi8_edge.target.hosts import connect
+        from ssdi8_edge.boards import board_sweep, sweep_commands
+        from ssdi8_edge.boards.link.hosts import connect
         sweep_commands.INTERVAL_S = 0.02
         board_sweep.RETRY_S = (0.05, 0.1)
         folder = Path({str(tmp_path)!r})

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssdi8_edge.errors import BoardError, UsageError
-from ssdi8_edge.target.address import Address, parse_address
-from ssdi8_edge.target.known_hosts import HostKey, add_key, host_name, judge, known_keys
+from ssdi8_edge.boards.link.address import Address, parse_address
+from ssdi8_edge.boards.link.known_hosts import HostKey, add_key, host_name, judge, known_keys
+from ssdi8_edge.ground.errors import BoardError, UsageError
 
 KEY = HostKey("ssh-ed25519", b"\0\0\0\x0bssh-ed25519" + bytes(36))
 OTHER = HostKey("ssh-ed25519", b"\0\0\0\x0bssh-ed25519" + bytes(35) + b"x")

@@ -19,11 +19,11 @@ from board_simulator.server import sshd_path
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ssdi8_edge.errors import BoardBusy, BoardError, LinkLost
-from ssdi8_edge.target.connection import Connection
-from ssdi8_edge.target.jobs import start_job
-from ssdi8_edge.target.lines import LineReader
-from ssdi8_edge.target.local import LocalConnection
+from ssdi8_edge.boards.link.connection import Connection
+from ssdi8_edge.boards.link.lines import LineReader
+from ssdi8_edge.boards.link.local import LocalConnection
+from ssdi8_edge.boards.store.jobs import start_job
+from ssdi8_edge.ground.errors import BoardBusy, BoardError, LinkLost
 
 HOSTILE = [
     "two words",
@@ -213,7 +213,7 @@ def test_the_death_of_the_host_ends_the_command(connection: Connection, lab: Lab
     seconds = f"32.{os.getpid()}"
     name = "board" if connection.name == "board" else "this-machine"
     program = (
-        "from ssdi8_edge.target.hosts import connect;"
+        "from ssdi8_edge.boards.link.hosts import connect;"
         f"connect({name!r}).run(['sleep', {seconds!r}], timeout=None)"
     )
     host = subprocess.Popen([sys.executable, "-c", program])

@@ -20,11 +20,11 @@ from board_simulator.server import free_port
 from test_pipeline import TEXT_BYTES, write_model
 from tiny_bundle import MAX_TOKENS, SHAPES, make_bundle, pack
 
+from ssdi8_edge.boards.facts.interpreter import find_interpreter
+from ssdi8_edge.boards.link.connection import Connection
+from ssdi8_edge.boards.store.deploy import Deployed, deploy
 from ssdi8_edge.cli import main
-from ssdi8_edge.errors import BoardBusy, BoardError, BundleError
-from ssdi8_edge.target.connection import Connection
-from ssdi8_edge.target.deploy import Deployed, deploy
-from ssdi8_edge.target.interpreter import find_interpreter
+from ssdi8_edge.ground.errors import BoardBusy, BoardError, BundleError
 
 pytestmark = needs_sshd
 

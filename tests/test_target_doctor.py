@@ -17,12 +17,12 @@ from board_simulator.lab import Lab, needs_sshd
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssdi8_edge.errors import BoardError, LinkLost
-from ssdi8_edge.profiles import load_target
-from ssdi8_edge.target.board_facts import BoardFacts, read_facts
-from ssdi8_edge.target.doctor import check_for_engines, examine, profile_toml, report
-from ssdi8_edge.target.interpreter import Interpreter
-from ssdi8_edge.target.local import LocalConnection
+from ssdi8_edge.boards.facts.board_facts import BoardFacts, read_facts
+from ssdi8_edge.boards.facts.doctor import check_for_engines, examine, profile_toml, report
+from ssdi8_edge.boards.facts.interpreter import Interpreter
+from ssdi8_edge.boards.link.local import LocalConnection
+from ssdi8_edge.ground.errors import BoardError, LinkLost
+from ssdi8_edge.targets import load_target
 
 pytestmark = needs_sshd
 

@@ -26,12 +26,12 @@ from test_target_deploy import (
 )
 from tiny_bundle import make_bundle
 
-from ssdi8_edge.errors import LinkLost
-from ssdi8_edge.target import connection as connection_module
-from ssdi8_edge.target import dial, process, ssh_link
-from ssdi8_edge.target.connection import Connection
-from ssdi8_edge.target.deploy import deploy
-from ssdi8_edge.target.jobs import start_job
+from ssdi8_edge.boards.link import connection as connection_module
+from ssdi8_edge.boards.link import dial, process, ssh_link
+from ssdi8_edge.boards.link.connection import Connection
+from ssdi8_edge.boards.store.deploy import deploy
+from ssdi8_edge.boards.store.jobs import start_job
+from ssdi8_edge.ground.errors import LinkLost
 
 pytestmark = needs_sshd
 

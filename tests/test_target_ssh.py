@@ -22,10 +22,10 @@ import pytest
 from board_simulator.lab import Lab, needs_sshd
 from board_simulator.server import free_port
 
-from ssdi8_edge.errors import BoardError, LinkLost, UsageError
-from ssdi8_edge.target import dial
-from ssdi8_edge.target.hosts import connect
-from ssdi8_edge.target.ssh_link import SshChannel
+from ssdi8_edge.boards.link import dial
+from ssdi8_edge.boards.link.hosts import connect
+from ssdi8_edge.boards.link.ssh_link import SshChannel
+from ssdi8_edge.ground.errors import BoardError, LinkLost, UsageError
 
 pytestmark = needs_sshd
 
@@ -282,7 +282,7 @@ def test_a_password_is_asked_for_on_the_terminal_and_shown_nowhere(lab: Lab, met
         thread.start()
         host = f"me@127.0.0.1:{server.getsockname()[1]}"
         code = (
-            "from ssdi8_edge.target.hosts import connect\n"
+            "from ssdi8_edge.boards.link.hosts import connect\n"
             f"c = connect({host!r}, accept_new_host_key=True, store={str(lab.folder)!r})\n"
             "print('said', c.call('gather', dict(files=[], names=[], tools={}, disk='/'),"
             " what='x')['simulated'])\n"

@@ -19,11 +19,11 @@ import pytest
 from board_simulator.lab import Lab
 from board_simulator.server import sshd_path
 
-from ssdi8_edge.errors import BoardError, BundleError
-from ssdi8_edge.target import board
-from ssdi8_edge.target.connection import Connection
-from ssdi8_edge.target.local import LocalConnection
-from ssdi8_edge.target.upload import Cargo, Placed, prune, upload
+from ssdi8_edge.boards import programs as board
+from ssdi8_edge.boards.link.connection import Connection
+from ssdi8_edge.boards.link.local import LocalConnection
+from ssdi8_edge.boards.store.upload import Cargo, Placed, prune, upload
+from ssdi8_edge.ground.errors import BoardError, BundleError
 
 SIZES = {"model.safetensors": 300_000, "golden.npz": 70_000, "plugins/a/b.cu": 10, "empty": 0}
 

@@ -10,16 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssdi8_edge.target import telemetry
-from ssdi8_edge.target.energy import NoEnergy, energy_j
-from ssdi8_edge.target.power_modes import (
+from ssdi8_edge.boards.facts import telemetry
+from ssdi8_edge.boards.facts.energy import NoEnergy, energy_j
+from ssdi8_edge.boards.facts.power_modes import (
     Mode,
     needs_reboot,
     parse_jetson_clocks,
     parse_nvpmodel_conf,
     parse_nvpmodel_query,
 )
-from ssdi8_edge.target.telemetry import Core, Tegrastats, parse_tegrastats
+from ssdi8_edge.boards.facts.telemetry import Core, Tegrastats, parse_tegrastats
 
 RECORDED = Path(__file__).parent / "data" / "telemetry"
 LINES = [

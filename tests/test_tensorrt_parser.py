@@ -16,11 +16,11 @@ import pytest
 from case_table import apply_recipe, random_ids, tiny_recipe, write_checkpoint
 from conftest import make_config
 
-from ssdi8_edge import lowering
-from ssdi8_edge.artifacts import WEIGHTS
-from ssdi8_edge.export import export_model
+from ssdi8_edge.compile import lowering
+from ssdi8_edge.compile.export import export_model
+from ssdi8_edge.compile.safetensors_writer import SafetensorsWriter
+from ssdi8_edge.ground.artifacts import WEIGHTS
 from ssdi8_edge.ops.op import BodyForm
-from ssdi8_edge.safetensors_writer import SafetensorsWriter
 
 trt = pytest.importorskip(
     "tensorrt_rtx", reason="NVIDIA's parser is not installed: pip install tensorrt-rtx-cu13"

@@ -10,11 +10,10 @@ from case_table import random_ids, relative_error, write_checkpoint
 from conftest import make_config
 from torch import Tensor
 
-from ssdi8_edge import hadamard
-from ssdi8_edge.calibrate import embed
-from ssdi8_edge.model import Mamba2LM
-from ssdi8_edge.quantize.clusters import sort_and_cluster
-from ssdi8_edge.transforms import (
+from ssdi8_edge.compile.calibrate import embed
+from ssdi8_edge.compile.quantize.clusters import sort_and_cluster
+from ssdi8_edge.models.reference import Mamba2LM
+from ssdi8_edge.models.rewrites import (
     GATE_NORM,
     IN_PROJ,
     NORM,
@@ -25,6 +24,7 @@ from ssdi8_edge.transforms import (
     rotate_layer,
     rotate_out_proj_input,
 )
+from ssdi8_edge.numerics import hadamard
 
 # FP32 sums in another basis; measured 5e-7.
 TOLERANCE = 1e-5

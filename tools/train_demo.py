@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssdi8_edge.model import Mamba2Block, Mamba2Config, Mamba2LM
+from ssdi8_edge.models.reference import Mamba2Block, Mamba2Config, Mamba2LM
 
 HELD_OUT = (
     "edith-wharton--ethan-frome",

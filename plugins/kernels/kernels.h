@@ -106,7 +106,7 @@ typedef struct Ssdi8LinearW4Params {
 int ssdi8_linear_w4(const Ssdi8LinearW4Params* params, void* stream);
 size_t ssdi8_sizeof_linear_w4(void);
 
-// Of B and C before they are quantized: ssdi8_edge/hadamard.py, rotate.
+// Of B and C before they are quantized: ssdi8_edge/numerics/hadamard.py, rotate.
 enum { SSDI8_ROTATION_NONE = 0, SSDI8_ROTATION_HADAMARD = 1 };
 
 // silu(bias + sum_w weight[:, w] * xBC[t - W + 1 + w]) over the x, B, C columns of zxbcdt.

@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ssdi8_edge.errors import UsageError
 from ssdi8_edge.evaluate.local_data import Row
 from ssdi8_edge.evaluate.subject import Subject
 from ssdi8_edge.evaluate.tasks import TASKS, Accuracy, Task, require_lm_eval
 from ssdi8_edge.evaluate.texts import WIKITEXT2, Text, text_file, wikitext2
 from ssdi8_edge.evaluate.windows import Perplexity, long_context, perplexities
-from ssdi8_edge.progress import Track, silent
+from ssdi8_edge.ground.errors import UsageError
+from ssdi8_edge.ground.progress import Track, silent
 
 
 @dataclass(frozen=True)

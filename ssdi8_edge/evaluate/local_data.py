@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ssdi8_edge.errors import UsageError
+from ssdi8_edge.ground.errors import UsageError
 
 Row = dict[str, Any]
 

@@ -12,18 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssdi8_edge import int8
-from ssdi8_edge.artifacts import QUANTIZED, TOKENIZER
-from ssdi8_edge.board_runtime import bundle_folder, open_checked_bundle, runtime_module
-from ssdi8_edge.checkpoint import open_checkpoint
-from ssdi8_edge.device import require_device
-from ssdi8_edge.errors import UsageError
-from ssdi8_edge.model import Mamba2Config, Mamba2LM
+from ssdi8_edge.checkpoints.checkpoint import open_checkpoint
+from ssdi8_edge.checkpoints.quantized import is_quantized_checkpoint, load_quantized
+from ssdi8_edge.ground.artifacts import QUANTIZED, TOKENIZER
+from ssdi8_edge.ground.device import require_device
+from ssdi8_edge.ground.errors import UsageError
+from ssdi8_edge.ground.stream import open_tokenizer
+from ssdi8_edge.local.bridge import bundle_folder, open_checked_bundle, runtime_module
+from ssdi8_edge.models.network import Scope
+from ssdi8_edge.models.reference import Mamba2Config, Mamba2LM
+from ssdi8_edge.numerics import int8
 from ssdi8_edge.ops import kernel_library
 from ssdi8_edge.ops.kernel_limits import misfit
-from ssdi8_edge.quantize.modules import Scope
-from ssdi8_edge.quantize.saved import is_quantized_checkpoint, load_quantized
-from ssdi8_edge.stream import open_tokenizer
 
 
 def _no_scope(name: str) -> AbstractContextManager[None]:

@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ssdi8_edge.artifacts import whole_or_absent
-from ssdi8_edge.errors import UsageError
 from ssdi8_edge.evaluate.evaluation import Evaluation
 from ssdi8_edge.evaluate.windows import Perplexity
+from ssdi8_edge.ground.artifacts import whole_or_absent
+from ssdi8_edge.ground.errors import UsageError
 
 ANY_WIDTH = 10_000
 

@@ -9,8 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
-from ssdi8_edge.errors import UsageError
 from ssdi8_edge.evaluate.local_data import AGAIN, Row, find_file, read_rows
+from ssdi8_edge.ground.errors import UsageError
 
 # The first whose TaskManager loads tasks by name.
 LM_EVAL = (0, 4, 12)

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ssdi8_edge.errors import UsageError
 from ssdi8_edge.evaluate.local_data import AGAIN, find_file
-from ssdi8_edge.stream import open_tokenizer, read_tokens
+from ssdi8_edge.ground.errors import UsageError
+from ssdi8_edge.ground.stream import open_tokenizer, read_tokens
 
 WIKITEXT2 = "wikitext2"
 WIKITEXT2_FILE = "wiki.test.raw"

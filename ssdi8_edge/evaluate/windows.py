@@ -12,12 +12,12 @@ from statistics import fmean, stdev
 import torch
 from torch import Tensor
 
-from ssdi8_edge.artifacts import sha256_file
-from ssdi8_edge.errors import UsageError
 from ssdi8_edge.evaluate.subject import Subject
 from ssdi8_edge.evaluate.texts import Text, text_file
-from ssdi8_edge.progress import Track, silent
-from ssdi8_edge.stream import GPU_TOKENS_PER_BATCH, require_vocabulary
+from ssdi8_edge.ground.artifacts import sha256_file
+from ssdi8_edge.ground.errors import UsageError
+from ssdi8_edge.ground.progress import Track, silent
+from ssdi8_edge.ground.stream import GPU_TOKENS_PER_BATCH, require_vocabulary
 
 # Method §7: non-overlapping blocks of 2048 tokens.
 WINDOW = 2048

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ssdi8_edge import hadamard
-from ssdi8_edge.formats import Rotation, Rounding
-from ssdi8_edge.int8 import quantize
+from ssdi8_edge.numerics import hadamard
+from ssdi8_edge.numerics.formats import Rotation, Rounding
+from ssdi8_edge.numerics.int8 import quantize
 from ssdi8_edge.ops import onnx_text as t
 from ssdi8_edge.ops.op import Attributes, BodyForm, Op
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ssdi8_edge.formats import Rounding, Scaling
-from ssdi8_edge.int8 import round_to_int8
+from ssdi8_edge.numerics.formats import Rounding, Scaling
+from ssdi8_edge.numerics.int8 import round_to_int8
 from ssdi8_edge.ops import onnx_text as t
 from ssdi8_edge.ops.chunk_state import decay_lines
 from ssdi8_edge.ops.chunking import chunks_of_decay, chunks_of_tokens, per_head

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ssdi8_edge.model import ssd_chunked
+from ssdi8_edge.models.reference import ssd_chunked
 from ssdi8_edge.ops import onnx_text as t
 from ssdi8_edge.ops.causal_conv1d import convolution_lines, convolve
 from ssdi8_edge.ops.chunk_cumsum import time_step_lines

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssdi8_edge.errors import Ssdi8Error
+from ssdi8_edge.ground.errors import Ssdi8Error
 from ssdi8_edge.ops.op import Op
 
 ABI_VERSION = 7

@@ -5,8 +5,8 @@ The launchers in `plugins/kernels` refuse the same; here a build can say so befo
 
 from __future__ import annotations
 
-from ssdi8_edge.errors import UsageError
-from ssdi8_edge.model import Mamba2Config
+from ssdi8_edge.ground.errors import UsageError
+from ssdi8_edge.models.reference import Mamba2Config
 
 SIZES = {
     "headdim": (64, 128),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ssdi8_edge.int8 import int8_matmul, round_to_int8
+from ssdi8_edge.numerics.int8 import int8_matmul, round_to_int8
 from ssdi8_edge.ops import onnx_text as t
 from ssdi8_edge.ops.op import Attributes, BodyForm, Op
 

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ssdi8_edge import hadamard
-from ssdi8_edge.formats import Rounding
-from ssdi8_edge.int8 import LEAST_MAGNITUDE, QMAX
+from ssdi8_edge.numerics import hadamard
+from ssdi8_edge.numerics.formats import Rounding
+from ssdi8_edge.numerics.int8 import LEAST_MAGNITUDE, QMAX
 from ssdi8_edge.ops.op import Attributes, BodyForm
 
 FP32, INT8, FP16 = 1, 3, 10

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ssdi8_edge.formats import Rounding, Scaling
-from ssdi8_edge.int8 import quantize_tokens
+from ssdi8_edge.numerics.formats import Rounding, Scaling
+from ssdi8_edge.numerics.int8 import quantize_tokens
 from ssdi8_edge.ops import onnx_text as t
 from ssdi8_edge.ops.op import Attributes, BodyForm, Op
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssdi8_edge.formats import Gate, Rounding, Scaling
+from ssdi8_edge.numerics.formats import Gate, Rounding, Scaling
 from ssdi8_edge.ops import onnx_text as t
 from ssdi8_edge.ops.chunk_cumsum import CHUNK_CUMSUM, time_step, time_step_lines
 from ssdi8_edge.ops.chunk_scan import CHUNK_SCAN

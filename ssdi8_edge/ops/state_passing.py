@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ssdi8_edge.formats import Gate, Rounding, Scaling
-from ssdi8_edge.int8 import quantize_by_largest, round_to_int8, round_to_integer
+from ssdi8_edge.numerics.formats import Gate, Rounding, Scaling
+from ssdi8_edge.numerics.int8 import quantize_by_largest, round_to_int8, round_to_integer
 from ssdi8_edge.ops import onnx_text as t
 from ssdi8_edge.ops.chunking import chunks_of_decay, given
 from ssdi8_edge.ops.op import Attributes, BodyForm, Op

@@ -7,15 +7,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from ssdi8_edge.report.charts import (
-    COLOURS,
-    Bar,
-    Series,
-    Spot,
-    bar_chart,
-    line_chart,
-    scatter,
-)
+from ssdi8_edge.boards.points.records import Point
+from ssdi8_edge.report.charts import COLOURS, Bar, Series, Spot, bar_chart, line_chart, scatter
 from ssdi8_edge.report.reference import PAPER_BOARD, SSD_LATENCY_MS
 from ssdi8_edge.report.sources import BASELINE, Measurements, Setup
 from ssdi8_edge.report.values import (
@@ -28,7 +21,6 @@ from ssdi8_edge.report.values import (
     ssd_seconds,
     ttft_range,
 )
-from ssdi8_edge.target.records import Point
 
 MOST_MODULES = 7
 

@@ -8,11 +8,11 @@ import io
 import re
 from collections.abc import Sequence
 
+from ssdi8_edge.boards.points.records import Point
 from ssdi8_edge.report.page import sections
 from ssdi8_edge.report.sources import Measurements, Setup
 from ssdi8_edge.report.tables import Table, source_of
 from ssdi8_edge.report.values import gpu_bytes, process_bytes, ttft_range
-from ssdi8_edge.target.records import Point
 
 # A spreadsheet takes a text that begins so for a formula.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple, TypeVar
 
 from pydantic import ValidationError
 
-from ssdi8_edge.artifacts import BUNDLE, MANIFEST
-from ssdi8_edge.errors import UsageError
+from ssdi8_edge.boards.points.points import PointId, read_points
+from ssdi8_edge.boards.points.records import Measured, Point, Profile, model_name, plain
+from ssdi8_edge.ground.artifacts import BUNDLE, MANIFEST
+from ssdi8_edge.ground.errors import UsageError
 from ssdi8_edge.report.values import OTHER
-from ssdi8_edge.target.points import PointId, read_points
-from ssdi8_edge.target.records import Measured, Point, Profile, model_name, plain
 
 BASELINE = "fp16"
 # What a record of an evaluation has one of.

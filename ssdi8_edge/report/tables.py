@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from ssdi8_edge.boards.points.records import Point, Power, Range
 from ssdi8_edge.report.figures import ABSENT, between, percent, shown
 from ssdi8_edge.report.reference import PAPER_BOARD, PAPER_NOTE, SSD_LATENCY_MS
 from ssdi8_edge.report.sources import BASELINE, Measurements, Setup
@@ -19,7 +20,6 @@ from ssdi8_edge.report.values import (
     ssd_seconds,
     ttft_range,
 )
-from ssdi8_edge.target.records import Point, Power, Range
 
 MEASURED, SIMULATED, PAPER = "measured", "simulated", "paper"
 FIRST_TOKEN, PER_TOKEN, SSD = "first token", "per token", "SSD"

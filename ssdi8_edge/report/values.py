@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ssdi8_edge.target.records import Point, Profile, Timing
+from ssdi8_edge.boards.points.records import Point, Profile, Timing
 
 MS, MB = 1e-3, 1e6
 # The paper's modules, and the fused op that stands for all of them.

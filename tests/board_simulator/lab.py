@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from ssdi8_edge.target.connection import Connection
-from ssdi8_edge.target.hosts import connect
+from ssdi8_edge.boards.link.connection import Connection
+from ssdi8_edge.boards.link.hosts import connect
 
 from .machine import make_board
 from .server import SshServer, sshd_path

@@ -1,0 +1,1 @@
+"""What a board is, has and reports about itself."""

@@ -1,0 +1,1 @@
+"""Reaching a machine: addresses, SSH, and what every connection guarantees."""

@@ -1,0 +1,1 @@
+"""What is brought to a board and kept there: bundles, jobs, engines."""

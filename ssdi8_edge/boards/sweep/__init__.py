@@ -1,0 +1,1 @@
+"""Measuring on boards: every point once, whatever happens to the link."""

@@ -1,0 +1,242 @@
+"""ONNX graphs from ops: nodes of domain `ssdi8`, each with a function body of standard ops.
+
+The graph is what `quantize.modules.run_model` does when it runs on graph values. Weights stay where
+they are: the graph refers to them inside the safetensors file of the quantized checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from onnx import TensorProto, helper, parser
+
+from ssdi8_edge.compile.safetensors_writer import data_start, header_of
+from ssdi8_edge.ground.artifacts import WEIGHTS
+from ssdi8_edge.models.network import NodeAttributes, State, run_model, state_dtype
+from ssdi8_edge.models.reference import Mamba2Config
+from ssdi8_edge.ops import OPS
+from ssdi8_edge.ops.op import DOMAIN, Attributes, BodyForm, GraphValue, Op
+from ssdi8_edge.recipes.methods import QuantConfig
+
+# The newest opset that TensorRT 10.3 (JetPack 6.2) reads, and its IR version.
+OPSET = 18
+IR_VERSION = 9
+
+
+class GraphBuilder:
+    """Collects nodes while the forward runs on `GraphValue`s; implements `ops.op.Emitter`."""
+
+    def __init__(self, form: BodyForm) -> None:
+        self.form = form
+        self._scope: list[str] = []
+        self._nodes: list[onnx.NodeProto] = []
+        self._inputs: list[onnx.ValueInfoProto] = []
+        self._outputs: list[onnx.ValueInfoProto] = []
+        self._initializers: list[onnx.TensorProto] = []
+        self._functions: dict[str, tuple[dict[str, Any], int, onnx.FunctionProto]] = {}
+
+    @contextmanager
+    def scope(self, name: str) -> Iterator[None]:
+        """Prefix the names of nodes and values made inside the block."""
+        self._scope.append(name)
+        try:
+            yield
+        finally:
+            self._scope.pop()
+
+    def input(self, name: str, elem_type: int, shape: list[int | str]) -> GraphValue:
+        self._inputs.append(helper.make_tensor_value_info(name, elem_type, shape))
+        return GraphValue(name, self)
+
+    def output(self, value: GraphValue, name: str, elem_type: int, shape: list[int | str]) -> None:
+        self._nodes.append(helper.make_node("Identity", [value.name], [name], name=f"{name}/out"))
+        self._outputs.append(helper.make_tensor_value_info(name, elem_type, shape))
+
+    def initializer(self, tensor: onnx.TensorProto) -> GraphValue:
+        """A constant; `tensor` carries its data or says in which file they lie."""
+        self._initializers.append(tensor)
+        return GraphValue(tensor.name, self)
+
+    def emit(
+        self, op: Op, inputs: tuple[GraphValue, ...], attributes: Attributes
+    ) -> tuple[GraphValue, ...]:
+        """Append one node of `op`; returns its outputs."""
+        if set(attributes) != set(op.attributes):
+            raise ValueError(f"{op.name} takes {op.attributes}, got {tuple(attributes)}")
+        self._define(op, len(inputs), attributes)
+        prefix = "/".join(self._scope)
+        index = sum(node.name.startswith(f"{prefix}/{op.name}") for node in self._nodes[-64:])
+        name = f"{prefix}/{op.name}" + (f".{index}" if index else "")
+        outputs = [f"{name}.{output}" for output in op.outputs]
+        node = helper.make_node(
+            op.name, [v.name for v in inputs], outputs, name=name, domain=DOMAIN
+        )
+        node.attribute.extend(helper.make_attribute(k, v) for k, v in attributes.items())
+        self._nodes.append(node)
+        return tuple(GraphValue(output, self) for output in outputs)
+
+    def _define(self, op: Op, n_inputs: int, attributes: Attributes) -> None:
+        known = self._functions.get(op.name)
+        if known is not None:
+            if known[:2] != (attributes, n_inputs):
+                raise ValueError(
+                    f"{op.name} has two bodies in one graph: {known[0]} and {attributes}"
+                )
+            return
+        function = parser.parse_function(op.function_text(n_inputs, attributes, self.form, OPSET))
+        # Inference libraries keep these names, so that times can be added up by op.
+        for i, node in enumerate(nested_nodes(function.node)):
+            node.name = f"{op.name}/{node.op_type}.{i}"
+        self._functions[op.name] = (dict(attributes), n_inputs, function)
+        for node in nested_nodes(function.node):
+            if node.domain == DOMAIN:
+                values = {a.name: _plain(helper.get_attribute_value(a)) for a in node.attribute}
+                self._define(OPS[node.op_type], len(node.input), values)
+
+    def model(self, name: str) -> onnx.ModelProto:
+        graph = helper.make_graph(
+            self._nodes, name, self._inputs, self._outputs, initializer=self._initializers
+        )
+        return helper.make_model(
+            graph,
+            opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)],
+            functions=[function for _, _, function in self._functions.values()],
+            ir_version=IR_VERSION,
+            producer_name="ssdi8-edge",
+        )
+
+
+def _plain(value: Any) -> Any:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def nested_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """Nodes and those of their subgraphs, depth first."""
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from nested_nodes(attribute.g.node)
+
+
+_ELEMENT_TYPES = {"F32": TensorProto.FLOAT, "F16": TensorProto.FLOAT16, "I8": TensorProto.INT8}
+
+
+class _ExternalParameters:
+    """The tensors of a safetensors file as initializers with external data, made when asked for."""
+
+    def __init__(self, weights: Path, graph: GraphBuilder) -> None:
+        self._header = header_of(weights)
+        self._start = data_start(weights)
+        self._graph = graph
+        self._made: dict[str, GraphValue] = {}
+
+    def names(self) -> list[str]:
+        return list(self._header)
+
+    def get(self, name: str) -> GraphValue:
+        if name not in self._made:
+            self._made[name] = self._graph.initializer(self._external(name))
+        return self._made[name]
+
+    def _external(self, name: str) -> onnx.TensorProto:
+        entry = self._header[name]
+        begin, end = entry["data_offsets"]
+        tensor = TensorProto(
+            name=name,
+            data_type=_ELEMENT_TYPES[entry["dtype"]],
+            dims=entry["shape"],
+            data_location=TensorProto.EXTERNAL,
+        )
+        for key, value in (
+            ("location", WEIGHTS),
+            ("offset", self._start + begin),
+            ("length", end - begin),
+        ):
+            tensor.external_data.add(key=key, value=str(value))
+        return tensor
+
+
+class _Scoped(Mapping[str, Any]):
+    """The parameters below a prefix, looked up lazily."""
+
+    def __init__(self, parameters: _ExternalParameters, prefix: str) -> None:
+        self._parameters = parameters
+        self._prefix = prefix
+        self._names = [n[len(prefix) :] for n in parameters.names() if n.startswith(prefix)]
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._parameters.get(self._prefix + name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class _Top(_Scoped):
+    """Parameters outside the blocks; a tied lm_head is the embedding."""
+
+    def __init__(self, parameters: _ExternalParameters) -> None:
+        super().__init__(parameters, "")
+
+    def __getitem__(self, name: str) -> Any:
+        if name == "lm_head.weight" and name not in self._names:
+            name = "embedding.weight"
+        return super().__getitem__(name)
+
+
+def export_model(
+    weights: Path, config: Mamba2Config, recipe: QuantConfig, form: BodyForm
+) -> onnx.ModelProto:
+    """The graph for prefill, chunked prefill and decode, with function bodies in `form`.
+
+    Inputs: input_ids (B, L) INT32; logits_to_keep () INT64, how many final positions get logits;
+    per layer conv_state.{i} (B, W - 1, E2) FP16 and ssm_state.{i} (B, H, P, N). Outputs: logits
+    (B, logits_to_keep, V) FP32, conv_state_out.{i}, ssm_state_out.{i}.
+
+    Args:
+        weights: model.safetensors of a quantized checkpoint; the graph refers to it by file name,
+            so it must lie beside the graph.
+
+    Raises:
+        UsageError: no op computes what the recipe asks for.
+    """
+    recipe.require_exportable()
+    graph = GraphBuilder(form)
+    parameters = _ExternalParameters(weights, graph)
+    ids = graph.input("input_ids", TensorProto.INT32, ["batch", "tokens"])
+    keep = graph.input("logits_to_keep", TensorProto.INT64, [])
+    conv: list[int | str] = ["batch", config.d_conv - 1, config.conv_dim]
+    ssm: list[int | str] = ["batch", config.nheads, config.headdim, config.d_state]
+    ssm_type = TensorProto.FLOAT16 if state_dtype(recipe) == torch.float16 else TensorProto.FLOAT
+    states = [
+        State(
+            graph.input(f"conv_state.{i}", TensorProto.FLOAT16, conv),
+            graph.input(f"ssm_state.{i}", ssm_type, ssm),
+        )
+        for i in range(config.n_layer)
+    ]
+    logits, new_states = run_model(
+        lambda i: _Scoped(parameters, f"layers.{i}."),
+        _Top(parameters),
+        NodeAttributes(config, recipe),
+        ids,
+        states,
+        keep,
+        graph.scope,
+    )
+    vocabulary: list[int | str] = ["batch", "positions", config.vocab_size]
+    graph.output(logits, "logits", TensorProto.FLOAT, vocabulary)
+    for i, state in enumerate(new_states):
+        graph.output(state.conv, f"conv_state_out.{i}", TensorProto.FLOAT16, conv)
+        graph.output(state.ssm, f"ssm_state_out.{i}", ssm_type, ssm)
+    return graph.model("mamba2")

@@ -1,0 +1,64 @@
+"""What is in a bundle: sizes, scales, saturation, and what ran where."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from ssdi8_edge.ground.artifacts import WEIGHTS
+from ssdi8_edge.local.bridge import open_checked_bundle
+
+SCALES = (
+    "u_scale",
+    "b_scale",
+    "c_scale",
+    "x_scale",
+    "state_scale",
+    "cb_scale",
+    "r_scale",
+)
+
+
+def inspect_bundle(folder: Path) -> dict[str, Any]:
+    """A JSON-safe description; every file is checked against the manifest first.
+
+    Per layer: each scale as [smallest, largest], and the saturation fractions on the calibration
+    text.
+
+    Raises:
+        BundleError: a file is missing or altered, or the schema is another one.
+    """
+    bundle = open_checked_bundle(folder, hash_all=True)
+    manifest = bundle.manifest
+    layers = []
+    with safe_open(bundle.path(WEIGHTS), framework="pt") as file:
+        names = set(file.keys())
+        for i in range(manifest["model"]["n_layer"]):
+            prefix = f"layers.{i}."
+            scales = {}
+            for name in SCALES:
+                if prefix + name in names:
+                    values = file.get_tensor(prefix + name)
+                    scales[name] = [values.min().item(), values.max().item()]
+            saturation = {
+                key[len(prefix) :]: fraction
+                for key, fraction in manifest["saturation"].items()
+                if key.startswith(prefix)
+            }
+            layers.append({"scales": scales, "saturation": saturation})
+    files = {name: listed["bytes"] for name, listed in bundle.files.items()}
+    return {
+        "name": bundle.name,
+        "bytes": sum(files.values()),
+        "files": files,
+        "checkpoint": manifest["checkpoint"],
+        "model": manifest["model"],
+        "recipe": manifest["recipe"],
+        "target": manifest["target"],
+        "created": manifest["created"],
+        "steps": manifest["steps"],
+        "not_run": manifest["not_run"],
+        "layers": layers,
+    }

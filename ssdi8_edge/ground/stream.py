@@ -1,0 +1,176 @@
+"""Token windows of a text, and the tensors that flow from layer to layer."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import tempfile
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssdi8_edge.ground.errors import UsageError
+
+# Sequences go through a layer together up to this many tokens.
+TOKENS_PER_BATCH = 2048
+# A GPU wants more at once than a CPU; for evaluation, where nothing is summed over a batch.
+GPU_TOKENS_PER_BATCH = 8 * TOKENS_PER_BATCH
+
+
+class Spool(Protocol):
+    """Tensors of one shape per sample: the stream between two layers. Closed on leaving `with`."""
+
+    def __getitem__(self, part: slice) -> Tensor: ...
+
+    def __setitem__(self, part: slice, value: Tensor) -> None: ...
+
+    def __enter__(self) -> Spool: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def open_spool(
+    shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu", scratch: Path | None = None
+) -> Spool:
+    """Room for `shape` (samples, …): on a GPU that computes, in its memory, else in a file.
+
+    `scratch` says on which disk the file lies: the usual temporary folder may be memory.
+    """
+    if torch.device(device).type == "cpu":
+        return FileSpool(shape, dtype, scratch)
+    return DeviceSpool(shape, dtype, device)
+
+
+class FileSpool:
+    """In a temporary file, since calibration sets outgrow memory before layers do.
+
+    The file has no name and goes when closed.
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], dtype: torch.dtype, scratch: Path | None = None
+    ) -> None:
+        # Lives as long as the spool: a with block would end too early.
+        self._file = tempfile.TemporaryFile(prefix=".ssdi8-", dir=scratch)  # noqa: SIM115
+        self._shape, self._dtype = shape[1:], torch.empty(0, dtype=dtype).numpy().dtype
+        self._bytes = math.prod(self._shape) * dtype.itemsize
+
+    def __getitem__(self, part: slice) -> Tensor:
+        self._file.seek(part.start * self._bytes)
+        data = bytearray(self._file.read((part.stop - part.start) * self._bytes))
+        return torch.from_numpy(np.frombuffer(data, self._dtype).reshape(-1, *self._shape))
+
+    def __setitem__(self, part: slice, value: Tensor) -> None:
+        self._file.seek(part.start * self._bytes)
+        self._file.write(value.cpu().contiguous().numpy().astype(self._dtype, copy=False).data)
+
+    def __enter__(self) -> FileSpool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the disk space back."""
+        # Closing flushes; after a full disk that would fail once more.
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+
+class DeviceSpool:
+    """In the memory of a GPU: the way to the host and back would take longer than a layer."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
+        self._memory: Tensor | None = torch.empty(shape, dtype=dtype, device=device)
+
+    def __getitem__(self, part: slice) -> Tensor:
+        assert self._memory is not None
+        return self._memory[part]
+
+    def __setitem__(self, part: slice, value: Tensor) -> None:
+        assert self._memory is not None
+        self._memory[part] = value
+
+    def __enter__(self) -> DeviceSpool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._memory = None
+
+
+def read_tokens(text: Path, tokenizer: Path, tokens: int, samples: int) -> Tensor:
+    """The first `samples` windows of `tokens` tokens of a UTF-8 text: (S, T) INT64.
+
+    The file is read line by line, so that it may be larger than memory. A text shorter than one
+    window gives one shorter sample; fewer windows than asked are all used.
+
+    Raises:
+        UsageError: a file is missing, the text is not UTF-8 or holds fewer than 16 tokens.
+    """
+    encoder = open_tokenizer(tokenizer)
+    encoder.no_truncation()
+    ids: list[int] = []
+    try:
+        with text.open(encoding="utf-8") as lines:
+            # Tokenized in blocks of lines: long enough that joins between them do not matter.
+            block: list[str] = []
+            size = 0
+            for line in lines:
+                block.append(line)
+                size += len(line)
+                if size >= 1 << 16:
+                    ids += encoder.encode("".join(block), add_special_tokens=False).ids
+                    block, size = [], 0
+                    if len(ids) >= tokens * samples:
+                        break
+            ids += encoder.encode("".join(block), add_special_tokens=False).ids
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{text} is not UTF-8 text;", "give a plain text file.") from error
+    except OSError as error:
+        raise UsageError(f"cannot read {text}: {error.strerror};", "name a text file.") from error
+    if len(ids) < 16:
+        raise UsageError(f"{text} holds {len(ids)} tokens;", "calibration needs at least 16.")
+    tokens = min(tokens, len(ids))
+    samples = min(samples, len(ids) // tokens)
+    return torch.tensor(ids[: samples * tokens]).reshape(samples, tokens)
+
+
+def open_tokenizer(path: Path) -> Any:
+    """The tokenizer in a tokenizer.json.
+
+    Raises:
+        UsageError: the file is missing or is something else.
+    """
+    from tokenizers import Tokenizer
+
+    if not path.is_file():
+        raise UsageError(f"tokenizer {path} does not exist", "name the model's tokenizer.json.")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise UsageError(
+            f"{path} is not a tokenizer file ({error})", "name the model's tokenizer.json."
+        ) from error
+
+
+def require_vocabulary(ids: Tensor, tokenizer: Path, model: str, size: int) -> None:
+    """Refuse token ids that the embedding of `model` does not have.
+
+    Raises:
+        UsageError: the tokenizer belongs to another model.
+    """
+    top = int(ids.max())
+    if top >= size:
+        raise UsageError(
+            f"{tokenizer} gives token {top}, but {model} has {size}",
+            "name the model's own --tokenizer.",
+        )
+
+
+def batches(ids: Tensor) -> list[slice]:
+    """Samples that go through a layer together."""
+    size = max(1, TOKENS_PER_BATCH // ids.shape[1])
+    return [slice(i, min(i + size, len(ids))) for i in range(0, len(ids), size)]

@@ -1,0 +1,1 @@
+"""Running bundles on this machine: by onnxruntime, or on its GPU by the CUDA kernels."""

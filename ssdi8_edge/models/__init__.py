@@ -1,0 +1,1 @@
+"""What a model computes, block by block: in floating point, and quantized."""

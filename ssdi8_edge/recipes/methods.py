@@ -1,0 +1,294 @@
+"""Recipes: a quantization method is data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_type_hints
+
+from ssdi8_edge.ground.errors import UsageError
+from ssdi8_edge.numerics.formats import Gate, Rotation, Rounding, Scaling
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """Every choice of a method; saved in the quantized checkpoint and honoured by all stages.
+
+    Attributes:
+        name: of the preset, or the user's own.
+        about: one line for the table of methods.
+        linear: in_proj and out_proj: FP16, W8A8 with one weight scale per tensor, per part of
+            in_proj ("w8_block": z, x, B, C, dt) or per output row, or W4A8 with a scale per row
+            and group.
+        group_size: input columns that share a W4 scale.
+        group_scales: of W4 in steps of the row: "fp16", as released, or "integer", -15 to 16,
+            which a kernel applies with a fraction of the instructions.
+        group_search: a W4 group's scale: from its largest weight ("absmax", as released), or the
+            one of least squared error ("mse"), which may be negative: -8 to 7 is not symmetric.
+        gptq: choose the values of weights by GPTQ instead of rounding to nearest.
+        descent: passes of coordinate descent over the values that GPTQ has chosen.
+        compensation: part of what in_proj's input and out_proj's output lack to the FP model's
+            that weights are changed by before they are rounded, as far as the INT8 input tells.
+        lm_head: FP16, or W8A8 per row with an INT8 norm_f.
+        clip: end of the INT8 range of B and C, and of u and r if their scale is static: the largest
+            value calibrated on ("absmax"), or where the squared error is least ("mse").
+        input_scaling: of u and r, the inputs of in_proj and out_proj, and of that of an INT8
+            lm_head: "static", one calibrated scale, as released, or "dynamic", each token in units
+            of its own largest value.
+        ssd: "fp16" leaves SSD unquantized; "int8" is SSDi8's INT8 path; "dequantized" keeps
+            in_proj's output, the convolution, x, B and C in INT8 but computes in FP16, as Quamba
+            does: for comparing accuracy, no op runs it.
+        ssd_ops: one fused op, or the paper's modules as four.
+        bc_granularity: scales of B, C and CB per group, or one per tensor.
+        bc_rotation: of B and C before they become INT8, see `formats.Rotation`.
+        x_granularity: static scales of w·x and of the states (of x, with ssd "dequantized"): per
+            (head, channel), or one per tensor. For "dequantized" also: one from a percentile, or
+            one per cluster of channels that are alike (`quantize.clusters`).
+        gate: how the state travels between chunks, see `formats.Gate`.
+        state_observer: "local" calibrates the state scale on chunk states before passing, as
+            released; "passed" also on the states that are stored after it.
+        rounding: of the SSD tensors and of the input of out_proj.
+        scaling: of w·x and of the passed states: "static", calibrated as released, "dynamic",
+            each in units of its own largest value, or "none": FP16; see `formats.Scaling`.
+        ssm_params: "int8" stores A_log and D in INT8 per tensor, as released; "fp32" does not.
+        correction: closed-form mean correction carried in the bias of out_proj: "none", "out" (the
+            output of out_proj, as released), "residual" (the residual stream behind it).
+        correction_strength: λ, a fixed factor; None shrinks each channel by its own reliability.
+        state_dtype: of the SSM state between calls.
+        chunk_size: None keeps the model's.
+        calibration_tokens, calibration_samples: length and number of calibration sequences.
+    """
+
+    name: str
+    about: str = ""
+    linear: Literal["fp16", "w8_tensor", "w8_block", "w8_row", "w4"] = "w8_row"
+    group_size: int = 128
+    group_scales: Literal["fp16", "integer"] = "integer"
+    group_search: Literal["absmax", "mse"] = "mse"
+    gptq: bool = True
+    descent: int = 0
+    compensation: float = 0.5
+    lm_head: Literal["fp16", "w8_row"] = "fp16"
+    clip: Literal["absmax", "mse"] = "mse"
+    input_scaling: Literal["static", "dynamic"] = "dynamic"
+    ssd: Literal["fp16", "int8", "dequantized"] = "int8"
+    ssd_ops: Literal["fused", "modular"] = "fused"
+    bc_granularity: Literal["group", "tensor"] = "group"
+    bc_rotation: Rotation = "hadamard"
+    x_granularity: Literal["head_channel", "tensor", "tensor_percentile", "cluster"] = (
+        "head_channel"
+    )
+    gate: Gate = "fp32"
+    state_observer: Literal["local", "passed"] = "passed"
+    rounding: Rounding = "half_even"
+    scaling: Scaling = "dynamic"
+    ssm_params: Literal["fp32", "int8"] = "fp32"
+    correction: Literal["none", "out", "residual"] = "out"
+    correction_strength: float | None = 0.15
+    state_dtype: Literal["fp16", "fp32"] = "fp16"
+    chunk_size: int | None = None
+    calibration_tokens: int = 512
+    calibration_samples: int = 128
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            allowed = get_args(hints[field.name])
+            value = getattr(self, field.name)
+            if allowed and isinstance(allowed[0], str) and value not in allowed:
+                raise UsageError(
+                    f"recipe {self.name}: {field.name} is {value!r};",
+                    f"it must be one of {', '.join(map(repr, allowed))}.",
+                )
+        if (self.linear == "fp16") != (self.ssd == "fp16"):
+            raise UsageError(
+                f"recipe {self.name} combines linear {self.linear!r} with ssd {self.ssd!r};",
+                "both must be fp16, or neither.",
+            )
+        stored_only = self.x_granularity in ("tensor_percentile", "cluster")
+        if stored_only and self.ssd != "dequantized":
+            raise UsageError(
+                f"recipe {self.name} combines x_granularity {self.x_granularity!r} with ssd "
+                f"{self.ssd!r};",
+                "it needs ssd 'dequantized'.",
+            )
+        if self.ssd == "dequantized" and self.bc_rotation != "none":
+            raise UsageError(
+                f"recipe {self.name} combines bc_rotation {self.bc_rotation!r} with ssd "
+                "'dequantized';",
+                "it needs ssd 'int8'.",
+            )
+        if self.gate == "q0.7" and self.scaling != "static":
+            raise UsageError(
+                f"recipe {self.name} combines gate 'q0.7' with scaling {self.scaling!r};",
+                "an integer carry needs scaling 'static'.",
+            )
+
+    @property
+    def quantized(self) -> bool:
+        """Whether any part is INT8: such models are rotated."""
+        return self.linear != "fp16"
+
+    def require_exportable(self) -> None:
+        """Raises UsageError for a recipe that no op computes."""
+        if self.ssd == "dequantized":
+            raise UsageError(
+                f"method {self.name} is for comparing accuracy only, no engine runs it;",
+                "use it with `evaluate`, or build it with --until quantize.",
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> QuantConfig:
+        """The recipe that `to_dict` gave.
+
+        Raises:
+            UsageError: a field does not exist, or one is missing: what it stood for is not known.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        lacks, unknown = sorted(known - fields.keys()), sorted(fields.keys() - known)
+        for words, names in (("lacks", lacks), ("has the unknown", unknown)):
+            if names:
+                raise UsageError(
+                    f"the recipe was written by another version: it {words} {', '.join(names)};",
+                    "quantize again.",
+                )
+        return cls(**fields)
+
+
+# What all published methods share: absolute maxima, FP16 group scales for 4 bits, INT8 A_log and D.
+_PUBLISHED: dict[str, Any] = {
+    "group_search": "absmax",
+    "group_scales": "fp16",
+    "compensation": 0.0,
+    "clip": "absmax",
+    "ssm_params": "int8",
+    "input_scaling": "static",
+    "bc_rotation": "none",
+}
+
+
+def _released(name: str, about: str, **fields: Any) -> QuantConfig:
+    """The paper as released: method §2 to §5, with its rounding, gate and correction."""
+    settings: dict[str, Any] = {
+        **_PUBLISHED,
+        "gate": "q0.7",
+        "state_observer": "local",
+        "rounding": "half_away",
+        "scaling": "static",
+    }
+    return QuantConfig(name=name, about=about, **{**settings, **fields})
+
+
+def _storage_only(name: str, about: str, **fields: Any) -> QuantConfig:
+    """INT8 tensors around an FP16 SSD: method §6; embedding and lm_head stay FP16."""
+    settings: dict[str, Any] = {**_PUBLISHED, "ssd": "dequantized", "correction": "none"}
+    return QuantConfig(name=name, about=about, **{**settings, **fields})
+
+
+# W8A8 of SSDi8, of Quamba, and W4A8 of all.
+_W8_TENSOR: dict[str, Any] = {"linear": "w8_tensor", "gptq": False}
+_W8_BLOCK: dict[str, Any] = {"linear": "w8_block", "gptq": False}
+_W4: dict[str, Any] = {"linear": "w4"}
+# One scale for each tensor inside SSD.
+_PER_TENSOR: dict[str, Any] = {"bc_granularity": "tensor", "x_granularity": "tensor"}
+
+
+DEFAULT_METHOD = "edge-w8a8"
+
+METHODS: dict[str, QuantConfig] = {
+    config.name: config
+    for config in (
+        QuantConfig(
+            name="edge-w8a8",
+            about="ours: INT8 weights per row by GPTQ, inputs per token, rotated and clipped B and "
+            "C, FP32 carry, dynamic scales inside SSD, compensation of what inputs lack",
+        ),
+        QuantConfig(
+            name="edge-w4a8",
+            about="ours with 4-bit weights in groups of 32, searched scales, descent after GPTQ, "
+            "correction of the residual stream",
+            linear="w4",
+            group_size=32,
+            descent=4,
+            correction="residual",
+            correction_strength=None,
+        ),
+        _released(
+            "ssdi8-w8a8",
+            "SSDi8 as released: one scale per weight, Q0.7 gate, FP16 Scan2",
+            **_W8_TENSOR,
+        ),
+        _released(
+            "ssdi8-w4a8",
+            "SSDi8 as released with 4-bit GPTQ weights",
+            **_W4,
+        ),
+        _storage_only(
+            "quamba-w8a8",
+            "Quamba: one scale per tensor, a percentile for x, FP16 SSD (accuracy only)",
+            **{**_W8_BLOCK, **_PER_TENSOR, "x_granularity": "tensor_percentile"},
+        ),
+        _storage_only(
+            "quamba2-w8a8",
+            "Quamba2: x by sorted clusters, B and C per group, FP16 SSD (accuracy only)",
+            **_W8_BLOCK,
+            x_granularity="cluster",
+        ),
+        _storage_only(
+            "quamba2-w4a8",
+            "Quamba2 with 4-bit GPTQ weights (accuracy only)",
+            **_W4,
+            x_granularity="cluster",
+        ),
+        _released(
+            "had-w8a8",
+            "rotations, and SSDi8's INT8 SSD with one scale per tensor, no correction",
+            **_W8_TENSOR,
+            **_PER_TENSOR,
+            correction="none",
+        ),
+        _released(
+            "had-w4a8",
+            "the same with 4-bit GPTQ weights",
+            **_W4,
+            **_PER_TENSOR,
+            correction="none",
+        ),
+        _storage_only(
+            "had-io-w8a8",
+            "rotations, and INT8 tensors of one scale around an FP16 SSD (accuracy only)",
+            **_W8_BLOCK,
+            **_PER_TENSOR,
+        ),
+        _storage_only(
+            "had-io-w4a8",
+            "the same with 4-bit GPTQ weights (accuracy only)",
+            **_W4,
+            **_PER_TENSOR,
+        ),
+        QuantConfig(
+            name="fp16",
+            about="baseline: no quantization",
+            linear="fp16",
+            ssd="fp16",
+            compensation=0.0,
+            bc_rotation="none",
+            correction="none",
+        ),
+    )
+}
+
+
+def find_method(name: str) -> QuantConfig:
+    """The preset of that name.
+
+    Raises:
+        UsageError: there is none; the message lists those that exist.
+    """
+    if name not in METHODS:
+        raise UsageError(f"unknown method {name!r};", f"known: {', '.join(METHODS)}.")
+    return METHODS[name]

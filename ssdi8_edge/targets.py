@@ -1,0 +1,110 @@
+"""Targets: where a model will run is one TOML file, shipped in profiles/ or the user's own."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ssdi8_edge.ground.artifacts import shipped
+from ssdi8_edge.ground.errors import UsageError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+# min, opt, max of one TensorRT optimization profile
+Range = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=3, max_length=3)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Board(_Strict):
+    """What a board has: memory shared by CPU and GPU in GB, SMs with all TPCs powered."""
+
+    compute_capability: str
+    memory_gb: float = Field(gt=0)
+    sms: int = Field(ge=1)
+
+
+class Engine(_Strict):
+    """Shapes of the prefill profile (the decode profile is tokens = 1), and scratch memory."""
+
+    batch: Range
+    tokens: Range
+    workspace_mb: int = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Engine:
+        for name in ("batch", "tokens"):
+            low, best, high = getattr(self, name)
+            if not low <= best <= high:
+                raise ValueError(f"{name} must rise: min <= opt <= max")
+        return self
+
+
+class Target(_Strict):
+    """One profile file.
+
+    Attributes:
+        runtime: what executes the model there.
+        where: "board" is reached over SSH; "here" is this machine.
+    """
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    about: str
+    runtime: Literal["tensorrt", "onnxruntime"]
+    where: Literal["board", "here"]
+    board: Board | None = None
+    engine: Engine
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest piece of a prompt that one call takes."""
+        return self.engine.tokens[2]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the manifest carries it to the board, which has no TOML reader."""
+        return {**self.model_dump(), "max_tokens": self.max_tokens}
+
+
+def target_names() -> list[str]:
+    """Names of the shipped targets."""
+    return sorted(path.stem for path in shipped("profiles").glob("*.toml"))
+
+
+def load_target(name_or_path: str) -> Target:
+    """A shipped target by name, or the user's own TOML file.
+
+    Raises:
+        UsageError: no such target; the file is not TOML; a key is missing, unknown or out of range.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.suffix != ".toml":
+        path = shipped("profiles") / f"{name_or_path}.toml"
+        if name_or_path not in target_names():
+            raise UsageError(
+                f"unknown target {name_or_path!r};",
+                f"known: {', '.join(target_names())}; or name a .toml file of your own.",
+            )
+    try:
+        fields = tomllib.loads(path.read_text(encoding="utf-8"))
+        return Target(**fields)
+    except OSError as error:
+        raise UsageError(
+            f"cannot read target file {path}: {error.strerror};", "name an existing .toml file."
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not a TOML file: {error};", "mend that line.") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "its values"
+        raise UsageError(
+            f"{path}: {key}: {first['msg']};",
+            "compare with a file that `ssdi8-edge targets` lists.",
+        ) from error

@@ -25,7 +25,7 @@ from ssdi8_edge.evaluate import evaluate, open_subject, plan
 from ssdi8_edge.evaluate.table import save_results, show
 from ssdi8_edge.ground.allocator import keep_freed_memory
 from ssdi8_edge.ground.artifacts import TOKENIZER
-from ssdi8_edge.recipes.methods import METHODS
+from ssdi8_edge.recipes.presets import METHODS
 
 _STATIC: dict[str, Any] = {"scaling": "static"}
 

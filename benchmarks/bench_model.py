@@ -26,14 +26,15 @@ from typing import Any
 import numpy as np
 import torch
 from green_context import stream_of_multiprocessors
+from ssdi8_edge.models.reference import Mamba2Config
 from torch import Tensor
 
 from ssdi8_edge.local.gpu_backend import GpuBackend
 from ssdi8_edge.models import network as modules
 from ssdi8_edge.models.network import QuantizedMamba2
-from ssdi8_edge.models.reference import Mamba2Config
 from ssdi8_edge.ops import kernel_library
-from ssdi8_edge.recipes.methods import QuantConfig, find_method
+from ssdi8_edge.recipes.presets import find_method
+from ssdi8_edge.recipes.recipe import QuantConfig
 
 # d_model and layers of state-spaces/mamba2-*.
 SIZES = {"130m": (768, 24), "370m": (1024, 48), "1.3b": (2048, 48), "2.7b": (2560, 64)}

@@ -17,15 +17,16 @@ import torch
 from conftest import make_config, make_model, state_spaces_config
 from onnx import ModelProto, TensorProto
 from safetensors.torch import save_file
+from ssdi8_edge.models.reference import Mamba2Config, Mamba2LM
 from torch import Tensor
 
 from ssdi8_edge.checkpoints.checkpoint import Checkpoint
 from ssdi8_edge.compile.calibrate import calibrate, layer_config
 from ssdi8_edge.compile.quantize import quantize
 from ssdi8_edge.models.network import QuantizedMamba2
-from ssdi8_edge.models.reference import Mamba2Config, Mamba2LM
 from ssdi8_edge.numerics.formats import Gate, Rounding, Scaling
-from ssdi8_edge.recipes.methods import METHODS, QuantConfig
+from ssdi8_edge.recipes.presets import METHODS
+from ssdi8_edge.recipes.recipe import QuantConfig
 
 # Tiny tensors gain nothing from threads, and threads that wait burn cores that others need.
 torch.set_num_threads(1)

@@ -30,7 +30,7 @@ from runtime.tensorrt_api import layer_information
 from test_pipeline import write_model, write_text
 
 from ssdi8_edge.compile.pipeline import Build, BuildRequest
-from ssdi8_edge.recipes.methods import METHODS
+from ssdi8_edge.recipes.presets import METHODS
 from ssdi8_edge.targets import load_target
 
 if importlib.util.find_spec("tensorrt_rtx") is None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from ssdi8_edge.models.reference import Mamba2Config, Mamba2LM
 from test_pipeline import byte_tokenizer, one_thread, write_model, write_text
 from torch import Tensor
 
@@ -24,11 +25,10 @@ from ssdi8_edge.evaluate.windows import long_context, perplexities
 from ssdi8_edge.ground.errors import BundleError, CheckpointError, UsageError
 from ssdi8_edge.local.gpu_backend import GpuBackend
 from ssdi8_edge.models.network import Scope
-from ssdi8_edge.models.reference import Mamba2Config, Mamba2LM
 from ssdi8_edge.numerics.int8 import round_to_int8
 from ssdi8_edge.ops import kernel_library
 from ssdi8_edge.ops.rms_norm import RMS_NORM
-from ssdi8_edge.recipes.methods import METHODS
+from ssdi8_edge.recipes.presets import METHODS
 from ssdi8_edge.targets import load_target
 
 WINDOW = 64

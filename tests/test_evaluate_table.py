@@ -23,7 +23,7 @@ from ssdi8_edge.evaluate.tasks import Accuracy
 from ssdi8_edge.evaluate.windows import Perplexity
 from ssdi8_edge.ground.artifacts import QUANTIZED
 from ssdi8_edge.ground.errors import UsageError
-from ssdi8_edge.recipes.methods import METHODS
+from ssdi8_edge.recipes.presets import METHODS
 
 FIRST = Perplexity("fp32", "torch", "a|b [x].txt", 3, 2048, 2047, 10.0)
 OTHER = replace(

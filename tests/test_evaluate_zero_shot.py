@@ -22,7 +22,7 @@ from ssdi8_edge.evaluate import open_subject, tasks
 from ssdi8_edge.evaluate.evaluation import evaluate, plan
 from ssdi8_edge.evaluate.tasks import TASKS
 from ssdi8_edge.ground.errors import UsageError
-from ssdi8_edge.recipes.methods import METHODS
+from ssdi8_edge.recipes.presets import METHODS
 from ssdi8_edge.targets import load_target
 
 __all__ = ["one_thread"]  # a fixture, taken over

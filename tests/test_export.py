@@ -37,7 +37,7 @@ from ssdi8_edge.ground.stream import read_tokens
 from ssdi8_edge.models.network import State
 from ssdi8_edge.ops import OPS
 from ssdi8_edge.ops.op import DOMAIN, Op
-from ssdi8_edge.recipes.methods import METHODS
+from ssdi8_edge.recipes.presets import METHODS
 
 LENGTHS = [1, 5, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 3]
 # The head is an FP16 linear summed in FP32: another order of the sum, then one FP16 rounding.

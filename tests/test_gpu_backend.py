@@ -23,7 +23,7 @@ from ssdi8_edge.ground.errors import UsageError
 from ssdi8_edge.local.gpu_backend import GpuBackend, run_on_gpu
 from ssdi8_edge.models.network import QuantizedMamba2
 from ssdi8_edge.ops import kernel_library
-from ssdi8_edge.recipes.methods import find_method
+from ssdi8_edge.recipes.presets import find_method
 
 needs_kernels = [
     pytest.mark.gpu,

@@ -33,7 +33,7 @@ from ssdi8_edge.checkpoints.quantized import load_quantized
 from ssdi8_edge.compile.pipeline import STAGES, Build, BuildRequest, BuildResult
 from ssdi8_edge.ground.errors import Ssdi8Error, UsageError
 from ssdi8_edge.local.bridge import open_checked_bundle
-from ssdi8_edge.recipes.methods import METHODS
+from ssdi8_edge.recipes.presets import METHODS
 from ssdi8_edge.targets import load_target
 
 KILLS = 14
@@ -646,7 +646,7 @@ def test_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
         "from pathlib import Path\n"
         "import torch; torch.set_num_threads(1)\n"
         "from ssdi8_edge.compile.pipeline import Build, BuildRequest\n"
-        "from ssdi8_edge.recipes.methods import METHODS\n"
+        "from ssdi8_edge.recipes.presets import METHODS\n"
         "from ssdi8_edge.targets import load_target\n"
         "model, text, out = sys.argv[1:]\n"
         "request = BuildRequest(model, METHODS['edge-w8a8'], load_target('host-cpu'), Path(out),\n"

@@ -29,6 +29,8 @@ from case_table import (
 )
 from conftest import make_config
 from safetensors.torch import load_file
+from ssdi8_edge.compile.quantize.clusters import sort_and_cluster
+from ssdi8_edge.models.reference import LayerState, Mamba2Config, Mamba2LM
 from torch import Tensor
 from torch.nn import functional
 
@@ -38,7 +40,6 @@ from ssdi8_edge.compile import safetensors_writer
 from ssdi8_edge.compile.calibrate import fp32_layer
 from ssdi8_edge.compile.pipeline import Build, BuildRequest
 from ssdi8_edge.compile.quantize import quantize
-from ssdi8_edge.compile.quantize.clusters import sort_and_cluster
 from ssdi8_edge.compile.quantize.correction import SKIP_TOKENS, MeanDifference
 from ssdi8_edge.compile.quantize.gptq import quantize_w4, quantize_w8
 from ssdi8_edge.compile.quantize.linears import InputStatistics
@@ -46,11 +47,11 @@ from ssdi8_edge.compile.safetensors_writer import SafetensorsWriter
 from ssdi8_edge.ground.errors import CheckpointError, UsageError
 from ssdi8_edge.ground.stream import read_tokens
 from ssdi8_edge.models.network import QuantizedMamba2, State, run_block
-from ssdi8_edge.models.reference import LayerState, Mamba2Config, Mamba2LM
 from ssdi8_edge.models.rewrites import permute_layer
 from ssdi8_edge.numerics import hadamard, int8
 from ssdi8_edge.ops.linear import unpack_w4
-from ssdi8_edge.recipes.methods import METHODS, QuantConfig, find_method
+from ssdi8_edge.recipes.presets import METHODS, find_method
+from ssdi8_edge.recipes.recipe import QuantConfig
 from ssdi8_edge.targets import load_target
 
 QUANTIZED = [name for name, recipe in METHODS.items() if recipe.quantized]

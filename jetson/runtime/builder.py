@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from runtime.bundle import Bundle, BundleProblem, RunFailure, output_name
+from runtime.bundle import Bundle, BundleProblem, RunFailure
 from runtime.tensorrt_api import LogLines, strongly_typed
 
 MIB = 2**20
@@ -133,9 +133,9 @@ def _outputs(network: Any) -> list[Any]:
 
 def _check_tensors(network: Any, bundle: Bundle, graph: Path) -> None:
     """The runtime binds by name, so the names must be the manifest's."""
-    states = bundle.state_dtypes()
+    states = bundle.model.states
     found = {tensor.name for tensor in (*_inputs(network), *_outputs(network))}
-    expected = {"input_ids", "logits", *states, *map(output_name, states)}
+    expected = {"input_ids", "logits", *states, *(state.output for state in states.values())}
     if found != expected:
         odd = sorted(found ^ expected)[0]
         raise BundleProblem(

@@ -1,17 +1,17 @@
-"""A bundle on disk: its manifest, the sizes in it, and whether its files are the ones it lists."""
+"""A bundle on disk: its manifest, and whether its files are the ones it lists."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-SCHEMA = 1
+SCHEMA = 2
 RUNTIMES = ("onnxruntime", "tensorrt")
 STATE_DTYPES: Mapping[str, np.dtype] = {
     "fp16": np.dtype(np.float16),
@@ -20,6 +20,7 @@ STATE_DTYPES: Mapping[str, np.dtype] = {
 MANIFEST = "manifest.json"
 PARTS = {
     "model": dict,
+    "interface": dict,
     "recipe": dict,
     "target": dict,
     "files": dict,
@@ -53,43 +54,60 @@ class RunFailure(BundleProblem):
 
 
 @dataclass(frozen=True)
-class ModelSizes:
-    """Sizes of a Mamba-2 model, as in the manifest, and the shapes that follow from them."""
+class State:
+    """A tensor that the graph carries from call to call, as the manifest declares it."""
 
-    d_model: int
-    n_layer: int
+    name: str  # of the graph's input
+    output: str  # of the graph's output, which is the input of the next call
+    shape: tuple[int, ...]  # without the batch
+    dtype: np.dtype
+    suspects: tuple[str, ...]  # ops where an error is looked for that shows here first
+    shallow: bool  # errors of kernels have not added up over layers yet
+
+
+@dataclass(frozen=True)
+class Interface:
+    """What the manifest says of the graph."""
+
     vocab_size: int  # rows of the embedding, padding included
-    d_state: int
-    d_conv: int  # taps of the causal convolution
-    expand: int
-    headdim: int
-    ngroups: int
-    chunk_size: int  # tokens
+    prompt_multiple: int  # tokens; pieces of a long prompt are multiples of it
+    states: Mapping[str, State]  # by name, in the order of the data
+    logits_suspects: tuple[str, ...]
+    decode_suspects: tuple[str, ...]
+    ops: tuple[str, ...]  # names that layers of an inference library carry, without prefixes
 
-    @property
-    def d_inner(self) -> int:
-        return self.expand * self.d_model
-
-    @property
-    def conv_dim(self) -> int:
-        """Channels of the convolution: x, B and C."""
-        return self.d_inner + 2 * self.ngroups * self.d_state
+    @classmethod
+    def read(cls, fields: Mapping[str, Any]) -> Interface:
+        """From the manifest; raises KeyError, TypeError or ValueError where it is not right."""
+        states = [
+            State(
+                name=str(state["name"]),
+                output=str(state["output"]),
+                shape=tuple(int(size) for size in state["shape"]),
+                dtype=STATE_DTYPES[state["dtype"]],
+                suspects=tuple(map(str, state["suspects"])),
+                shallow=bool(state["shallow"]),
+            )
+            for state in fields["states"]
+        ]
+        read = cls(
+            vocab_size=int(fields["vocab_size"]),
+            prompt_multiple=int(fields["prompt_multiple"]),
+            states={state.name: state for state in states},
+            logits_suspects=tuple(map(str, fields["logits_suspects"])),
+            decode_suspects=tuple(map(str, fields["decode_suspects"])),
+            ops=tuple(map(str, fields["ops"])),
+        )
+        sizes = (read.vocab_size, read.prompt_multiple, *(n for s in states for n in s.shape))
+        if min(sizes) < 1 or len(read.states) != len(states):
+            raise ValueError("a size is not positive, or a state stands there twice")
+        if any(state["update"] != "replace" for state in fields["states"]):
+            raise ValueError("a state is updated in a way that this script does not know")
+        return read
 
     def state_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
-        """Graph name -> shape, layer by layer: conv_state (b, k-1, c), ssm_state (b, h, p, n)."""
-        conv = (batch, self.d_conv - 1, self.conv_dim)
-        ssm = (batch, self.d_inner // self.headdim, self.headdim, self.d_state)
-        return {
-            f"{kind}.{layer}": shape
-            for layer in range(self.n_layer)
-            for kind, shape in (("conv_state", conv), ("ssm_state", ssm))
-        }
-
-
-def output_name(state: str) -> str:
-    """conv_state.3 -> conv_state_out.3, the graph's output that is the input of the next call."""
-    kind, layer = state.split(".")
-    return f"{kind}_out.{layer}"
+        """Graph name -> shape with the batch."""
+        return {name: (batch, *state.shape) for name, state in self.states.items()}
 
 
 @dataclass(frozen=True)
@@ -99,9 +117,8 @@ class Bundle:
     root: Path
     manifest: Mapping[str, Any]
     name: str
-    model: ModelSizes
+    model: Interface
     recipe: str
-    state_dtype: np.dtype  # of ssm_state; conv_state is always float16
     target: str
     runtime: str
     max_tokens: int  # longest prefill piece
@@ -132,11 +149,7 @@ class Bundle:
 
     def state_dtypes(self) -> dict[str, np.dtype]:
         """Graph name -> dtype of that state."""
-        half = STATE_DTYPES["fp16"]
-        return {
-            name: self.state_dtype if name.startswith("ssm_state") else half
-            for name in self.model.state_shapes(1)
-        }
+        return {name: state.dtype for name, state in self.model.states.items()}
 
     def check_files(self, hash_up_to: int | None = HASHED_AT_LOAD) -> int:
         """Compare every listed file with the manifest; returns the number of bytes hashed.
@@ -179,9 +192,7 @@ def open_bundle(root: Path) -> Bundle:
         for key, kind in PARTS.items():
             if not isinstance(manifest[key], kind):
                 raise TypeError(f"{key} is not a {kind.__name__}")
-        model = ModelSizes(**{f.name: int(manifest["model"][f.name]) for f in fields(ModelSizes)})
-        if min(asdict(model).values()) < 1:
-            raise ValueError("a size of the model is not positive")
+        model = Interface.read(manifest["interface"])
         if not all(isinstance(step, dict) for step in manifest["steps"]):
             raise TypeError("a step is not a dict")
         bundle = Bundle(
@@ -190,7 +201,6 @@ def open_bundle(root: Path) -> Bundle:
             name=str(manifest["name"]),
             model=model,
             recipe=str(manifest["recipe"]["name"]),
-            state_dtype=STATE_DTYPES[manifest["recipe"]["state_dtype"]],
             target=str(manifest["target"]["name"]),
             runtime=manifest["target"]["runtime"],
             max_tokens=int(manifest["target"]["max_tokens"]),
@@ -207,10 +217,10 @@ def open_bundle(root: Path) -> Bundle:
             f"{root / MANIFEST} asks for the runtime {bundle.runtime!r}",
             f"this script knows {' and '.join(RUNTIMES)}",
         )
-    if bundle.max_tokens < model.chunk_size:
+    if bundle.max_tokens < model.prompt_multiple:
         raise BundleProblem(
             f"{root / MANIFEST} allows prefill pieces of {bundle.max_tokens} tokens, less than one"
-            f" chunk of {model.chunk_size}",
+            f" chunk of {model.prompt_multiple}",
             "pack the bundle again with a larger max_tokens",
         )
     return bundle

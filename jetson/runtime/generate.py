@@ -44,14 +44,14 @@ class Timings:
         return 1 / self.tpot_s if self.tpot_s else None
 
 
-def prefill_pieces(length: int, max_tokens: int, chunk_size: int) -> list[tuple[int, int]]:
+def prefill_pieces(length: int, max_tokens: int, multiple: int) -> list[tuple[int, int]]:
     """(start, end) of each piece of a prompt.
 
-    All but the last are a multiple of `chunk_size`, so that chunks fall where they would in one go.
+    All but the last are a `multiple`, so that chunks fall where they would in one go.
     """
     if length <= max_tokens:
         return [(0, length)]
-    piece = max_tokens - max_tokens % chunk_size
+    piece = max_tokens - max_tokens % multiple
     return [(start, min(start + piece, length)) for start in range(0, length, piece)]
 
 
@@ -67,7 +67,7 @@ def prefill(
         states = backend.zero_states(batch)
     wanted = length - keep  # first position whose logits are returned
     kept = []
-    for start, end in prefill_pieces(length, bundle.max_tokens, bundle.model.chunk_size):
+    for start, end in prefill_pieces(length, bundle.max_tokens, bundle.model.prompt_multiple):
         # The graph always gives at least one position; of early pieces nobody reads it.
         piece_keep = max(1, end - max(start, wanted))
         logits, states = backend.forward(ids[:, start:end], states, piece_keep)

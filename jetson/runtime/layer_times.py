@@ -13,15 +13,7 @@ from dataclasses import dataclass
 
 from runtime.backend import LayerTimes
 
-# The ops of the graph; plugins carry the prefix Ssdi8. Longer names come before those that they
-# begin with.
-MODULES = (
-    "RmsNormGated", "RmsNorm", "LinearW4", "Linear", "CausalConv1d", "ChunkCumsum", "ChunkState",
-    "StatePassing", "ChunkScan", "SsdScan", "Embedding", "LastPositions", "Logits",
-)  # fmt: skip
 OTHER = "other"
-# "layers.3/Ssdi8Linear.1", "SsdScan/MatMul.7__2", "_inlfunc_Ssdi8ChunkState_Ssdi8ChunkState/Pad.3"
-_MODULE = re.compile(rf"(?<![A-Za-z0-9])(?:Ssdi8)?({'|'.join(MODULES)})(?![A-Za-z0-9])")
 _MODEL_LAYER = re.compile(r"(?<![a-z])layers\.(\d+)/")
 
 
@@ -45,14 +37,24 @@ class ModuleTime:
     share: float
 
 
-def module_of(name: str) -> str:
-    """The op that a layer belongs to; the innermost one, and "A + B" where several are fused."""
-    parts = []
-    for piece in re.split(r"\s*\+\s*|,\s*", name):
-        found = _MODULE.findall(piece.replace("_", " "))
-        if found and found[-1] not in parts:
-            parts.append(found[-1])
-    return " + ".join(parts) or OTHER
+class Modules:
+    """Tells the op that a layer belongs to; `ops` are those of the graph, without prefixes."""
+
+    def __init__(self, ops: Sequence[str]) -> None:
+        # Longer names come before those that they begin with.
+        names = "|".join(map(re.escape, sorted(ops, key=len, reverse=True)))
+        # "layers.3/Ssdi8Linear.1", "SsdScan/MatMul.7__2",
+        # "_inlfunc_Ssdi8ChunkState_Ssdi8ChunkState/Pad.3"
+        self._op = re.compile(rf"(?<![A-Za-z0-9])(?:Ssdi8)?({names})(?![A-Za-z0-9])")
+
+    def of(self, name: str) -> str:
+        """The innermost op of a layer's name, and "A + B" where several are fused."""
+        parts = []
+        for piece in re.split(r"\s*\+\s*|,\s*", name):
+            found = self._op.findall(piece.replace("_", " "))
+            if found and found[-1] not in parts:
+                parts.append(found[-1])
+        return " + ".join(parts) or OTHER
 
 
 def model_layer_of(name: str) -> int | None:
@@ -61,7 +63,7 @@ def model_layer_of(name: str) -> int | None:
     return int(found.pop()) if len(found) == 1 else None
 
 
-def median_times(runs: Sequence[LayerTimes]) -> list[LayerTime]:
+def median_times(runs: Sequence[LayerTimes], modules: Modules) -> list[LayerTime]:
     """Median over runs of the same graph, layer by layer in their order; a name may come twice.
 
     A layer that was interrupted once by something else does not count.
@@ -73,7 +75,7 @@ def median_times(runs: Sequence[LayerTimes]) -> list[LayerTime]:
             nth = seen[name] = seen.get(name, -1) + 1
             seconds.setdefault((name, nth), []).append(value)
     return [
-        LayerTime(name, module_of(name), model_layer_of(name), statistics.median(values))
+        LayerTime(name, modules.of(name), model_layer_of(name), statistics.median(values))
         for (name, _), values in seconds.items()
     ]
 

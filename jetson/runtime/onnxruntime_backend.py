@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime
 
 from runtime.backend import LayerTimes, States
-from runtime.bundle import Bundle, BundleProblem, RunFailure, output_name
+from runtime.bundle import Bundle, BundleProblem, RunFailure
 
 GRAPH = "model.portable.onnx"
 ERRORS_ONLY = 3  # onnxruntime's warnings speak to those who export a graph, not to those who run it
@@ -56,6 +56,7 @@ class OnnxRuntimeBackend:
             ) from error
         self._shapes = bundle.model.state_shapes
         self._dtypes = bundle.state_dtypes()
+        self._output_of = {s.name: s.output for s in bundle.model.states.values()}
         self._check_names()
         self.versions: Mapping[str, str] = {
             "numpy": np.__version__,
@@ -71,7 +72,7 @@ class OnnxRuntimeBackend:
             raise BundleProblem(
                 f"{GRAPH} and the manifest disagree about the input {odd}", "pack the bundle again"
             )
-        self._outputs = ["logits", *(output_name(name) for name in self._dtypes)]
+        self._outputs = ["logits", *self._output_of.values()]
 
     def zero_states(self, batch: int) -> States:
         """Zeros: conv_state.i (b, k-1, c) float16, ssm_state.i (b, h, p, n) as the recipe says."""

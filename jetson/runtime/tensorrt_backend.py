@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from runtime.backend import BackendOptions, LayerTimes, States
-from runtime.bundle import HASHED_AT_LOAD, Bundle, BundleProblem, RunFailure, output_name
+from runtime.bundle import HASHED_AT_LOAD, Bundle, BundleProblem, RunFailure
 from runtime.cuda import Gpu
 from runtime.engine_store import (
     REBUILD,
@@ -71,6 +71,7 @@ class TensorRtBackend:
         self._vocabulary = bundle.model.vocab_size
         self._shapes = bundle.model.state_shapes
         self._dtypes = bundle.state_dtypes()
+        self._output_of = {s.name: s.output for s in bundle.model.states.values()}
         self._lines = LogLines()
         self._contexts: list[Context] = []  # prefill, decode from A, decode from B
         self._graphs: dict[int, Graph] = {}  # by the slot that they read
@@ -207,7 +208,7 @@ class TensorRtBackend:
         addresses = {"input_ids": self._ids, "logits": self._logits}
         for name, offset in self._offsets.items():
             addresses[name] = source + offset
-            addresses[output_name(name)] = target + offset
+            addresses[self._output_of[name]] = target + offset
         return addresses
 
     def read_state(self, name: str, slot: int) -> np.ndarray:

@@ -28,12 +28,14 @@ from torch import Tensor
 
 from ssdi8_edge.ground.errors import CheckpointError
 from ssdi8_edge.ground.progress import Track, silent
+from ssdi8_edge.models.description import Description
+from ssdi8_edge.models.kinds.mamba2 import Mamba2
 
 DEMO_FOLDER = Path(__file__).parents[1] / "demo"
 HASH_BLOCK_BYTES = 4 << 20
 FLOAT_TYPES = {"F16": 2, "BF16": 2, "F32": 4}  # safetensors name: bytes per value
 TORCH_FLOAT_TYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
-EMBEDDING = "backbone.embedding.weight"
+EMBEDDING = "embedding.weight"
 HEAD = "lm_head.weight"
 
 # ---------------------------------------------------------------------------------------------
@@ -157,31 +159,60 @@ def _hugging_face_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def expected_shapes(sizes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a model of these sizes, in the order of the data."""
-    D, V = sizes["d_model"], sizes["vocab_size"]
-    E, GN = sizes["expand"] * D, sizes["ngroups"] * sizes["d_state"]
-    H, remainder = divmod(E, sizes["headdim"])
-    if remainder or H % sizes["ngroups"]:
-        raise CheckpointError(
-            f"config.json does not fit together: d_inner {E}, headdim {sizes['headdim']}, "
-            f"ngroups {sizes['ngroups']}."
-        )
-    layer = {
-        "norm.weight": (D,),
-        "mixer.in_proj.weight": (2 * E + 2 * GN + H, D),
-        "mixer.conv1d.weight": (E + 2 * GN, 1, sizes["d_conv"]),
-        "mixer.conv1d.bias": (E + 2 * GN,),
-        "mixer.dt_bias": (H,),
-        "mixer.A_log": (H,),
-        "mixer.D": (H,),
-        "mixer.norm.weight": (E,),
-        "mixer.out_proj.weight": (D, E),
+def _description(sizes: Mapping[str, Any]) -> Description:
+    """From the sizes that both layouts have."""
+    own = {k: sizes[k] for k in ("d_state", "d_conv", "headdim", "ngroups", "chunk_size")}
+    block = Mamba2(
+        d_inner=sizes["expand"] * sizes["d_model"],
+        **own,
+        dt_limit=sizes["dt_limit"],
+        norm_eps=sizes["norm_eps"],
+    )
+    return Description(
+        d_model=sizes["d_model"],
+        vocab_size=sizes["vocab_size"],
+        blocks=(block,) * sizes["n_layer"],
+        norm_eps=sizes["norm_eps"],
+        tie_embeddings=sizes["tie_embeddings"],
+    )
+
+
+# Ours -> as stored, local to a block.
+STORED = {
+    "in_proj.weight": "mixer.in_proj.weight",
+    "conv1d.weight": "mixer.conv1d.weight",
+    "conv1d.bias": "mixer.conv1d.bias",
+    "dt_bias": "mixer.dt_bias",
+    "A_log": "mixer.A_log",
+    "D": "mixer.D",
+    "gate_norm.weight": "mixer.norm.weight",
+    "out_proj.weight": "mixer.out_proj.weight",
+}
+
+
+def stored_name(name: str) -> str:
+    """The state-spaces name of one of ours: layers.0.D -> backbone.layers.0.mixer.D."""
+    if name == HEAD:
+        return name
+    if not name.startswith("layers."):
+        return f"backbone.{name}"
+    _, index, local = name.split(".", 2)
+    return f"backbone.layers.{index}.{STORED.get(local, local)}"
+
+
+def expected_shapes(model: Description) -> dict[str, tuple[int, ...]]:
+    """Our name and the shape of every tensor of a model, in the order of the data."""
+    vocabulary = (model.vocab_size, model.d_model)
+    return {
+        EMBEDDING: vocabulary,
+        **{
+            f"layers.{i}.{name}": shape
+            for i, block in enumerate(model.blocks)
+            for name, shape in block.parameters(model.d_model).items()
+        },
+        "norm_f.weight": (model.d_model,),
+        HEAD: vocabulary,
     }
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (V, D)}
-    for i in range(sizes["n_layer"]):
-        shapes.update({f"backbone.layers.{i}.{name}": shape for name, shape in layer.items()})
-    return {**shapes, "backbone.norm_f.weight": (D,), HEAD: (V, D)}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -305,8 +336,8 @@ def _open_weights(path: Path) -> _WeightFile:
 class Checkpoint:
     """A verified checkpoint folder.
 
-    config           complete keyword arguments of `model.Mamba2Config`
-    names            every tensor of the model, state-spaces names, `lm_head.weight` included
+    description      what the model is
+    names            every tensor of the model, our names, `lm_head.weight` included
     tokenizer_path   tokenizer.json beside the weights, or None
     parameter_bytes  bytes of the stored parameters; a tied head counts once
 
@@ -322,9 +353,9 @@ class Checkpoint:
             )
         raw = _read_json(self._config_path)
         if "d_model" in raw:
-            self.config = _state_spaces_sizes(raw)
+            self.description = _description(_state_spaces_sizes(raw))
         elif raw.get("model_type") is not None or "hidden_size" in raw:
-            self.config = _hugging_face_sizes(raw)
+            self.description = _description(_hugging_face_sizes(raw))
         else:
             raise CheckpointError(
                 f"{self._config_path} has neither d_model (state-spaces) nor hidden_size "
@@ -342,14 +373,15 @@ class Checkpoint:
             weights = _open_weights(path)
             for stored in weights.names:
                 # transformers writes "embeddings" where state-spaces writes "embedding".
-                name = EMBEDDING if stored == "backbone.embeddings.weight" else stored
+                name = stored.replace("backbone.embeddings.", "backbone.embedding.")
                 self._places[name] = (weights, stored)
-        shapes = expected_shapes(self.config)
-        self.names = list(shapes)
-        if self.config["tie_embeddings"]:
+        ours = expected_shapes(self.description)
+        self.names = list(ours)
+        if self.description.tie_embeddings:
             # Some writers store the tied head a second time.
             self._places.pop(HEAD, None)
-            del shapes[HEAD]
+            del ours[HEAD]
+        shapes = {stored_name(name): shape for name, shape in ours.items()}
         for name, shape in shapes.items():
             if name not in self._places:
                 raise CheckpointError(f"{self.folder} lacks the tensor {name}.", AGAIN)
@@ -369,17 +401,17 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder} holds an unexpected tensor {extra[0]}.", AGAIN)
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor of this state-spaces name, in its stored type, on the CPU."""
-        if name == HEAD and self.config["tie_embeddings"]:
+        """The tensor of this name of ours, in its stored type, on the CPU."""
+        if name == HEAD and self.description.tie_embeddings:
             name = EMBEDDING
-        if name not in self._places:
+        if stored_name(name) not in self._places:
             raise CheckpointError(f"{self.folder} has no tensor {name}.")
-        weights, stored = self._places[name]
+        weights, stored = self._places[stored_name(name)]
         return weights.read(stored)
 
     def layer(self, index: int) -> dict[str, Tensor]:
-        """The tensors of one block, under the names that `model.Mamba2Block` gives them."""
-        prefix = f"backbone.layers.{index}."
+        """The tensors of one block, under the names that its kind gives them."""
+        prefix = f"layers.{index}."
         found = {
             name.removeprefix(prefix): self.tensor(name)
             for name in self.names

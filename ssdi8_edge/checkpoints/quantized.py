@@ -9,9 +9,9 @@ from safetensors import SafetensorError, safe_open
 
 from ssdi8_edge.ground.artifacts import QUANTIZED, WEIGHTS, read_json
 from ssdi8_edge.ground.errors import CheckpointError
-from ssdi8_edge.models.network import QuantizedMamba2
-from ssdi8_edge.models.reference import Mamba2Config
-from ssdi8_edge.recipes.methods import QuantConfig
+from ssdi8_edge.models.description import Description
+from ssdi8_edge.models.network import QuantizedModel
+from ssdi8_edge.recipes.recipe import QuantConfig
 
 CONFIG = "config.json"
 
@@ -39,7 +39,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def load_quantized(folder: Path, device: str = "cpu") -> QuantizedMamba2:
+def load_quantized(folder: Path, device: str = "cpu") -> QuantizedModel:
     """Read the whole quantized checkpoint into memory."""
     config = read_config(folder)
     try:
@@ -49,6 +49,6 @@ def load_quantized(folder: Path, device: str = "cpu") -> QuantizedMamba2:
         raise CheckpointError(
             f"cannot read {folder / WEIGHTS}: {error};", "quantize again."
         ) from error
-    return QuantizedMamba2(
-        Mamba2Config.from_dict(config["model"]), QuantConfig.from_dict(config["recipe"]), tensors
+    return QuantizedModel(
+        Description.from_dict(config["model"]), QuantConfig.from_dict(config["recipe"]), tensors
     )

@@ -110,7 +110,7 @@ def build(
     as_json: JsonOption = False,
 ) -> None:
     """Calibrate, quantize, export and package a model for a target; with --host, deploy it."""
-    from ssdi8_edge.recipes.methods import find_method
+    from ssdi8_edge.recipes.presets import find_method
     from ssdi8_edge.targets import load_target
 
     # Cheap checks first: torch takes seconds to import.
@@ -278,7 +278,7 @@ def evaluate(
         if len(models) != 1:
             raise UsageError(f"--methods takes one checkpoint, not {len(models)};", "name one.")
         from ssdi8_edge.compile.comparison import quantize_by
-        from ssdi8_edge.recipes.methods import find_method
+        from ssdi8_edge.recipes.presets import find_method
 
         recipes, model = [find_method(name) for name in _names(methods)], models[0]
         if not recipes:
@@ -365,7 +365,7 @@ def targets(as_json: JsonOption = False) -> None:
 @app.command()
 def methods(as_json: JsonOption = False) -> None:
     """List the quantization methods."""
-    from ssdi8_edge.recipes.methods import METHODS
+    from ssdi8_edge.recipes.presets import METHODS
 
     def show() -> None:
         table = Table("method", "what")

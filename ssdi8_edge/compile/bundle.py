@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ssdi8_edge import __version__
 from ssdi8_edge.checkpoints.quantized import load_quantized, read_config
+from ssdi8_edge.compile.interface import interface
 from ssdi8_edge.ground.artifacts import (
     BUNDLE_SCHEMA,
     GOLDEN,
@@ -34,7 +35,8 @@ from ssdi8_edge.ground.artifacts import (
 from ssdi8_edge.ground.errors import Ssdi8Error
 from ssdi8_edge.ground.progress import Track, silent
 from ssdi8_edge.local.bridge import run_engine, runtime_module
-from ssdi8_edge.models.network import QuantizedMamba2, State
+from ssdi8_edge.models.block import States
+from ssdi8_edge.models.network import QuantizedModel
 from ssdi8_edge.targets import Target
 
 DECODE_STEPS = 4
@@ -44,7 +46,7 @@ _JUNK = {"__pycache__", "build"}
 
 
 def golden_vectors(
-    model: QuantizedMamba2, ids: Tensor, max_tokens: int, track: Track = silent
+    model: QuantizedModel, ids: Tensor, max_tokens: int, track: Track = silent
 ) -> dict[str, np.ndarray]:
     """What every runtime must reproduce, from the torch reference.
 
@@ -56,19 +58,19 @@ def golden_vectors(
         max_tokens: the most that a call takes; a longer prefill goes in the runtime's pieces, since
             the states between them are rounded to their type.
     """
-    chunk = model.config.chunk_size
-    length = 2 * chunk + 3
+    multiple = model.description.prompt_multiple
+    length = 2 * multiple + 3
     repeats = -(-(length + DECODE_STEPS) // len(ids))
     ids = ids.repeat(repeats)[: length + DECODE_STEPS].to(torch.int32)[None]
     prompt, following = ids[:, :length], ids[:, length:]
-    pieces = runtime_module("generate").prefill_pieces(length, max_tokens, chunk)
-    layers = iter(track(range(model.config.n_layer * len(pieces) + 1), "golden vectors"))
+    pieces = runtime_module("generate").prefill_pieces(length, max_tokens, multiple)
+    layers = iter(track(range(model.description.n_layer * len(pieces) + 1), "golden vectors"))
 
     def layer_begins(_: str) -> AbstractContextManager[None]:
         next(layers, None)
         return nullcontext()
 
-    states: list[State] | None = None
+    states: list[States] | None = None
     last_logits = []
     for start, end in pieces:
         keep = min(GOLDEN_LOGITS, end - start)
@@ -78,8 +80,7 @@ def golden_vectors(
     assert states is not None
     logits = torch.cat(last_logits, 1)[:, -GOLDEN_LOGITS:]
     golden = {"input_ids": prompt, "logits": logits, "decode_ids": following}
-    for i, state in enumerate(states):
-        golden |= {f"conv_state.{i}": state.conv, f"ssm_state.{i}": state.ssm}
+    golden |= model.named_states(states)
     steps = []
     for step in range(DECODE_STEPS):
         logits, states = model.forward(following[:, step : step + 1], states)
@@ -132,6 +133,7 @@ def pack(
         "name": f"{config['name']}--{config['recipe']['name']}--{target.name}",
         "key": key,
         "model": config["model"],
+        "interface": interface(model.description, model.recipe),
         "recipe": config["recipe"],
         "target": target.to_dict(),
         "created": {

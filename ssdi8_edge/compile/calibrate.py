@@ -8,7 +8,6 @@ temporary file.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,27 +19,9 @@ from ssdi8_edge.ground.allocator import return_freed_memory
 from ssdi8_edge.ground.errors import CheckpointError
 from ssdi8_edge.ground.progress import Track, silent
 from ssdi8_edge.ground.stream import batches, open_spool
-from ssdi8_edge.models.reference import Mamba2Block, Mamba2Config
+from ssdi8_edge.models.float import load_block
 from ssdi8_edge.models.rewrites import rotate_embedding, rotate_layer
-from ssdi8_edge.numerics.hadamard import rotate, transform
-from ssdi8_edge.numerics.histogram import MagnitudeHistogram
-from ssdi8_edge.recipes.methods import QuantConfig
-
-
-def layer_config(checkpoint: Checkpoint, recipe: QuantConfig) -> Mamba2Config:
-    """The model's sizes with the recipe's chunk size."""
-    config = Mamba2Config(**checkpoint.config)
-    if recipe.chunk_size is not None:
-        config = dataclasses.replace(config, chunk_size=recipe.chunk_size)
-    return config
-
-
-def load_block(layer: dict[str, Tensor], config: Mamba2Config) -> Mamba2Block:
-    """A block that shares the given FP32 tensors."""
-    with torch.device("meta"):
-        block = Mamba2Block(config)
-    block.load_state_dict(layer, assign=True)
-    return block.eval().requires_grad_(False)
+from ssdi8_edge.recipes.recipe import QuantConfig
 
 
 def fp32_layer(checkpoint: Checkpoint, index: int, device: str) -> dict[str, Tensor]:
@@ -49,7 +30,7 @@ def fp32_layer(checkpoint: Checkpoint, index: int, device: str) -> dict[str, Ten
 
 def embed(checkpoint: Checkpoint, ids: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Rows of the rotated embedding, batch by batch, without rotating the whole table."""
-    table = checkpoint.tensor("backbone.embedding.weight")
+    table = checkpoint.tensor("embedding.weight")
     for part in batches(ids):
         yield part, rotate_embedding(table[ids[part]].float())
 
@@ -57,114 +38,6 @@ def embed(checkpoint: Checkpoint, ids: Tensor) -> Iterator[tuple[slice, Tensor]]
 # Goes into the key of the statistics: raised when what is observed changes, so that those of an
 # earlier state of this file are made again.
 STATISTICS = 4
-
-# Of |x| for the recipes that clip it so: method §3.2.
-PERCENTILE = 0.9995
-PERCENTILE_MOMENTUM = 0.01
-
-
-class Observers:
-    """Running absolute maxima and histograms of one layer; shapes as the scales they become."""
-
-    def __init__(self, config: Mamba2Config) -> None:
-        self._config = config
-        self._seen: dict[str, Tensor] = {}
-        self._histograms: dict[str, MagnitudeHistogram] = {}
-        self.absmax: dict[str, Tensor] = {}
-
-    def __call__(self, name: str, value: Tensor) -> None:
-        """The `observe` callback of `Mamba2Block`."""
-        if name == "u":
-            self._whole("u", value)
-        elif name in ("B", "C"):
-            self._by_group(name, value.movedim(2, 0))
-            self._by_group(f"{name}_rotated", rotate(value.movedim(2, 0)).float())
-            self._seen[name] = value
-        elif name == "x":
-            self._seen["x"] = value
-            self._channels(value)
-        elif name == "dt":
-            self._seen["dt"] = value
-        elif name in ("chunk_state", "passed_state"):
-            self._update(name, value.abs().amax((0, 1, 4)))
-            self._update(f"{name}_rotated", rotate(value).abs().amax((0, 1, 4)))
-        elif name == "y":
-            self._chunk_tensors()
-        elif name == "r":
-            self._whole("r", transform(value))
-
-    def statistics(self) -> dict[str, Tensor]:
-        """All that was seen: maxima, and as `<name>_mse` the ranges of least squared error."""
-        best = {
-            f"{name}_mse": histogram.best_range(self.absmax[name].reshape(-1))
-            for name, histogram in self._histograms.items()
-        }
-        best = {k: v.reshape(self.absmax[k.removesuffix("_mse")].shape) for k, v in best.items()}
-        return {**self.absmax, **best}
-
-    def see_in_proj(self, output: Tensor) -> None:
-        """Maxima of the five parts of in_proj's output."""
-        config = self._config
-        sizes = in_proj_parts(config)
-        for name, part in zip(sizes, output.split(list(sizes.values()), -1), strict=True):
-            self._update(f"in_proj.{name}", part.abs().amax())
-
-    def _channels(self, x: Tensor) -> None:
-        """What recipes that keep x in INT8 ask of it, x (B, L, H, P)."""
-        self._update("x", x.abs().amax((0, 1)))
-        self._update("x_mean", x.abs().mean(1).amax(0))
-        for sample in x:
-            histogram = MagnitudeHistogram(1, x.device)
-            histogram.add(sample.reshape(1, -1))
-            now = histogram.quantile(PERCENTILE)[0]
-            old = self.absmax.get("x_percentile", now)
-            self.absmax["x_percentile"] = old + PERCENTILE_MOMENTUM * (now - old)
-
-    def _whole(self, name: str, value: Tensor) -> None:
-        """A tensor with one scale."""
-        self._update(name, value.abs().amax())
-        self._count(name, value.reshape(1, -1))
-
-    def _by_group(self, name: str, value: Tensor) -> None:
-        """A tensor (G, …) with a scale per group."""
-        value = value.flatten(1)
-        self._update(name, value.abs().amax(1))
-        self._count(name, value)
-
-    def _count(self, name: str, value: Tensor) -> None:
-        if name not in self._histograms:
-            self._histograms[name] = MagnitudeHistogram(len(value), value.device)
-        self._histograms[name].add(value)
-
-    def _update(self, name: str, value: Tensor) -> None:
-        value = value.float()
-        old = self.absmax.get(name)
-        self.absmax[name] = value if old is None else torch.maximum(old, value)
-
-    def observe_decay(self, a_rate: Tensor) -> None:
-        """A (H), which the block keeps to itself."""
-        self._seen["A"] = a_rate
-
-    def _chunk_tensors(self) -> None:
-        """w·x and CB, per chunk, from the tensors seen in this call."""
-        config, seen = self._config, self._seen
-        x, dt, b, c = seen["x"], seen["dt"], seen["B"], seen["C"]
-        chunk = config.chunk_size
-        for start in range(0, x.shape[1], chunk):
-            part = slice(start, start + chunk)
-            x_k, dt_k = x[:, part], dt[:, part]
-            a = (dt_k * seen["A"]).cumsum(1)  # (B, K, H)
-            w = torch.exp(a[:, -1:] - a) * dt_k
-            self._update("x_scaled", (x_k * w[..., None]).abs().amax((0, 1)))
-            cb = torch.einsum("bmgn,bkgn->bgmk", c[:, part], b[:, part])
-            self._update("CB_full", cb.abs().amax((0, 2, 3)))
-            self._update("CB", cb.tril().abs().amax((0, 2, 3)))
-
-
-def in_proj_parts(config: Mamba2Config) -> dict[str, int]:
-    """The rows of in_proj, in order."""
-    gn = config.ngroups * config.d_state
-    return {"z": config.d_inner, "x": config.d_inner, "B": gn, "C": gn, "dt": config.nheads}
 
 
 def calibrate(
@@ -180,18 +53,15 @@ def calibrate(
     `scratch` is a folder on the disk that holds the residual stream meanwhile.
 
     Returns:
-        `layers.{i}.<name>` -> FP32 absolute maximum: u, r: (); B, C, CB, CB_full: (G);
-        x, x_scaled, chunk_state, passed_state: (H, P); in_proj.z, .x, .B, .C, .dt: (), its
-        output. `<name>_rotated` of B, C and the states: after `hadamard.rotate`. `<name>_mse` of u,
-        r, B, C and both rotated: the range of least squared error. x_mean: (H, P), the largest mean
-        of |x| over a window; x_percentile: (), a moving average of the windows' percentiles.
-        `norm_f`: (), the rotated input of lm_head.
+        `layers.{i}.<name>` -> FP32 absolute maximum: u, r, and in_proj.<part>, its output: (); what
+        the kind of block adds. `<name>_mse`: the range of least squared error. `norm_f`: (), the
+        rotated input of lm_head.
 
     Raises:
         CheckpointError: the model computes something that is not a number.
     """
-    config = layer_config(checkpoint, recipe)
-    shape = (*ids.shape, config.d_model)
+    model = checkpoint.description.adapted(recipe)
+    shape = (*ids.shape, model.d_model)
     statistics: dict[str, Tensor] = {}
     with (
         torch.inference_mode(),
@@ -199,14 +69,10 @@ def calibrate(
     ):
         for part, rows in embed(checkpoint, ids):
             stream[part] = rows
-        for i in track(range(config.n_layer), "calibrate"):
+        for i in track(range(model.n_layer), "calibrate"):
             layer = fp32_layer(checkpoint, i, device)
-            observers = Observers(config)
-            observers.observe_decay(-layer["mixer.A_log"].exp())
-            block = load_block(rotate_layer(layer), config)
-            block.mixer.in_proj.register_forward_hook(
-                lambda _, __, output, see=observers.see_in_proj: see(output)
-            )
+            observers = model.blocks[i].observers(layer)
+            block = load_block(model, i, rotate_layer(layer))
             for part in batches(ids):
                 residual, _ = block(stream[part].to(device), None, observers)
                 stream[part] = residual
@@ -217,7 +83,7 @@ def calibrate(
         norm_f = torch.zeros((), device=device)
         for part in batches(ids):
             rows = stream[part].to(device)
-            rms = (rows.square().mean(-1, keepdim=True) + config.norm_eps).sqrt()
+            rms = (rows.square().mean(-1, keepdim=True) + model.norm_eps).sqrt()
             norm_f = torch.maximum(norm_f, (rows / rms).abs().amax())
     statistics["norm_f"] = norm_f.cpu()
     return statistics

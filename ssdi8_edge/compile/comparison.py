@@ -11,7 +11,7 @@ from ssdi8_edge.compile.pipeline import Build, BuildRequest, run_name
 from ssdi8_edge.ground.artifacts import QUANTIZED
 from ssdi8_edge.ground.errors import UsageError
 from ssdi8_edge.ground.progress import Track, silent
-from ssdi8_edge.recipes.methods import QuantConfig
+from ssdi8_edge.recipes.recipe import QuantConfig
 from ssdi8_edge.targets import load_target
 
 

@@ -1,6 +1,6 @@
 """ONNX graphs from ops: nodes of domain `ssdi8`, each with a function body of standard ops.
 
-The graph is what `quantize.modules.run_model` does when it runs on graph values. Weights stay where
+The graph is what `models.network.run_model` does when it runs on graph values. Weights stay where
 they are: the graph refers to them inside the safetensors file of the quantized checkpoint.
 """
 
@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-import torch
 from onnx import TensorProto, helper, parser
 
 from ssdi8_edge.compile.safetensors_writer import data_start, header_of
 from ssdi8_edge.ground.artifacts import WEIGHTS
-from ssdi8_edge.models.network import NodeAttributes, State, run_model, state_dtype
-from ssdi8_edge.models.reference import Mamba2Config
+from ssdi8_edge.models.block import Context, StateSpec, linear
+from ssdi8_edge.models.description import Description
+from ssdi8_edge.models.network import run_model
 from ssdi8_edge.ops import OPS
 from ssdi8_edge.ops.op import DOMAIN, Attributes, BodyForm, GraphValue, Op
-from ssdi8_edge.recipes.methods import QuantConfig
+from ssdi8_edge.recipes.recipe import QuantConfig
 
 # The newest opset that TensorRT 10.3 (JetPack 6.2) reads, and its IR version.
 OPSET = 18
@@ -194,14 +194,23 @@ class _Top(_Scoped):
         return super().__getitem__(name)
 
 
+STATE_TYPES = {"fp16": TensorProto.FLOAT16, "fp32": TensorProto.FLOAT}
+
+
+def output_name(state: str) -> str:
+    """conv_state.3 -> conv_state_out.3: the output that is the input of the next call."""
+    name, index = state.split(".")
+    return f"{name}_out.{index}"
+
+
 def export_model(
-    weights: Path, config: Mamba2Config, recipe: QuantConfig, form: BodyForm
+    weights: Path, model: Description, recipe: QuantConfig, form: BodyForm
 ) -> onnx.ModelProto:
     """The graph for prefill, chunked prefill and decode, with function bodies in `form`.
 
     Inputs: input_ids (B, L) INT32; logits_to_keep () INT64, how many final positions get logits;
-    per layer conv_state.{i} (B, W - 1, E2) FP16 and ssm_state.{i} (B, H, P, N). Outputs: logits
-    (B, logits_to_keep, V) FP32, conv_state_out.{i}, ssm_state_out.{i}.
+    the states of every block, as `Description.states` names them. Outputs: logits
+    (B, logits_to_keep, V) FP32 and the next states, see `output_name`.
 
     Args:
         weights: model.safetensors of a quantized checkpoint; the graph refers to it by file name,
@@ -215,28 +224,30 @@ def export_model(
     parameters = _ExternalParameters(weights, graph)
     ids = graph.input("input_ids", TensorProto.INT32, ["batch", "tokens"])
     keep = graph.input("logits_to_keep", TensorProto.INT64, [])
-    conv: list[int | str] = ["batch", config.d_conv - 1, config.conv_dim]
-    ssm: list[int | str] = ["batch", config.nheads, config.headdim, config.d_state]
-    ssm_type = TensorProto.FLOAT16 if state_dtype(recipe) == torch.float16 else TensorProto.FLOAT
     states = [
-        State(
-            graph.input(f"conv_state.{i}", TensorProto.FLOAT16, conv),
-            graph.input(f"ssm_state.{i}", ssm_type, ssm),
+        tuple(
+            graph.input(f"{spec.name}.{i}", STATE_TYPES[spec.dtype], _state_shape(spec))
+            for spec in block.states(recipe)
         )
-        for i in range(config.n_layer)
+        for i, block in enumerate(model.blocks)
     ]
     logits, new_states = run_model(
+        model.blocks,
         lambda i: _Scoped(parameters, f"layers.{i}."),
         _Top(parameters),
-        NodeAttributes(config, recipe),
+        Context(recipe, model.norm_eps, linear),
         ids,
         states,
         keep,
         graph.scope,
     )
-    vocabulary: list[int | str] = ["batch", "positions", config.vocab_size]
+    vocabulary: list[int | str] = ["batch", "positions", model.vocab_size]
     graph.output(logits, "logits", TensorProto.FLOAT, vocabulary)
-    for i, state in enumerate(new_states):
-        graph.output(state.conv, f"conv_state_out.{i}", TensorProto.FLOAT16, conv)
-        graph.output(state.ssm, f"ssm_state_out.{i}", ssm_type, ssm)
+    flat = (state for of_block in new_states for state in of_block)
+    for (name, spec), state in zip(model.states(recipe), flat, strict=True):
+        graph.output(state, output_name(name), STATE_TYPES[spec.dtype], _state_shape(spec))
     return graph.model("mamba2")
+
+
+def _state_shape(spec: StateSpec) -> list[int | str]:
+    return ["batch", *spec.shape]

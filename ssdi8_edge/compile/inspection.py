@@ -9,16 +9,7 @@ from safetensors import safe_open
 
 from ssdi8_edge.ground.artifacts import WEIGHTS
 from ssdi8_edge.local.bridge import open_checked_bundle
-
-SCALES = (
-    "u_scale",
-    "b_scale",
-    "c_scale",
-    "x_scale",
-    "state_scale",
-    "cb_scale",
-    "r_scale",
-)
+from ssdi8_edge.models.description import Description
 
 
 def inspect_bundle(folder: Path) -> dict[str, Any]:
@@ -34,14 +25,16 @@ def inspect_bundle(folder: Path) -> dict[str, Any]:
     manifest = bundle.manifest
     layers = []
     with safe_open(bundle.path(WEIGHTS), framework="pt") as file:
-        names = set(file.keys())
-        for i in range(manifest["model"]["n_layer"]):
+        names = list(file.keys())
+        for i in range(Description.from_dict(manifest["model"]).n_layer):
             prefix = f"layers.{i}."
             scales = {}
-            for name in SCALES:
-                if prefix + name in names:
-                    values = file.get_tensor(prefix + name)
-                    scales[name] = [values.min().item(), values.max().item()]
+            for name in names:
+                local = name.removeprefix(prefix)
+                # Scales of activations; those of linear layers have a dot in their names.
+                if local != name and local.endswith("_scale") and "." not in local:
+                    values = file.get_tensor(name)
+                    scales[local] = [values.min().item(), values.max().item()]
             saturation = {
                 key[len(prefix) :]: fraction
                 for key, fraction in manifest["saturation"].items()

@@ -33,7 +33,7 @@ from ssdi8_edge.checkpoints.checkpoint import (
 )
 from ssdi8_edge.checkpoints.quantized import CONFIG
 from ssdi8_edge.compile.bundle import pack
-from ssdi8_edge.compile.calibrate import STATISTICS, calibrate, layer_config
+from ssdi8_edge.compile.calibrate import STATISTICS, calibrate
 from ssdi8_edge.compile.export import export_model
 from ssdi8_edge.compile.lowering import lower
 from ssdi8_edge.compile.quantize import quantize
@@ -65,11 +65,11 @@ from ssdi8_edge.ground.device import require_device
 from ssdi8_edge.ground.errors import UsageError
 from ssdi8_edge.ground.progress import Track, silent
 from ssdi8_edge.ground.stream import open_tokenizer, read_tokens, require_vocabulary
-from ssdi8_edge.models.reference import Mamba2Config
+from ssdi8_edge.models.description import Description
 from ssdi8_edge.numerics import hadamard
 from ssdi8_edge.ops.kernel_library import references_only
 from ssdi8_edge.ops.kernel_limits import require_kernels
-from ssdi8_edge.recipes.methods import QuantConfig
+from ssdi8_edge.recipes.recipe import QuantConfig
 from ssdi8_edge.targets import Target
 
 STAGES = ("calibrate", "quantize", "export", "bundle")
@@ -127,20 +127,20 @@ class Build:
         self.request = request
         self._track, self._say = track, say
         self.checkpoint = open_checkpoint(request.model)
-        self.config = layer_config(self.checkpoint, request.recipe)
+        self.model = self.checkpoint.description.adapted(request.recipe)
         self.tokenizer = _find_tokenizer(request, self.checkpoint)
         self.text = request.calibration or DEMO_CALIBRATION
         if request.until not in STAGES:
             raise UsageError(f"unknown stage {request.until!r};", f"known: {', '.join(STAGES)}.")
         if request.until in ("export", "bundle"):
             request.recipe.require_exportable()
-        if request.target.max_tokens < self.config.chunk_size:
+        if request.target.max_tokens < self.model.prompt_multiple:
             raise UsageError(
                 f"target {request.target.name} takes at most {request.target.max_tokens} tokens a "
-                f"call, less than the model's chunk of {self.config.chunk_size};",
+                f"call, less than the model's chunk of {self.model.prompt_multiple};",
                 "raise engine.tokens in its profile.",
             )
-        _require_sizes(request, self.config)
+        _require_sizes(request, self.model)
         if not self.text.is_file():
             raise UsageError(f"calibration text {self.text} does not exist;", "name a text file.")
         self._steps = self._noted_steps()
@@ -162,7 +162,7 @@ class Build:
                 "checkpoint": self.fingerprint,
                 "text": sha256_file(self.text),
                 "tokenizer": sha256_file(self.tokenizer),
-                "chunk_size": self.config.chunk_size,
+                "chunk_size": self.model.prompt_multiple,
                 "windows": [recipe.calibration_tokens, recipe.calibration_samples],
                 "quantized": recipe.quantized,
                 **({} if self.request.device == "cpu" else {"device": "cuda"}),
@@ -270,7 +270,7 @@ class Build:
         tokens = read_tokens(
             self.text, self.tokenizer, recipe.calibration_tokens, recipe.calibration_samples
         )
-        require_vocabulary(tokens, self.tokenizer, self.request.model, self.config.vocab_size)
+        require_vocabulary(tokens, self.tokenizer, self.request.model, self.model.vocab_size)
         return tokens
 
     def adopt_calibration(self, other: Build) -> None:
@@ -321,7 +321,7 @@ class Build:
                 {
                     "key": key,
                     "name": _model_name(self.request.model),
-                    "model": self.config.to_dict(),
+                    "model": self.model.to_dict(),
                     "recipe": recipe.to_dict(),
                     "checkpoint": {
                         "source": self.checkpoint.folder.name,
@@ -339,9 +339,9 @@ class Build:
         with whole_or_absent(self.request.out / ONNX) as folder:
             # The graphs refer to the weights by name; the bundle puts them side by side.
             folder.mkdir()
-            portable = export_model(weights, self.config, recipe, "cpu")
+            portable = export_model(weights, self.model, recipe, "cpu")
             onnx.save(portable, folder / PORTABLE_MODEL)
-            tensorrt = lower(export_model(weights, self.config, recipe, "tensorrt"))
+            tensorrt = lower(export_model(weights, self.model, recipe, "tensorrt"))
             onnx.save(tensorrt, folder / TENSORRT_MODEL)
             write_json(folder / EXPORT, {"key": key, "files": listing(folder, EXPORT)})
 
@@ -402,7 +402,7 @@ def _find_tokenizer(request: BuildRequest, checkpoint: Checkpoint) -> Path:
     )
 
 
-def _require_sizes(request: BuildRequest, config: Mamba2Config) -> None:
+def _require_sizes(request: BuildRequest, model: Description) -> None:
     """Refuse at once what the last layer would refuse after an hour, or the board after that.
 
     Raises:
@@ -411,12 +411,17 @@ def _require_sizes(request: BuildRequest, config: Mamba2Config) -> None:
     recipe, target = request.recipe, request.target
     if not recipe.quantized:
         return
-    for width in (config.d_model, config.d_inner):
+
+    def check(width: int) -> None:
         hadamard.factors(width)
         if recipe.linear == "w4":
             require_groups(width, recipe.group_size)
+
+    check(model.d_model)
+    for block in model.blocks:
+        block.check_widths(check)
     if target.runtime == "tensorrt":
-        require_kernels(config, target.name, "give --method fp16, or --target host-cpu.")
+        require_kernels(model.misfit(), target.name, "give --method fp16, or --target host-cpu.")
 
 
 @contextmanager

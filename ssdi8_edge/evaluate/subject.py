@@ -19,11 +19,10 @@ from ssdi8_edge.ground.device import require_device
 from ssdi8_edge.ground.errors import UsageError
 from ssdi8_edge.ground.stream import open_tokenizer
 from ssdi8_edge.local.bridge import bundle_folder, open_checked_bundle, runtime_module
+from ssdi8_edge.models.float import FloatModel
 from ssdi8_edge.models.network import Scope
-from ssdi8_edge.models.reference import Mamba2Config, Mamba2LM
 from ssdi8_edge.numerics import int8
 from ssdi8_edge.ops import kernel_library
-from ssdi8_edge.ops.kernel_limits import misfit
 
 
 def _no_scope(name: str) -> AbstractContextManager[None]:
@@ -131,7 +130,7 @@ def _quantized_subject(source: str, folder: Path, tokenizer: Path | None, device
     model = load_quantized(folder, device)
     kernels = device != "cpu" and kernel_library.available()
     if model.recipe.quantized:
-        kernels = kernels and misfit(model.config) is None
+        kernels = kernels and model.description.misfit() is None
 
     def forward(ids: Tensor, keep: int, scope: Scope) -> Tensor:
         with nullcontext() if kernels else kernel_library.references_only():
@@ -143,7 +142,7 @@ def _quantized_subject(source: str, folder: Path, tokenizer: Path | None, device
         _engine("CUDA kernels" if kernels else "torch reference", device),
         forward,
         tokenizer or folder / TOKENIZER,
-        model.config.vocab_size,
+        model.description.vocab_size,
         device,
         counts_saturation=model.recipe.quantized and not kernels,
     )
@@ -154,7 +153,7 @@ def _float_subject(source: str, tokenizer: Path | None, device: str) -> Subject:
     found = tokenizer or checkpoint.tokenizer_path
     if found is None:
         raise UsageError(f"{source} has no tokenizer.json;", "name one with --tokenizer.")
-    model = Mamba2LM(Mamba2Config(**checkpoint.config)).eval()
+    model = FloatModel(checkpoint.description).eval()
     model.load_state_dict({name: checkpoint.tensor(name).float() for name in checkpoint.names})
     model = model.to(device)
 
@@ -168,7 +167,7 @@ def _float_subject(source: str, tokenizer: Path | None, device: str) -> Subject:
         _engine("torch", device),
         forward,
         found,
-        model.config.vocab_size,
+        model.description.vocab_size,
         device,
     )
 

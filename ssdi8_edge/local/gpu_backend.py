@@ -20,7 +20,8 @@ from ssdi8_edge.ground.artifacts import QUANTIZED
 from ssdi8_edge.ground.device import require_device
 from ssdi8_edge.ground.errors import UsageError
 from ssdi8_edge.local.bridge import bundle_folder, runtime_module
-from ssdi8_edge.models.network import QuantizedMamba2, State
+from ssdi8_edge.models.block import States
+from ssdi8_edge.models.network import QuantizedModel
 from ssdi8_edge.ops import kernel_library
 from ssdi8_edge.ops.kernel_limits import require_kernels
 
@@ -49,15 +50,15 @@ class GpuBackend:
     notes: tuple[str, ...] = ()
     max_keep: int | None = None
 
-    def __init__(self, model: QuantizedMamba2, device: str = "cuda") -> None:
+    def __init__(self, model: QuantizedModel, device: str = "cuda") -> None:
         if not kernel_library.available():
             kernel_library.load()  # says what is missing, if it is the library
             raise UsageError("torch finds no CUDA GPU here;", "use --device cpu.")
         if model.recipe.quantized:
-            require_kernels(model.config, device, "use --device cpu.")
+            require_kernels(model.description.misfit(), device, "use --device cpu.")
         self._model = model
         self._device = torch.device(device)
-        self._states: dict[int, list[State]] = {}
+        self._states: dict[int, list[States]] = {}
         self._steps: dict[tuple[int, int, int], _Step | None] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self.versions = {
@@ -77,9 +78,8 @@ class GpuBackend:
         """The states of this batch size, set to zero."""
         if batch not in self._states:
             self._states[batch] = self._model.zero_states(batch)
-        for state in self._states[batch]:
-            state.conv.zero_()
-            state.ssm.zero_()
+        for state in self._model.named_states(self._states[batch]).values():
+            state.zero_()
         return self._named(batch)
 
     def forward(
@@ -115,12 +115,8 @@ class GpuBackend:
         torch.cuda.empty_cache()
 
     def _named(self, batch: int) -> dict[str, DeviceArray]:
-        states = self._states[batch]
-        return {
-            f"{kind}_state.{i}": DeviceArray(getattr(state, kind))
-            for kind in ("conv", "ssm")
-            for i, state in enumerate(states)
-        }
+        states = self._model.named_states(self._states[batch])
+        return {name: DeviceArray(state) for name, state in states.items()}
 
     def _run(self, tokens: Tensor, keep: int) -> Tensor:
         states = self._states[tokens.shape[0]]

@@ -1,247 +1,114 @@
-"""The quantized model: one data flow, run on tensors or recorded as a graph.
+"""The quantized network: one data flow, run on tensors or recorded as a graph.
 
-The parameters of a block are a mapping from name to tensor (or graph value), with the names used in
-`run_block`; in the checkpoint `layers.{i}.` stands before them. Outside the blocks there are
-`embedding.weight`, `norm_f.weight` or `norm_f.scale`, and `lm_head.*`.
+The parameters of a block are a mapping from name to tensor (or graph value); in the checkpoint
+`layers.{i}.` stands before the names. Outside the blocks there are `embedding.weight`,
+`norm_f.weight` or `norm_f.scale`, and `lm_head.*`. The recipe that quantizes nothing, the FP16
+baseline, runs here as well.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ssdi8_edge.models.dequantized import dequantized_ssd
-from ssdi8_edge.models.reference import Mamba2Config
+from ssdi8_edge.models.block import (
+    IN_PROJ,
+    NORM,
+    OUT_PROJ,
+    Block,
+    Context,
+    Linear,
+    Parameters,
+    States,
+    linear,
+    norm,
+)
+from ssdi8_edge.models.description import Description
 from ssdi8_edge.ops import fp16
-from ssdi8_edge.ops.causal_conv1d import CAUSAL_CONV1D
-from ssdi8_edge.ops.linear import LINEAR, LINEAR_W4
-from ssdi8_edge.ops.rms_norm import RMS_NORM
-from ssdi8_edge.ops.rms_norm_gated import RMS_NORM_GATED
-from ssdi8_edge.ops.ssd_scan import SSD_SCAN, ssd_modules
-from ssdi8_edge.recipes.methods import QuantConfig
-
-# An infinite dt limit in FP32 attributes: larger than any softplus of an FP16 input.
-UNLIMITED = 3.4e38
-
-Parameters = Mapping[str, Any]
-
-
-class State(NamedTuple):
-    """What a block carries from call to call: conv (B, W - 1, E2) FP16, ssm (B, H, P, N)."""
-
-    conv: Any
-    ssm: Any
-
-
-def state_dtype(recipe: QuantConfig) -> torch.dtype:
-    """Type of the SSM state between calls."""
-    return torch.float16 if recipe.state_dtype == "fp16" else torch.float32
-
-
-def zero_state(config: Mamba2Config, recipe: QuantConfig, batch: int, device: Any = None) -> State:
-    """The state before the first token."""
-    conv = (batch, config.d_conv - 1, config.conv_dim)
-    ssm = (batch, config.nheads, config.headdim, config.d_state)
-    return State(
-        torch.zeros(conv, dtype=torch.float16, device=device),
-        torch.zeros(ssm, dtype=state_dtype(recipe), device=device),
-    )
-
-
-@dataclass(frozen=True)
-class NodeAttributes:
-    """Node attributes that follow from the model's sizes and the recipe."""
-
-    config: Mamba2Config
-    recipe: QuantConfig
-
-    @property
-    def conv(self) -> dict[str, Any]:
-        c = self.config
-        return {"d_inner": c.d_inner, "conv_dim": c.conv_dim, "d_conv": c.d_conv}
-
-    @property
-    def heads(self) -> dict[str, Any]:
-        c = self.config
-        low, high = c.dt_limit
-        return {
-            "chunk_size": c.chunk_size,
-            "nheads": c.nheads,
-            "headdim": c.headdim,
-            "ngroups": c.ngroups,
-            "d_state": c.d_state,
-            "dt_column": c.d_inner + c.conv_dim,
-            "dt_min": float(low),
-            "dt_max": min(float(high), UNLIMITED),
-        }
-
-    @property
-    def ssd(self) -> dict[str, Any]:
-        return {
-            **self.heads,
-            "gate": self.recipe.gate,
-            "rounding": self.recipe.rounding,
-            "scaling": self.recipe.scaling,
-        }
-
-    @property
-    def gated(self) -> dict[str, Any]:
-        c = self.config
-        return {"eps": c.norm_eps, "d_inner": c.d_inner, "ngroups": c.ngroups}
-
-
-class Int8Input(NamedTuple):
-    """The input of an INT8 linear: q (B, L, In) INT8 and token_scale (B, L, 1) FP32."""
-
-    q: Any
-    token_scale: Any
-
-    def real(self) -> Tensor:
-        """The values that it stands for, FP32."""
-        value: Tensor = self.q.float() * self.token_scale
-        return value
-
-
-def linear(p: Parameters, name: str, x: Int8Input, recipe: QuantConfig) -> Any:
-    """The recipe's INT8 linear: FP16 (B, L, Out)."""
-    scale, bias = p[f"{name}.scale"], p[f"{name}.bias"]
-    if f"{name}.packed" in p:
-        packed, group_scale = p[f"{name}.packed"], p[f"{name}.group_scale"]
-        return LINEAR_W4(*x, packed, group_scale, scale, bias, group_size=recipe.group_size)
-    return LINEAR(*x, p[f"{name}.weight"], scale, bias)
-
-
-def run_mixer(
-    p: Parameters, attributes: NodeAttributes, hidden: Any, residual: Any, state: State
-) -> tuple[Any, Int8Input, State]:
-    """Norm to gated norm of an INT8 block: (residual', input of out_proj, state')."""
-    recipe = attributes.recipe
-    rounding = recipe.rounding
-    residual, u = norm(p, "u_scale", attributes, hidden, residual)
-    zxbcdt = linear(p, "in_proj", u, recipe)
-    if recipe.ssd == "dequantized":
-        y, zxbcdt, *carried = dequantized_ssd(
-            *(p, recipe, attributes.conv, attributes.heads, zxbcdt, *state)
-        )
-        return residual, _gated(p, attributes, y, zxbcdt), State(*carried)
-    x, b, c, conv = CAUSAL_CONV1D(
-        *(zxbcdt, state.conv, p["conv1d.weight"], p["conv1d.bias"], p["b_scale"], p["c_scale"]),
-        **attributes.conv,
-        ngroups=attributes.config.ngroups,
-        rotation=recipe.bc_rotation,
-        rounding=rounding,
-    )
-    scales = [p[k] for k in ("b_scale", "c_scale", "cb_scale")]
-    scales += _static(p, "x_scale", "state_scale")
-    ssd = ssd_modules if recipe.ssd_ops == "modular" else SSD_SCAN
-    y, ssm = ssd(
-        *(x, b, c, zxbcdt, state.ssm, p["dt_bias"], p["A"], p["D"], *scales), **attributes.ssd
-    )
-    return residual, _gated(p, attributes, y, zxbcdt), State(conv, ssm)
-
-
-def norm(
-    p: Parameters, scale: str, attributes: NodeAttributes, hidden: Any, residual: Any
-) -> tuple[Any, Int8Input]:
-    """residual' and the INT8 input of the linear behind; `scale` names its static scale."""
-    residual, *u = RMS_NORM(
-        *(hidden, residual, *_static(p, scale)),
-        eps=attributes.config.norm_eps,
-        rounding="half_even",
-        scaling=attributes.recipe.input_scaling,
-    )
-    return residual, Int8Input(*u)
-
-
-def _gated(p: Parameters, attributes: NodeAttributes, y: Any, zxbcdt: Any) -> Int8Input:
-    """out_proj's input."""
-    return Int8Input(
-        *RMS_NORM_GATED(
-            *(y, zxbcdt, p["gate_norm.weight"], *_static(p, "r_scale")),
-            **attributes.gated,
-            rounding=attributes.recipe.rounding,
-            scaling=attributes.recipe.input_scaling,
-        )
-    )
-
-
-def _static(p: Parameters, *names: str) -> list[Any]:
-    """Those of the scales that the recipe has calibrated."""
-    return [p[name] for name in names if name in p]
-
-
-def run_block(
-    p: Parameters, attributes: NodeAttributes, hidden: Any, residual: Any, state: State
-) -> tuple[Any, Any, State]:
-    """One block: hidden (B, L, D) FP16 and residual (B, L, D) FP32 in, their successors out."""
-    if attributes.recipe.quantized:
-        residual, r, state = run_mixer(p, attributes, hidden, residual, state)
-        return linear(p, "out_proj", r, attributes.recipe), residual, state
-    eps = attributes.config.norm_eps
-    residual, u = fp16.RMS_NORM(hidden, residual, p["norm.weight"], eps=eps)
-    zxbcdt = fp16.LINEAR(u, p["in_proj.weight"])
-    x, b, c, conv = fp16.CAUSAL_CONV1D(
-        *(zxbcdt, state.conv, p["conv1d.weight"], p["conv1d.bias"]), **attributes.conv
-    )
-    y, ssm = fp16.SSD_SCAN(
-        *(x, b, c, zxbcdt, state.ssm, p["dt_bias"], p["A"], p["D"]), **attributes.heads
-    )
-    r = fp16.RMS_NORM_GATED(y, zxbcdt, p["gate_norm.weight"], **attributes.gated)
-    return fp16.LINEAR(r, p["out_proj.weight"]), residual, State(conv, ssm)
-
-
-def run_head(p: Parameters, attributes: NodeAttributes, hidden: Any, residual: Any) -> Any:
-    """Final norm and lm_head: logits (B, L, V) FP32."""
-    if attributes.recipe.lm_head == "fp16":
-        eps = attributes.config.norm_eps
-        _, normed = fp16.RMS_NORM(hidden, residual, p["norm_f.weight"], eps=eps)
-        return fp16.LOGITS(fp16.LINEAR(normed, p["lm_head.weight"]))
-    _, u = norm(p, "norm_f.scale", attributes, hidden, residual)
-    return fp16.LOGITS(LINEAR(*u, p["lm_head.weight"], p["lm_head.scale"], p["lm_head.bias"]))
-
+from ssdi8_edge.ops.linear import LINEAR
+from ssdi8_edge.recipes.recipe import QuantConfig
 
 Scope = Callable[[str], AbstractContextManager[Any]]
 
 
+def run_block(
+    block: Block, p: Parameters, context: Context, hidden: Any, residual: Any, states: States
+) -> tuple[Any, Any, States]:
+    """One block: hidden (B, L, D) FP16 and residual (B, L, D) FP32 in, their successors out."""
+    recipe = context.recipe
+    if not recipe.quantized:
+        residual, u = fp16.RMS_NORM(hidden, residual, p[NORM], eps=context.norm_eps)
+        r, states = block.inner(p, context, fp16.LINEAR(u, p[IN_PROJ]), states)
+        return fp16.LINEAR(r, p[OUT_PROJ]), residual, states
+    residual, r, states = run_to_out_proj(block, p, context, hidden, residual, states)
+    return context.linear(p, "out_proj", r, recipe), residual, states
+
+
+def run_to_out_proj(
+    block: Block, p: Parameters, context: Context, hidden: Any, residual: Any, states: States
+) -> tuple[Any, Any, States]:
+    """A quantized block up to out_proj: (residual', its input, states')."""
+    residual, u = norm(p, "u_scale", context, hidden, residual)
+    r, states = block.inner(p, context, context.linear(p, "in_proj", u, context.recipe), states)
+    return residual, r, states
+
+
+def run_head(p: Parameters, context: Context, hidden: Any, residual: Any) -> Any:
+    """Final norm and lm_head: logits (B, L, V) FP32."""
+    if context.recipe.lm_head == "fp16":
+        _, normed = fp16.RMS_NORM(hidden, residual, p["norm_f.weight"], eps=context.norm_eps)
+        return fp16.LOGITS(fp16.LINEAR(normed, p["lm_head.weight"]))
+    _, u = norm(p, "norm_f.scale", context, hidden, residual)
+    return fp16.LOGITS(LINEAR(*u, p["lm_head.weight"], p["lm_head.scale"], p["lm_head.bias"]))
+
+
 def run_model(
+    blocks: tuple[Block, ...],
     layer: Callable[[int], Parameters],
     top: Parameters,
-    attributes: NodeAttributes,
+    context: Context,
     input_ids: Any,
-    states: list[State],
+    states: list[States],
     keep: Any,
     scope: Scope = lambda name: nullcontext(),
-) -> tuple[Any, list[State]]:
+) -> tuple[Any, list[States]]:
     """Embedding to logits of the last `keep` positions, with carried states.
 
     `layer(i)` gives the parameters of block i; `top` those outside the blocks.
     """
     hidden, residual = fp16.EMBEDDING(top["embedding.weight"], input_ids)
     new_states = []
-    for i, state in enumerate(states):
+    for i, (block, carried) in enumerate(zip(blocks, states, strict=True)):
         with scope(f"layers.{i}"):
-            hidden, residual, state = run_block(layer(i), attributes, hidden, residual, state)
-        new_states.append(state)
+            hidden, residual, carried = run_block(
+                block, layer(i), context, hidden, residual, carried
+            )
+        new_states.append(carried)
     with scope("head"):
         hidden, residual = fp16.LAST_POSITIONS(hidden, residual, keep)
-        logits = run_head(top, attributes, hidden, residual)
+        logits = run_head(top, context, hidden, residual)
     return logits, new_states
 
 
-class QuantizedMamba2:
+class QuantizedModel:
     """A quantized checkpoint in memory: the torch reference of what a bundle computes."""
 
     def __init__(
-        self, config: Mamba2Config, recipe: QuantConfig, tensors: Mapping[str, Tensor]
+        self,
+        description: Description,
+        recipe: QuantConfig,
+        tensors: Mapping[str, Tensor],
+        linear: Linear = linear,
     ) -> None:
-        self.attributes = NodeAttributes(config, recipe)
+        self.description = description
+        self.recipe = recipe
+        self._context = Context(recipe, description.norm_eps, linear)
         self._top: dict[str, Any] = {}
-        self._layers: list[dict[str, Any]] = [{} for _ in range(config.n_layer)]
+        self._layers: list[dict[str, Any]] = [{} for _ in description.blocks]
         for name, tensor in tensors.items():
             if name.startswith("layers."):
                 _, index, local = name.split(".", 2)
@@ -250,33 +117,33 @@ class QuantizedMamba2:
                 self._top[name] = tensor
         self._top.setdefault("lm_head.weight", self._top["embedding.weight"])
 
-    @property
-    def config(self) -> Mamba2Config:
-        return self.attributes.config
-
-    @property
-    def recipe(self) -> QuantConfig:
-        return self.attributes.recipe
-
-    def zero_states(self, batch: int) -> list[State]:
+    def zero_states(self, batch: int) -> list[States]:
         device = self._top["embedding.weight"].device
         return [
-            zero_state(self.config, self.recipe, batch, device) for _ in range(self.config.n_layer)
+            tuple(spec.zeros(batch, device) for spec in block.states(self.recipe))
+            for block in self.description.blocks
         ]
+
+    def named_states(self, states: list[States]) -> dict[str, Tensor]:
+        """Graph name -> state, in the order of the data."""
+        names = (name for name, _ in self.description.states(self.recipe))
+        flat = (state for of_block in states for state in of_block)
+        return dict(zip(names, flat, strict=True))
 
     def forward(
         self,
         input_ids: Tensor,
-        states: list[State] | None = None,
+        states: list[States] | None = None,
         keep: int = 1,
         scope: Scope = lambda name: nullcontext(),
-    ) -> tuple[Tensor, list[State]]:
+    ) -> tuple[Tensor, list[States]]:
         """input_ids (B, L) -> logits (B, keep, V) FP32 and the states after the last token."""
         with torch.inference_mode():
             return run_model(
+                self.description.blocks,
                 self._layers.__getitem__,
                 self._top,
-                self.attributes,
+                self._context,
                 input_ids,
                 self.zero_states(input_ids.shape[0]) if states is None else states,
                 torch.tensor(keep),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ssdi8_edge.models.reference import ssd_chunked
 from ssdi8_edge.ops import onnx_text as t
 from ssdi8_edge.ops.causal_conv1d import convolution_lines, convolve
 from ssdi8_edge.ops.chunk_cumsum import time_step_lines
@@ -18,6 +17,7 @@ from ssdi8_edge.ops.chunk_state import decay_lines
 from ssdi8_edge.ops.op import Attributes, BodyForm, Op
 from ssdi8_edge.ops.rms_norm import rms_lines
 from ssdi8_edge.ops.rms_norm_gated import gated_norm, gated_norm_lines
+from ssdi8_edge.ops.ssd.float import ssd_chunked
 from ssdi8_edge.ops.state_passing import DECAY, scan_over_chunks
 
 

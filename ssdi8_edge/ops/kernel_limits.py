@@ -5,8 +5,9 @@ The launchers in `plugins/kernels` refuse the same; here a build can say so befo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from ssdi8_edge.ground.errors import UsageError
-from ssdi8_edge.models.reference import Mamba2Config
 
 SIZES = {
     "headdim": (64, 128),
@@ -18,36 +19,36 @@ WIDTH_STEP, MOST_WIDTH = 32, 8192
 MOST_GROUPS = 64
 
 
-def misfit(config: Mamba2Config) -> str | None:
-    """The first size of a quantized model that has no kernel, and those that have; None: all have.
-
-    Its widths must also have a Hadamard rotation, which every engine needs: `hadamard.factors`.
-    """
-
-    def found(name: str, kernels: str) -> str:
-        size = getattr(config, name)
-        return f"the model's {name} is {size}, but there are INT8 kernels for {kernels}"
-
-    for name, sizes in SIZES.items():
-        if getattr(config, name) not in sizes:
-            return found(name, ", ".join(map(str, sizes)))
-    for name in ("d_model", "d_inner"):
-        width = getattr(config, name)
-        if width % WIDTH_STEP or width > MOST_WIDTH:
-            return found(name, f"multiples of {WIDTH_STEP} up to {MOST_WIDTH}")
-    if config.ngroups > MOST_GROUPS:
-        return found("ngroups", f"at most {MOST_GROUPS}")
+def size_misfit(sizes: Mapping[str, int]) -> str | None:
+    """The first of `sizes` that has no INT8 kernel, and those that have; None: all have."""
+    for name, size in sizes.items():
+        if name in SIZES and size not in SIZES[name]:
+            return _found(name, size, ", ".join(map(str, SIZES[name])))
+    if sizes.get("ngroups", 1) > MOST_GROUPS:
+        return _found("ngroups", sizes["ngroups"], f"at most {MOST_GROUPS}")
     return None
 
 
-def require_kernels(config: Mamba2Config, place: str, remedy: str) -> None:
+def width_misfit(name: str, width: int) -> str | None:
+    """The same of a width that is normalized and rotated; it must have a rotation, too."""
+    if width % WIDTH_STEP or width > MOST_WIDTH:
+        return _found(name, width, f"multiples of {WIDTH_STEP} up to {MOST_WIDTH}")
+    return None
+
+
+def _found(name: str, size: int, kernels: str) -> str:
+    return f"the model's {name} is {size}, but there are INT8 kernels for {kernels}"
+
+
+def require_kernels(found: str | None, place: str, remedy: str) -> None:
     """Refuse a quantized model that has a size without a kernel.
 
     Args:
+        found: the misfit.
         place, remedy: of the message: what would run the kernels, and what to do without them.
 
     Raises:
-        UsageError: names the first size that does not fit.
+        UsageError: there is one.
     """
-    if found := misfit(config):
+    if found:
         raise UsageError(f"{found} on {place};", remedy)

@@ -18,7 +18,7 @@ from runtime.bundle import Bundle
 from runtime.commands.generate import open_timed, show_notes
 from runtime.console import print_json, table
 from runtime.generate import prefill_pieces
-from runtime.layer_times import LayerTime, median_times, module_times
+from runtime.layer_times import LayerTime, Modules, median_times, module_times
 from runtime.machine import this_machine
 
 SCHEMA = 1
@@ -69,7 +69,7 @@ def _measure(
     """Layers of a prefill of `length` tokens (its pieces added up), and of one decode step."""
     ids = np.random.default_rng(SEED).integers(0, bundle.model.vocab_size, (1, length + 1))
     ids = ids.astype(np.int32)
-    pieces = prefill_pieces(length, bundle.max_tokens, bundle.model.chunk_size)
+    pieces = prefill_pieces(length, bundle.max_tokens, bundle.model.prompt_multiple)
     rounds = options.warmup + options.repeat
     for _ in range(rounds):
         states = backend.zero_states(1)
@@ -83,7 +83,8 @@ def _measure(
         *parts, step = runs[i * each : (i + 1) * each]
         prefills.append([layer for part in parts for layer in part])
         decodes.append(step)
-    return median_times(prefills), median_times(decodes)
+    modules = Modules(bundle.model.ops)
+    return median_times(prefills, modules), median_times(decodes, modules)
 
 
 def _phase(name: str, tokens: int, layers: list[LayerTime]) -> dict[str, Any]:

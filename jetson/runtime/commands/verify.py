@@ -52,7 +52,7 @@ def run(bundle: Bundle, options: argparse.Namespace) -> int:
     differing = [c for c in compared if not c.agrees]
     report["verified"] = not differing
     if differing:
-        report["suspects"] = suspects(differing[0].name, bundle)
+        report["suspects"] = list(suspects(differing[0].name, bundle))
         report["problem"] = _problem(differing, report["suspects"])
     elif not options.json:
         worst = max(compared, key=lambda c: c.relative_error)

@@ -6,40 +6,44 @@ depth. The whole recipe, top to bottom: `quantize`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ssdi8_edge.checkpoints.checkpoint import Checkpoint
-from ssdi8_edge.compile.calibrate import embed, fp32_layer, in_proj_parts, layer_config, load_block
-from ssdi8_edge.compile.quantize.clusters import sort_and_cluster
+from ssdi8_edge.compile.calibrate import embed, fp32_layer
 from ssdi8_edge.compile.quantize.correction import MeanDifference
 from ssdi8_edge.compile.quantize.linears import InputStatistics, linear_tensors, w8_tensors
-from ssdi8_edge.compile.quantize.scales import activation_scales, of_linear_input
 from ssdi8_edge.ground.allocator import return_freed_memory
 from ssdi8_edge.ground.progress import Track, silent
 from ssdi8_edge.ground.stream import Spool, batches, open_spool
-from ssdi8_edge.models.network import Int8Input, NodeAttributes, linear, norm, run_mixer, zero_state
-from ssdi8_edge.models.reference import Mamba2Block, Mamba2Config
-from ssdi8_edge.models.rewrites import (
-    GATE_NORM,
+from ssdi8_edge.models.block import (
     IN_PROJ,
     NORM,
     OUT_PROJ,
-    permute_layer,
+    Context,
+    Int8Input,
+    Layer,
+    linear,
+    norm,
+)
+from ssdi8_edge.models.description import Description
+from ssdi8_edge.models.float import load_block
+from ssdi8_edge.models.network import run_to_out_proj
+from ssdi8_edge.models.observers import of_linear_input
+from ssdi8_edge.models.rewrites import (
     rotate_embedding,
     rotate_head,
     rotate_layer,
     rotate_out_proj_input,
 )
 from ssdi8_edge.numerics import int8
-from ssdi8_edge.recipes.methods import QuantConfig
-
-Layer = dict[str, Tensor]
+from ssdi8_edge.recipes.recipe import QuantConfig
 
 
 class Sink(Protocol):
@@ -68,17 +72,17 @@ def quantize(
     Returns:
         Saturation fractions on the calibration windows, `layers.{i}.<site>` -> [0, 1].
     """
-    config = layer_config(checkpoint, recipe)
+    model = checkpoint.description.adapted(recipe)
     if not recipe.quantized:
-        _keep_fp16(checkpoint, config, sink, track)
+        _keep_fp16(checkpoint, model, recipe, sink, track)
         return {}
     _quantize_ends(checkpoint, recipe, statistics, sink)
     with (
         torch.inference_mode(),
         int8.count_saturation() as saturation,
-        _Streams(checkpoint, config, ids, device, scratch) as streams,
+        _Streams(checkpoint, model, ids, device, scratch) as streams,
     ):
-        for i in track(range(config.n_layer), "quantize"):
+        for i in track(range(model.n_layer), "quantize"):
             prefix = f"layers.{i}."
             saturation.scope = prefix
             own = {
@@ -86,70 +90,40 @@ def quantize(
                 for k, v in statistics.items()
                 if k.startswith(prefix)
             }
+            layer = _Layer(model, i, recipe, streams)
             source = fp32_layer(checkpoint, i, device)
-            for name, tensor in _quantize_layer(source, own, config, recipe, streams).items():
+            for name, tensor in layer.quantize(source, own).items():
                 sink.add(prefix + name, tensor)
             return_freed_memory()
         return saturation.fractions()
 
 
-def _keep_fp16(checkpoint: Checkpoint, config: Mamba2Config, sink: Sink, track: Track) -> None:
+def _keep_fp16(
+    checkpoint: Checkpoint, model: Description, recipe: QuantConfig, sink: Sink, track: Track
+) -> None:
     """The FP16 baseline: linears in FP16, small tensors in FP32, nothing rewritten."""
-    sink.add("embedding.weight", checkpoint.tensor("backbone.embedding.weight").half())
-    sink.add("norm_f.weight", checkpoint.tensor("backbone.norm_f.weight").float())
-    if not config.tie_embeddings:
+    sink.add("embedding.weight", checkpoint.tensor("embedding.weight").half())
+    sink.add("norm_f.weight", checkpoint.tensor("norm_f.weight").float())
+    if not model.tie_embeddings:
         sink.add("lm_head.weight", checkpoint.tensor("lm_head.weight").half())
-    for i in track(range(config.n_layer), "quantize"):
+    for i in track(range(model.n_layer), "quantize"):
         layer = fp32_layer(checkpoint, i, "cpu")
         tensors = {
-            "norm.weight": layer[NORM],
-            "in_proj.weight": layer[IN_PROJ].half(),
-            **_small_tensors(layer),
-            "gate_norm.weight": layer[GATE_NORM],
-            "out_proj.weight": layer[OUT_PROJ].half(),
+            NORM: layer[NORM],
+            IN_PROJ: layer[IN_PROJ].half(),
+            **model.blocks[i].own_tensors(layer, recipe),
+            OUT_PROJ: layer[OUT_PROJ].half(),
         }
         for name, tensor in tensors.items():
             sink.add(f"layers.{i}.{name}", tensor)
-
-
-def _small_tensors(
-    layer: Layer, *, int8_params: bool = False, int8_conv: Sequence[int] = ()
-) -> Layer:
-    """Convolution and per-head parameters, FP32.
-
-    Args:
-        int8_params: A_log and D go through INT8.
-        int8_conv: the convolution goes through INT8 in parts of so many channels; () leaves it.
-    """
-    a_log, d = layer["mixer.A_log"], layer["mixer.D"]
-    if int8_params:
-        a_log, d = (_through_int8(v) for v in (a_log, d))
-    conv = {k: layer[f"mixer.{k}"] for k in ("conv1d.weight", "conv1d.bias")}
-    if int8_conv:
-        conv = {
-            k: torch.cat([_through_int8(part) for part in v.split([*int8_conv])])
-            for k, v in conv.items()
-        }
-    return {
-        "conv1d.weight": conv["conv1d.weight"].squeeze(1),
-        "conv1d.bias": conv["conv1d.bias"],
-        "dt_bias": layer["mixer.dt_bias"],
-        "A": -a_log.exp(),
-        "D": d,
-    }
-
-
-def _through_int8(value: Tensor) -> Tensor:
-    scale = int8.scale_from_absmax(value.abs().amax())
-    return int8.quantize(value, scale, "half_even").float() * scale
 
 
 def _quantize_ends(
     checkpoint: Checkpoint, recipe: QuantConfig, statistics: Mapping[str, Tensor], sink: Sink
 ) -> None:
     """Embedding (FP16, rotated) and lm_head (rotated, γ_f folded; FP16 or INT8)."""
-    table = checkpoint.tensor("backbone.embedding.weight")
-    norm_f = checkpoint.tensor("backbone.norm_f.weight").float()
+    table = checkpoint.tensor("embedding.weight")
+    norm_f = checkpoint.tensor("norm_f.weight").float()
     sink.add("embedding.weight", _by_rows(table, rotate_embedding).half())
     head = _by_rows(checkpoint.tensor("lm_head.weight"), lambda rows: rotate_head(rows, norm_f))
     if recipe.lm_head == "fp16":
@@ -180,7 +154,7 @@ class _Streams:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        config: Mamba2Config,
+        model: Description,
         ids: Tensor,
         device: str,
         scratch: Path | None,
@@ -193,12 +167,25 @@ class _Streams:
             shape = (len(ids), ids.shape[1], width)
             return self._stack.enter_context(open_spool(shape, dtype, device, scratch))
 
-        self.fp = spool(config.d_model, torch.float32)
-        self.quantized = spool(config.d_model, torch.float32)
-        self.target = spool(config.d_model, torch.float32)
-        self.out_proj_input = spool(config.d_inner, torch.int8)
+        self.fp = spool(model.d_model, torch.float32)
+        self.quantized = spool(model.d_model, torch.float32)
+        self.target = spool(model.d_model, torch.float32)
+        # A block with fewer columns uses the first ones.
+        self.widest = max(block.width for block in model.blocks)
+        self.out_proj_input = spool(self.widest, torch.int8)
         self.out_proj_scale = spool(1, torch.float32)
         self._embedded = embed(checkpoint, ids)
+
+    def store_out_proj_input(self, part: slice, r: Int8Input) -> None:
+        """`out_proj_input` and `out_proj_scale` of these samples."""
+        missing = self.widest - r.q.shape[-1]
+        self.out_proj_input[part] = F.pad(r.q, (0, missing)) if missing else r.q
+        self.out_proj_scale[part] = r.token_scale
+
+    def out_proj_input_of(self, part: slice, width: int) -> Int8Input:
+        """What `store_out_proj_input` stored, on the device."""
+        q = self.out_proj_input[part][..., :width]
+        return Int8Input(q.to(self.device), self.out_proj_scale[part].to(self.device))
 
     def __enter__(self) -> _Streams:
         for part, rows in self._embedded:
@@ -210,116 +197,106 @@ class _Streams:
         self._stack.close()
 
 
-def _quantize_layer(
-    source: Layer,
-    statistics: Mapping[str, Tensor],
-    config: Mamba2Config,
-    recipe: QuantConfig,
-    streams: _Streams,
-) -> Layer:
-    """Quantize one block and move both streams behind it."""
-    order = None
-    if recipe.x_granularity == "cluster":
-        order = sort_and_cluster(statistics["x_mean"], config.ngroups)
-        source = permute_layer(source, order.heads, order.channels)
-    rotated = rotate_layer(source)
-    parts = in_proj_parts(config)
-    scales = activation_scales(statistics, recipe, parts, order)
-    storage_only = recipe.ssd == "dequantized"
-    p: Layer = {
-        **scales,
-        **_small_tensors(
-            source,
-            int8_params=recipe.ssm_params == "int8",
-            int8_conv=[parts[k] for k in ("x", "B", "C")] if storage_only else (),
-        ),
-        "gate_norm.weight": rotated[GATE_NORM],
-    }
-    weight, hessian = rotated[IN_PROJ], None
-    if recipe.gptq or recipe.compensation:
-        inputs = _in_proj_inputs(p, config, recipe, streams)
-        lacking = weight.double() @ inputs.regression() if recipe.compensation else 0.0
-        weight = (weight + recipe.compensation * lacking).float()
-        hessian = inputs.hessian if recipe.gptq else None
-    p |= linear_tensors("in_proj", weight, recipe, hessian, list(parts.values()))
+class _Layer:
+    """One block on its way to INT8, between the streams before and behind it."""
 
-    weight, hessian = rotate_out_proj_input(rotated[OUT_PROJ]), None
-    outputs = _run_mixers(p, load_block(rotated, config), weight, config, recipe, streams)
-    if outputs is not None:
-        lacking = outputs.regression() if recipe.compensation else 0.0
-        weight = (weight + recipe.compensation * lacking).float()
-        hessian = outputs.hessian if recipe.gptq else None
-    p |= linear_tensors("out_proj", weight, recipe, hessian)
+    def __init__(
+        self, model: Description, index: int, recipe: QuantConfig, streams: _Streams
+    ) -> None:
+        self._model = model
+        self._index = index
+        self._block = model.blocks[index]
+        self._recipe = recipe
+        self._context = Context(recipe, model.norm_eps, linear)
+        self._streams = streams
 
-    _advance(p, recipe, streams)
-    return p
+    def quantize(self, source: Layer, statistics: Mapping[str, Tensor]) -> Layer:
+        """Quantize the block and move both streams behind it."""
+        recipe, block = self._recipe, self._block
+        source, order = block.reordered(source, statistics, recipe)
+        rotated = rotate_layer(source)
+        p: Layer = {
+            **block.scales(statistics, recipe, order),
+            **block.own_tensors(source, recipe),
+        }
+        weight, hessian = rotated[IN_PROJ], None
+        if recipe.gptq or recipe.compensation:
+            inputs = self._in_proj_inputs(p)
+            lacking = weight.double() @ inputs.regression() if recipe.compensation else 0.0
+            weight = (weight + recipe.compensation * lacking).float()
+            hessian = inputs.hessian if recipe.gptq else None
+        p |= linear_tensors("in_proj", weight, recipe, hessian, list(block.parts.values()))
 
+        weight, hessian = rotate_out_proj_input(rotated[OUT_PROJ]), None
+        outputs = self._run_to_out_proj(p, rotated, weight)
+        if outputs is not None:
+            lacking = outputs.regression() if recipe.compensation else 0.0
+            weight = (weight + recipe.compensation * lacking).float()
+            hessian = outputs.hessian if recipe.gptq else None
+        p |= linear_tensors("out_proj", weight, recipe, hessian)
 
-def _in_proj_inputs(
-    p: Mapping[str, Any], config: Mamba2Config, recipe: QuantConfig, streams: _Streams
-) -> InputStatistics:
-    """in_proj's INT8 input, and what it lacks to that of the FP model."""
-    attributes = NodeAttributes(config, recipe)
-    inputs = InputStatistics(config.d_model, config.d_model, streams.device)
-    for part in streams.parts:
-        entering = streams.quantized[part].to(streams.device)
-        zero = torch.zeros_like(entering, dtype=torch.float16)
-        _, u = norm(p, "u_scale", attributes, zero, entering)
-        fp = streams.fp[part].to(streams.device)
-        fp_u = fp * torch.rsqrt(fp.square().mean(-1, keepdim=True) + config.norm_eps)
-        real = u.real()
-        inputs.add(real, fp_u - real)
-    return inputs
+        self._advance(p)
+        return p
 
-
-def _run_mixers(
-    p: Mapping[str, Any],
-    block: Mamba2Block,
-    out_proj: Tensor,
-    config: Mamba2Config,
-    recipe: QuantConfig,
-    streams: _Streams,
-) -> InputStatistics | None:
-    """Everything up to out_proj, in both models: sets its input and its target.
-
-    Returns:
-        That input, and what the FP `out_proj` makes of it lacks to the target; None if the recipe
-        has no use for them.
-    """
-    attributes = NodeAttributes(config, recipe)
-    device, inputs = streams.device, None
-    if recipe.gptq or recipe.compensation:
-        inputs = InputStatistics(config.d_inner, config.d_model, device)
-    for part in streams.parts:
-        entering = streams.quantized[part].to(device)
-        state = zero_state(config, recipe, len(entering), device)
-        zero = torch.zeros_like(entering, dtype=torch.float16)
-        _, r, _ = run_mixer(p, attributes, zero, entering, state)
-        streams.out_proj_input[part], streams.out_proj_scale[part] = r
-        fp = streams.fp[part].to(device)
-        fp_next, _ = block(fp)
-        # The output alone, as released, or with it all that the residual has lost so far.
-        target = fp_next - (fp if recipe.correction == "out" else entering)
-        streams.fp[part] = fp_next
-        streams.target[part] = target
-        if inputs is not None:
-            real = r.real()
-            inputs.add(real, target - real @ out_proj.t())
-    return inputs
-
-
-def _advance(p: Layer, recipe: QuantConfig, streams: _Streams) -> None:
-    """The mean that out_proj lacks becomes its bias; the quantized stream moves on."""
-
-    def out(part: slice) -> Tensor:
-        stored = (streams.out_proj_input[part], streams.out_proj_scale[part])
-        r = Int8Input(*(tensor.to(streams.device) for tensor in stored))
-        return linear(p, "out_proj", r, recipe).float()
-
-    if recipe.correction != "none":
-        difference = MeanDifference()
+    def _in_proj_inputs(self, p: Layer) -> InputStatistics:
+        """in_proj's INT8 input, and what it lacks to that of the FP model."""
+        streams, model = self._streams, self._model
+        inputs = InputStatistics(model.d_model, model.d_model, streams.device)
         for part in streams.parts:
-            difference.add(streams.target[part].to(streams.device) - out(part))
-        p["out_proj.bias"] = difference.correction(recipe.correction_strength).to(streams.device)
-    for part in streams.parts:
-        streams.quantized[part] = streams.quantized[part].to(streams.device) + out(part)
+            entering = streams.quantized[part].to(streams.device)
+            zero = torch.zeros_like(entering, dtype=torch.float16)
+            _, u = norm(p, "u_scale", self._context, zero, entering)
+            fp = streams.fp[part].to(streams.device)
+            fp_u = fp * torch.rsqrt(fp.square().mean(-1, keepdim=True) + model.norm_eps)
+            real = u.real()
+            inputs.add(real, fp_u - real)
+        return inputs
+
+    def _run_to_out_proj(
+        self, p: Layer, rotated: Layer, out_proj: Tensor
+    ) -> InputStatistics | None:
+        """Everything up to out_proj, in both models: sets its input and its target.
+
+        Returns:
+            That input, and what the FP `out_proj` makes of it lacks to the target; None if the
+            recipe has no use for them.
+        """
+        recipe, streams, block = self._recipe, self._streams, self._block
+        device, inputs = streams.device, None
+        if recipe.gptq or recipe.compensation:
+            inputs = InputStatistics(block.width, self._model.d_model, device)
+        fp_block = load_block(self._model, self._index, rotated)
+        for part in streams.parts:
+            entering = streams.quantized[part].to(device)
+            states = tuple(spec.zeros(len(entering), device) for spec in block.states(recipe))
+            zero = torch.zeros_like(entering, dtype=torch.float16)
+            _, r, _ = run_to_out_proj(block, p, self._context, zero, entering, states)
+            streams.store_out_proj_input(part, r)
+            fp = streams.fp[part].to(device)
+            fp_next, _ = fp_block(fp)
+            # The output alone, as released, or with it all that the residual has lost so far.
+            target = fp_next - (fp if recipe.correction == "out" else entering)
+            streams.fp[part] = fp_next
+            streams.target[part] = target
+            if inputs is not None:
+                real = r.real()
+                inputs.add(real, target - real @ out_proj.t())
+        return inputs
+
+    def _advance(self, p: Layer) -> None:
+        """The mean that out_proj lacks becomes its bias; the quantized stream moves on."""
+        recipe, streams = self._recipe, self._streams
+
+        def out(part: slice) -> Tensor:
+            r = streams.out_proj_input_of(part, self._block.width)
+            value: Tensor = linear(p, "out_proj", r, recipe).float()
+            return value
+
+        if recipe.correction != "none":
+            difference = MeanDifference()
+            for part in streams.parts:
+                difference.add(streams.target[part].to(streams.device) - out(part))
+            bias = difference.correction(recipe.correction_strength)
+            p["out_proj.bias"] = bias.to(streams.device)
+        for part in streams.parts:
+            streams.quantized[part] = streams.quantized[part].to(streams.device) + out(part)

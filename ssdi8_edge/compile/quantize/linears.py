@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ssdi8_edge.compile.quantize.gptq import quantize_w4, quantize_w8
 from ssdi8_edge.numerics import int8
-from ssdi8_edge.recipes.methods import QuantConfig
+from ssdi8_edge.recipes.recipe import QuantConfig
 
 # Of the mean diagonal of the Hessian, added to it when a weight is fitted: inputs that hardly vary
 # must not be given large weights.

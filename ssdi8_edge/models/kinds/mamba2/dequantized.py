@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ssdi8_edge.numerics.int8 import quantize
 from ssdi8_edge.ops import fp16
-from ssdi8_edge.recipes.methods import QuantConfig
+from ssdi8_edge.recipes.recipe import QuantConfig
 
 
 def through_int8(v: Tensor, scale: Tensor, recipe: QuantConfig, site: str) -> Tensor:

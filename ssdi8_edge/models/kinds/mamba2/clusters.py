@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ssdi8_edge.models.block import IN_PROJ, OUT_PROJ, Layer
+
 HEAD_GROUPS = 4
 CHANNEL_GROUPS = 4
 K_MEANS_STEPS = 100
@@ -106,3 +108,29 @@ def _k_means(points: Tensor, count: int) -> Tensor:
             ]
         )
     return labels
+
+
+def permuted(layer: Layer, heads: Tensor, channels: Tensor) -> Layer:
+    """The same block with its heads, and the channels of each, in another order.
+
+    Args:
+        heads: (H) the old index of each new head; heads must stay in their SSD group.
+        channels: (H, P) the old index inside the head of each new channel.
+    """
+    headdim = channels.shape[1]
+    inner = (heads[:, None] * headdim + channels).flatten()
+    d_inner, conv_dim = len(inner), len(layer["conv1d.bias"])
+    # z, x, then B and C as they are, then dt.
+    middle = torch.arange(2 * d_inner, d_inner + conv_dim)
+    rows = torch.cat([inner, d_inner + inner, middle, d_inner + conv_dim + heads])
+    conv = torch.cat([inner, torch.arange(d_inner, conv_dim)])
+    order = {
+        IN_PROJ: rows,
+        "conv1d.weight": conv,
+        "conv1d.bias": conv,
+        **dict.fromkeys(("A_log", "D", "dt_bias"), heads),
+        "gate_norm.weight": inner,
+    }
+    reordered = {k: v[order[k].to(v.device)] if k in order else v for k, v in layer.items()}
+    reordered[OUT_PROJ] = layer[OUT_PROJ][:, inner.to(layer[OUT_PROJ].device)]
+    return reordered

@@ -1,0 +1,69 @@
+"""What a runtime has to know of a model, as data in the manifest.
+
+So there is no formula of any model on a board.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from ssdi8_edge.compile.export import output_name
+from ssdi8_edge.models.description import Description
+from ssdi8_edge.ops import OPS
+from ssdi8_edge.recipes.recipe import QuantConfig
+
+
+def interface(model: Description, recipe: QuantConfig) -> dict[str, Any]:
+    """The part of the manifest that runtimes read.
+
+    Returns:
+        vocab_size: rows of the embedding, padding included.
+        prompt_multiple: tokens; pieces of a long prompt are multiples of it.
+        states: of the graph, in the order of the data: name and output (of the graph), shape
+            without the batch, dtype, update ("replace" or "append"), suspects (the ops where an
+            error is looked for that shows here first), shallow (whether it depends on one block
+            and what leads into the next at most, so that errors have not added up yet).
+        logits_suspects, decode_suspects: ops, if the logits of a prompt or of single tokens are the
+            first to differ.
+        ops: names that layers of an inference library carry, without prefixes.
+    """
+    states = list(_states(model, recipe))
+    last = model.n_layer - 1
+    return {
+        "vocab_size": model.vocab_size,
+        "prompt_multiple": model.prompt_multiple,
+        "states": states,
+        "logits_suspects": [
+            *_of_block(last, model.blocks[last].last_ops),
+            *("head/RmsNorm", "head/Linear (lm_head)"),
+        ],
+        "decode_suspects": [
+            "the decode step of any layer: CausalConv1d or SsdScan with one token, or Linear"
+        ],
+        "ops": [name.removeprefix("Ssdi8") for name in OPS],
+    }
+
+
+def _states(model: Description, recipe: QuantConfig) -> Iterator[dict[str, Any]]:
+    before = ["Embedding"]
+    seen_second_block = False
+    for i, block in enumerate(model.blocks):
+        for spec in block.states(recipe):
+            name = f"{spec.name}.{i}"
+            yield {
+                "name": name,
+                "output": output_name(name),
+                "shape": list(spec.shape),
+                "dtype": spec.dtype,
+                "update": spec.update,
+                "suspects": [*before, *_of_block(i, spec.ops)],
+                "shallow": i == 0 or (i == 1 and not seen_second_block),
+            }
+            before = []
+            seen_second_block = seen_second_block or i == 1
+        before += _of_block(i, block.last_ops)
+
+
+def _of_block(index: int, ops: tuple[str, ...]) -> list[str]:
+    return [f"layers.{index}/{op}" for op in ops]

@@ -1,4 +1,4 @@
-"""Recipes: a quantization method is data."""
+"""Recipes: a quantization method is data. docs/method.md says what each choice computes."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class QuantConfig:
             one of least squared error ("mse"), which may be negative: -8 to 7 is not symmetric.
         gptq: choose the values of weights by GPTQ instead of rounding to nearest.
         descent: passes of coordinate descent over the values that GPTQ has chosen.
-        compensation: part of what in_proj's input and out_proj's output lack to the FP model's
-            that weights are changed by before they are rounded, as far as the INT8 input tells.
+        compensation: κ of docs/method.md §7.5: how much of the difference from the FP model, as far
+            as the INT8 input tells it, is put into the weights before they are rounded.
         lm_head: FP16, or W8A8 per row with an INT8 norm_f.
         clip: end of the INT8 range of B and C, and of u and r if their scale is static: the largest
             value calibrated on ("absmax"), or where the squared error is least ("mse").
@@ -172,7 +172,7 @@ _PUBLISHED: dict[str, Any] = {
 
 
 def _released(name: str, about: str, **fields: Any) -> QuantConfig:
-    """The paper as released: method §2 to §5, with its rounding, gate and correction."""
+    """The paper as released: docs/method.md §5, with its rounding, gate and correction."""
     settings: dict[str, Any] = {
         **_PUBLISHED,
         "gate": "q0.7",
@@ -184,7 +184,7 @@ def _released(name: str, about: str, **fields: Any) -> QuantConfig:
 
 
 def _storage_only(name: str, about: str, **fields: Any) -> QuantConfig:
-    """INT8 tensors around an FP16 SSD: method §6; embedding and lm_head stay FP16."""
+    """INT8 tensors around an FP16 SSD: docs/method.md §10.1; embedding and lm_head stay FP16."""
     settings: dict[str, Any] = {**_PUBLISHED, "ssd": "dequantized", "correction": "none"}
     return QuantConfig(name=name, about=about, **{**settings, **fields})
 
@@ -205,7 +205,7 @@ METHODS: dict[str, QuantConfig] = {
         QuantConfig(
             name="edge-w8a8",
             about="ours: INT8 weights per row by GPTQ, inputs per token, rotated and clipped B and "
-            "C, FP32 carry, dynamic scales inside SSD, compensation of what inputs lack",
+            "C, FP32 carry, dynamic scales inside SSD, compensation of input errors",
         ),
         QuantConfig(
             name="edge-w4a8",

@@ -1,7 +1,8 @@
 """Mamba-2 in floating point: the reference that every quantized model is compared with.
 
 Written from the SSD paper (Dao & Gu, "Transformers are SSMs", arXiv 2405.21060) and from what
-state-spaces/mamba computes; parameter names are those of its published checkpoints.
+state-spaces/mamba computes; parameter names are those of its published checkpoints. The equations
+are in docs/method.md §2.
 
 Axis letters: b batch, l token, d model, h head, p head channel, g group of B and C, n state,
 c chunk, k source and m target position inside a chunk, r head within its group (h = g * r).

@@ -265,7 +265,7 @@ def _quantize_layer(
 def _in_proj_inputs(
     p: Mapping[str, Any], config: Mamba2Config, recipe: QuantConfig, streams: _Streams
 ) -> InputStatistics:
-    """in_proj's INT8 input, and what it lacks to that of the FP model."""
+    """in_proj's INT8 input, and by how much the FP model's differs from it."""
     attributes = NodeAttributes(config, recipe)
     inputs = InputStatistics(config.d_model, config.d_model, streams.device)
     for part in streams.parts:
@@ -290,8 +290,8 @@ def _run_mixers(
     """Everything up to out_proj, in both models: sets its input and its target.
 
     Returns:
-        That input, and what the FP `out_proj` makes of it lacks to the target; None if the recipe
-        has no use for them.
+        That input, and by how much the target differs from what the FP `out_proj` makes of it; None
+        if the recipe has no use for them.
     """
     attributes = NodeAttributes(config, recipe)
     device, inputs = streams.device, None
@@ -316,7 +316,7 @@ def _run_mixers(
 
 
 def _advance(p: Layer, recipe: QuantConfig, streams: _Streams) -> None:
-    """The mean that out_proj lacks becomes its bias; the quantized stream moves on."""
+    """The mean difference from the target becomes out_proj's bias; the quantized stream goes on."""
 
     def out(part: slice) -> Tensor:
         stored = (streams.out_proj_input[part], streams.out_proj_scale[part])

@@ -1,4 +1,4 @@
-"""Activation scales of a layer, from its calibration statistics (method §2.1, §3.2, §6)."""
+"""Activation scales of a layer, from its calibration statistics (docs/method.md §5.1, §6, §10)."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,7 @@ LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^()\s]+)\)")
 FENCE = re.compile(r"^```.*?^```", re.M | re.S)
 
 
+@cache
 def sources() -> list[Path]:
     """Files that people write, but for books and vocabularies."""
     found = [path for path in ROOT.iterdir() if path.is_file()]
@@ -57,13 +59,18 @@ def pages() -> list[Path]:
     return [path for path in sources() if path.suffix == ".md"]
 
 
+@cache
+def text_of(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
 def name(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
 def prose(path: Path) -> str:
     """A page without its code blocks, whose comments look like headings."""
-    return FENCE.sub("", path.read_text(encoding="utf-8"))
+    return FENCE.sub("", text_of(path))
 
 
 def sections() -> list[str]:
@@ -74,7 +81,7 @@ def sections() -> list[str]:
 
 def equations() -> list[int]:
     """Numbers at the ends of the lines of its formulas, in order."""
-    blocks = "\n".join(FENCE.findall(METHOD.read_text(encoding="utf-8")))
+    blocks = "\n".join(FENCE.findall(text_of(METHOD)))
     return [int(number) for number in re.findall(r" \((\d+)\)$", blocks, re.M)]
 
 
@@ -129,7 +136,7 @@ def test_every_cited_section_exists() -> None:
     missing = [
         f"{name(path)}: §{number}"
         for path in sources()
-        for number in SECTION.findall(path.read_text(encoding="utf-8"))
+        for number in SECTION.findall(text_of(path))
         if number not in known
     ]
     assert not missing
@@ -139,7 +146,7 @@ def test_sections_are_cited_by_their_page() -> None:
     """§ without the page, or a "method §" of another document, tells a reader nothing."""
     wrong = []
     for path in sources():
-        text = path.read_text(encoding="utf-8")
+        text = text_of(path)
         homeless = path.suffix != ".md" and "§" in text and not CITATION.search(text)
         if homeless or OLD_CITATION.search(text):
             wrong.append(name(path))
@@ -151,7 +158,7 @@ def test_every_cited_equation_exists() -> None:
     cited = [
         (name(path), found[2])
         for path in sources()
-        for found in CITATION.finditer(path.read_text(encoding="utf-8"))
+        for found in CITATION.finditer(text_of(path))
         if found[2]
     ]
     assert len(cited) > 2

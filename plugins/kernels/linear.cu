@@ -25,12 +25,7 @@
 //     Blocks stay (grid = what fits) and walk the tiles so that 1024 rows of the weight serve all
 //     tokens before the next 1024 are read: on a board the weight does not fit the L2 cache.
 //
-// Rejected for the tiles, with the time of the 128 x 128 tile over the present one (H100, In 2560,
-// Out 10576, 2048 tokens):
-//   tokens as the 16-row operand (four moves per product)    1.2
-//   all copies of a step in one burst                        1.07
-//   two steps per loop, unrolled (spare moves return)        1.15
-// mma.sync reaches 1290 TOP/s there, two thirds of what Hopper's own instructions do.
+// Other tiles that were tried, with their times: benchmarks/README.md.
 
 #include <algorithm>
 #include <type_traits>

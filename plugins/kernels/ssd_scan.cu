@@ -15,19 +15,7 @@
 //
 // L = 1: `step`, one pass over the state, 16 bytes per access.
 //
-// Tried (H = 80, P = 64, N = 128, L = 2048 on an H100; their time over that of this design):
-//   1.6   the four ops one after the other
-//   1.06  both blocks of 16 rows of a warp at once, one flag per item, C and CB loaded at their
-//         use: 64 accumulators leave no registers to load ahead
-// and on 8 multiprocessors of an H200, in brackets on all:
-//   1.04  three blocks a processor, with 80 registers a thread (1.14)
-//   1.16  chunks of 128 (1.11); with four warps 0.97 (1.46)
-//   0.98  32 rows of y a warp that share every operand (1.03); with chunks of 128 and four warps,
-//         in which the carry is waited for twice as often, 0.90 (1.28)
-//   1.02  the operands of y loaded after the carry (1.01)
-//   0.99  the next chunk's x fetched into L2 (1.02)
-//   1.01  Scan1 for all columns at once; one kernel for all choices (1.07)
-//   1.00  Scan2 left of the diagonal tiles of 64 positions in INT8, x scaled anew in each (1.01)
+// Other plans that were tried, with their times: benchmarks/README.md.
 
 #include "ssd.cuh"
 #include "ssd_scan_fp16.cuh"

@@ -1,7 +1,7 @@
 """Calibration: a text file goes through the FP model, layer by layer, under observers.
 
-Source: method §3. Statistics are running absolute maxima of the model in the rotated basis, and of
-some tensors the range of least squared error; the scales are made from them when a recipe is
+Source: docs/method.md §6. Statistics are running absolute maxima of the model in the rotated basis,
+and of some tensors the range of least squared error; the scales are made from them when a recipe is
 applied. One layer is in memory at a time, and on a CPU the residual stream between layers lies in a
 temporary file.
 """

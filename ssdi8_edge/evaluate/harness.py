@@ -37,7 +37,7 @@ from ssdi8_edge.ground.stream import (
     require_vocabulary,
 )
 
-# Method §7: longer inputs lose their beginning.
+# docs/method.md §11.2: longer inputs lose their beginning.
 MAX_TOKENS = 2048
 # What a short sequence counts for: the torch references pad it to a whole chunk.
 CHUNK = 256

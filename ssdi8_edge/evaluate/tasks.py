@@ -64,7 +64,7 @@ class Task:
         name: on our command line.
         harness: lm-eval's name of it.
         definition: its file below lm_eval/tasks.
-        metric: the paper's, method §7.
+        metric: the paper's, docs/method.md §11.2.
         split: of the data set that is evaluated.
         file: the local rows, JSON lines.
         form: of a local row, in words.

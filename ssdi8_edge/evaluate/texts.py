@@ -62,7 +62,10 @@ def _lines(path: Path) -> list[str]:
 
 
 def join_lines(lines: list[str]) -> str:
-    r"""Method §7: the lines, each with its own end of line, blank ones empty, joined by "\n\n"."""
+    r"""The lines, each with its own end of line, blank ones empty, joined by "\n\n".
+
+    Source: docs/method.md §11.1.
+    """
     return "\n\n".join(line if line.strip() else "" for line in lines)
 
 

@@ -19,9 +19,9 @@ from ssdi8_edge.ground.errors import UsageError
 from ssdi8_edge.ground.progress import Track, silent
 from ssdi8_edge.ground.stream import GPU_TOKENS_PER_BATCH, require_vocabulary
 
-# Method §7: non-overlapping blocks of 2048 tokens.
+# docs/method.md §11.1: non-overlapping blocks of 2048 tokens.
 WINDOW = 2048
-# Method §8.5: what an average over positions hides.
+# docs/method.md §11.3: what an average over positions hides.
 CONTEXTS = (512, 2048, 8192)
 LAST = 256
 # From the end of one window of the long-context table to that of the next: non-overlapping windows

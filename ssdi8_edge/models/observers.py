@@ -1,7 +1,7 @@
 """What calibration collects of every block: running absolute maxima and histograms.
 
 Statistics are of the model in the rotated basis; scales are made from them when a recipe is
-applied. Source: docs/method.md.
+applied. Source: docs/method.md §6.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Exact rewrites of FP weights: fold norms into linears, rotate the residual stream.
 
 Each keeps the FP output of the model (tested); they only change which tensors the quantizers see.
-Source: SSDi8 and Quamba2, method §5.1 and §6.
+Source: SSDi8 and Quamba2, docs/method.md §4.2, §4.3 and §10.3.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 Orders 2^k, 12·2^k and 20·2^k, the base matrices by Paley's first construction, so that nothing is
 pasted. The operator acts on the last axis as a row vector, x ↦ x · H_n / √n; the same operator is
-used offline on weights and online on activations (H_12 and H_20 are not symmetric).
+used offline on weights and online on activations (H_12 and H_20 are not symmetric). What is rotated
+and why: docs/method.md §4.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Every INT8 cast of the package goes through `round_to_int8`; `ops.onnx_text` hol
 ONNX. All scales are symmetric (zero point 0), FP32, "absmax / 127", and have the unit of the tensor
 they belong to: tensor ≈ scale · q.
 
-Two roundings exist, chosen by the recipe:
+Two roundings exist, chosen by the recipe (docs/method.md §3.1):
 
 * ``half_even``: round half to even, saturate to [-128, 127]. One hardware convert instruction.
 * ``half_away``: ⌊|v| + ½⌋ (an FP32 sum) with the sign of v, saturate to [-127, 127]. SSDi8 as

@@ -1,4 +1,4 @@
-"""dt and its cumulative decay inside each chunk (the paper's ChunkCumsum)."""
+"""dt and its cumulative decay inside each chunk (the paper's ChunkCumsum: docs/method.md §2.3)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Outputs from chunk inputs and passed states (the paper's BMM and ChunkScan)."""
+"""Outputs from chunk inputs and passed states (BMM and ChunkScan: docs/method.md §5.4)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chunk states by the sparse-aware reformulation (the paper's ChunkState, SAR)."""
+"""Chunk states by the sparse-aware reformulation (ChunkState: docs/method.md §5.2, §9)."""
 
 from __future__ import annotations
 

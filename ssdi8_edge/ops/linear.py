@@ -59,7 +59,7 @@ def linear_w4_reference(
     *,
     group_size: int,
 ) -> Tensor:
-    """`linear_reference` with the weight of `unpack_w4` (method: the QQQ/Marlin format).
+    """`linear_reference` with the weight of `unpack_w4`: docs/method.md §7.2 (21).
 
     Args:
         x, token_scale: as in `linear_reference`.

@@ -21,7 +21,7 @@ def rms_norm_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """residual' = residual + hidden; u = Q(residual' / rms(residual')).
 
-    The norm's own weight is folded into the linear behind it (method: rotations need that).
+    The norm's own weight is folded into the linear behind it: docs/method.md §4.2.
 
     Args:
         hidden: (B, L, D) FP16, output of the block before.

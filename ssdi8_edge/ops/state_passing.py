@@ -1,4 +1,4 @@
-"""The recurrence between chunks (the paper's StatePassing)."""
+"""The recurrence between chunks (the paper's StatePassing: docs/method.md §2.3, §5.3)."""
 
 from __future__ import annotations
 

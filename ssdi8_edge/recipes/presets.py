@@ -20,7 +20,7 @@ _PUBLISHED: dict[str, Any] = {
 
 
 def _released(name: str, about: str, **fields: Any) -> QuantConfig:
-    """The paper as released: method §2 to §5, with its rounding, gate and correction."""
+    """The paper as released: docs/method.md §5, with its rounding, gate and correction."""
     settings: dict[str, Any] = {
         **_PUBLISHED,
         "gate": "q0.7",
@@ -32,7 +32,7 @@ def _released(name: str, about: str, **fields: Any) -> QuantConfig:
 
 
 def _storage_only(name: str, about: str, **fields: Any) -> QuantConfig:
-    """INT8 tensors around an FP16 SSD: method §6; embedding and lm_head stay FP16."""
+    """INT8 tensors around an FP16 SSD: docs/method.md §10.1; embedding and lm_head stay FP16."""
     settings: dict[str, Any] = {**_PUBLISHED, "ssd": "dequantized", "correction": "none"}
     return QuantConfig(name=name, about=about, **{**settings, **fields})
 
@@ -53,7 +53,7 @@ METHODS: dict[str, QuantConfig] = {
         QuantConfig(
             name="edge-w8a8",
             about="ours: INT8 weights per row by GPTQ, inputs per token, rotated and clipped B and "
-            "C, FP32 carry, dynamic scales inside SSD, compensation of what inputs lack",
+            "C, FP32 carry, dynamic scales inside SSD, compensation of input errors",
         ),
         QuantConfig(
             name="edge-w4a8",

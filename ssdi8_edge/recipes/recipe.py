@@ -1,4 +1,7 @@
-"""What a recipe is: every choice of a quantization method, and which of them go together."""
+"""What a recipe is: every choice of a quantization method, and which of them go together.
+
+docs/method.md says what each choice computes.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +31,8 @@ class QuantConfig:
             one of least squared error ("mse"), which may be negative: -8 to 7 is not symmetric.
         gptq: choose the values of weights by GPTQ instead of rounding to nearest.
         descent: passes of coordinate descent over the values that GPTQ has chosen.
-        compensation: part of what in_proj's input and out_proj's output lack to the FP model's
-            that weights are changed by before they are rounded, as far as the INT8 input tells.
+        compensation: κ of docs/method.md §7.5: how much of the difference from the FP model, as far
+            as the INT8 input tells it, is put into the weights before they are rounded.
         lm_head: FP16, or W8A8 per row with an INT8 norm_f.
         clip: end of the INT8 range of B and C, and of u and r if their scale is static: the largest
             value calibrated on ("absmax"), or where the squared error is least ("mse").

@@ -19,7 +19,7 @@ __device__ __forceinline__ float pass_real(float carry, float gate, float state)
   return __fadd_rn(__fmul_rn(gate, carry), state);
 }
 
-// The released integer carry: halves of the shifted product go up.
+// The released integer carry (docs/method.md §5.3): halves of the shifted product go up.
 __device__ __forceinline__ int pass_integer(int carry, int gate, int state) {
   return ((carry * gate + (1 << (kGateBits - 1))) >> kGateBits) + state;
 }

@@ -239,7 +239,7 @@ class _Layer:
         return p
 
     def _in_proj_inputs(self, p: Layer) -> InputStatistics:
-        """in_proj's INT8 input, and what it lacks to that of the FP model."""
+        """in_proj's INT8 input, and by how much the FP model's differs from it."""
         streams, model = self._streams, self._model
         inputs = InputStatistics(model.d_model, model.d_model, streams.device)
         for part in streams.parts:
@@ -258,8 +258,8 @@ class _Layer:
         """Everything up to out_proj, in both models: sets its input and its target.
 
         Returns:
-            That input, and what the FP `out_proj` makes of it lacks to the target; None if the
-            recipe has no use for them.
+            That input, and by how much the target differs from what the FP `out_proj` makes of it;
+            None if the recipe has no use for them.
         """
         recipe, streams, block = self._recipe, self._streams, self._block
         device, inputs = streams.device, None
@@ -284,7 +284,7 @@ class _Layer:
         return inputs
 
     def _advance(self, p: Layer) -> None:
-        """The mean that out_proj lacks becomes its bias; the quantized stream moves on."""
+        """The mean difference from the target becomes out_proj's bias; the stream goes on."""
         recipe, streams = self._recipe, self._streams
 
         def out(part: slice) -> Tensor:

@@ -2,7 +2,7 @@
 
 argmin_c ‖Y - (Y' + 1cᵀ)‖² is the mean difference per channel. It is measured layer by layer, with
 all earlier layers quantized and corrected, and carried in the bias of out_proj. Source: SSDi8,
-method §4; pairing, shrinkage and the correction of the residual stream are ours.
+docs/method.md §8.1; pairing, shrinkage and the correction of the residual stream are ours, §8.2.
 """
 
 from __future__ import annotations

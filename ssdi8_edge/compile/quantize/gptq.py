@@ -1,7 +1,7 @@
 """INT8 and 4-bit weights: scales, and values by GPTQ, by coordinate descent, or to nearest.
 
-Source: Frantar et al., "GPTQ" (ICLR 2023); settings and formats of method §5.3. The search for
-group scales, signed integer scales and the descent are ours.
+Source: Frantar et al., "GPTQ" (ICLR 2023); settings and formats of docs/method.md §7.2, §7.3. The
+search for group scales, signed integer scales and the descent (§7.4) are ours.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ssdi8_edge.ground.errors import UsageError
 from ssdi8_edge.numerics.int8 import scale_from_absmax
 from ssdi8_edge.ops.linear import pack_w4
 
-# As method §5.3: part of the mean diagonal added to the Hessian.
+# docs/method.md §7.3: part of the mean diagonal added to the Hessian.
 DAMPING = 0.01
 
 # Integer group scales: the largest that an INT8 weight has room for, and the one that the largest
@@ -206,7 +206,10 @@ def _spread(scales: Tensor, weight: Tensor, block: int) -> Tensor:
 
 
 def _gptq(weight: Tensor, grid: Grid, block: int, choose: ChooseScale, hessian: Tensor) -> _Rounded:
-    """Round columns one after the other, moving the error of each to those not yet rounded."""
+    """Round columns one after the other, moving the error of each to those not yet rounded.
+
+    Source: docs/method.md §7.3 (22).
+    """
     work, values = weight.clone(), torch.empty_like(weight)
     factor = _inverse_cholesky(hessian)
     scales = []
@@ -234,6 +237,7 @@ def _descend(
     """One pass over the columns, each set to the best number while all others stay.
 
     What GPTQ decides for a column is best given those before it; this looks at those behind it too.
+    Source: docs/method.md §7.4 (23).
     """
     values, scales = rounded.values.clone(), rounded.scales
     # Of half the squared output error, the negative gradient by column.

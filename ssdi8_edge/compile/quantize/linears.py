@@ -23,8 +23,8 @@ class InputStatistics:
 
     Attributes:
         hessian: Σ x xᵀ (In, In), of the values that x stands for.
-        missing: Σ e xᵀ (Out or In, In), e being what the result, or the input, lacks to its FP
-            counterpart.
+        missing: Σ e xᵀ (Out or In, In), e being the FP result, or input, less the
+            quantized one.
     """
 
     def __init__(self, width: int, missing_width: int, device: str) -> None:
@@ -41,7 +41,7 @@ class InputStatistics:
         self.missing += lacks.t() @ rows
 
     def regression(self) -> Tensor:
-        """The matrix M of least ‖Σ e - M x‖², (Out or In, In)."""
+        """The matrix M of least Σ ‖e - M x‖², (Out or In, In): docs/method.md §7.5."""
         damped = self.hessian.clone()
         damped.diagonal().add_(RIDGE * damped.diagonal().mean().clamp_min(LEAST_SQUARE))
         return torch.linalg.solve(damped, self.missing, left=False)

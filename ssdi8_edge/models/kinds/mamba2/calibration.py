@@ -1,4 +1,7 @@
-"""What calibration collects of a Mamba-2 block, and the scales that are made from it."""
+"""What calibration collects of a Mamba-2 block, and the scales that are made from it.
+
+Source: docs/method.md §5.1, §6, §10.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from ssdi8_edge.recipes.recipe import QuantConfig
 if TYPE_CHECKING:
     from ssdi8_edge.models.kinds.mamba2 import Mamba2
 
-# Of |x| for the recipes that clip it so: method §3.2.
+# Of |x| for the recipes that clip it so: docs/method.md §6.2 (19).
 PERCENTILE = 0.9995
 PERCENTILE_MOMENTUM = 0.01
 

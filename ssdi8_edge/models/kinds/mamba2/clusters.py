@@ -1,8 +1,9 @@
 """Groups of heads, and of channels inside them, whose x is alike: Quamba2's sort-and-cluster.
 
-Source: method §6. Each head's channels are sorted by size, heads of one SSD group are clustered by
-the shape of their sorted curves, and the positions of each head cluster by their values; the layer
-is reordered so that clusters lie together, which changes nothing that it computes.
+Source: docs/method.md §10.3. Each head's channels are sorted by size, heads of one SSD group are
+clustered by the shape of their sorted curves, and the positions of each head cluster by their
+values; the layer is reordered so that clusters lie together, which changes nothing that it
+computes.
 """
 
 from __future__ import annotations

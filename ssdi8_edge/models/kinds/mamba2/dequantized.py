@@ -1,7 +1,8 @@
 """SSD of the methods that keep its tensors in INT8 for storage only: Quamba, Quamba2, HAD.
 
-Their kernels read INT8, multiply by the scale and compute in FP16 (method §6). That is done here on
-tensors that went through INT8, for comparing accuracy; there is no op, no graph and no kernel.
+Their kernels read INT8, multiply by the scale and compute in FP16 (docs/method.md §10.1). That is
+done here on tensors that went through INT8, for comparing accuracy; there is no op, no graph and no
+kernel.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Mamba-2 in floating point: the reference that every quantized model is compared with.
 
-Written from the SSD paper and from what state-spaces/mamba computes.
+Written from the SSD paper and from what state-spaces/mamba computes; the equations are in
+docs/method.md §2.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-
 from ssdi8_edge.models.reference import Mamba2Config, Mamba2LM
 
 # A job that a script starts in the background ignores Ctrl-C, and so would every command that the

@@ -17,15 +17,15 @@ from case_table import (
     statistics_of,
     tiny_recipe,
 )
+from ssdi8_edge.compile.quantize.clusters import sort_and_cluster
+from ssdi8_edge.models.reference import Mamba2LM
 from torch import Tensor
 
 from ssdi8_edge.checkpoints.checkpoint import DEMO_FOLDER
 from ssdi8_edge.compile.calibrate import PERCENTILE, PERCENTILE_MOMENTUM, calibrate, fp32_layer
 from ssdi8_edge.compile.quantize import quantize
-from ssdi8_edge.compile.quantize.clusters import sort_and_cluster
 from ssdi8_edge.ground.errors import UsageError
 from ssdi8_edge.ground.stream import TOKENS_PER_BATCH, DeviceSpool, FileSpool, batches, read_tokens
-from ssdi8_edge.models.reference import Mamba2LM
 from ssdi8_edge.numerics import hadamard
 from ssdi8_edge.numerics.histogram import FRACTIONS, MagnitudeHistogram
 

@@ -13,6 +13,7 @@ import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from ssdi8_edge.models.reference import Mamba2Config, Mamba2LM
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -24,7 +25,6 @@ from ssdi8_edge.checkpoints.checkpoint import (
     open_checkpoint,
 )
 from ssdi8_edge.ground.errors import CheckpointError
-from ssdi8_edge.models.reference import Mamba2Config, Mamba2LM
 
 MakeCheckpoint = Callable[..., Path]
 MakeConfig = Callable[..., Mamba2Config]

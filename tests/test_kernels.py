@@ -14,10 +14,10 @@ from zlib import crc32
 import kernel_emulator
 import pytest
 import torch
+from ssdi8_edge.models.reference import Mamba2Config
 from torch import Tensor
 
 from ssdi8_edge.ground.errors import Ssdi8Error, UsageError
-from ssdi8_edge.models.reference import Mamba2Config
 from ssdi8_edge.numerics.int8 import scale_from_absmax
 from ssdi8_edge.ops import OPS, kernel_library
 from ssdi8_edge.ops.kernel_limits import require_kernels

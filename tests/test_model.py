@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from ssdi8_edge.models.reference import LayerState, Mamba2Config, Mamba2LM, ssd_chunked, ssd_step
 from torch import Tensor
 from torch.nn import functional as F
 
 from ssdi8_edge.ground.errors import CheckpointError
-from ssdi8_edge.models.reference import LayerState, Mamba2Config, Mamba2LM, ssd_chunked, ssd_step
 
 CHUNK = 16
 LENGTHS = [1, 5, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 3]

@@ -8,11 +8,11 @@ import pytest
 import torch
 from case_table import random_ids, relative_error, write_checkpoint
 from conftest import make_config
+from ssdi8_edge.compile.quantize.clusters import sort_and_cluster
+from ssdi8_edge.models.reference import Mamba2LM
 from torch import Tensor
 
 from ssdi8_edge.compile.calibrate import embed
-from ssdi8_edge.compile.quantize.clusters import sort_and_cluster
-from ssdi8_edge.models.reference import Mamba2LM
 from ssdi8_edge.models.rewrites import (
     GATE_NORM,
     IN_PROJ,

@@ -17,11 +17,11 @@ import shutil
 from pathlib import Path
 
 import torch
+from ssdi8_edge.models.reference import Mamba2Block, Mamba2Config
 
 from ssdi8_edge.compile.bundle import TOKENIZER
 from ssdi8_edge.compile.safetensors_writer import SafetensorsWriter
 from ssdi8_edge.ground.artifacts import WEIGHTS, whole_or_absent, write_json
-from ssdi8_edge.models.reference import Mamba2Block, Mamba2Config
 
 # d_model and layers of state-spaces/mamba2-*; everything else is the same for all.
 SIZES = {

@@ -21,11 +21,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from ssdi8_edge.models.reference import Mamba2Block, Mamba2Config, Mamba2LM
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional as F
-
-from ssdi8_edge.models.reference import Mamba2Block, Mamba2Config, Mamba2LM
 
 HELD_OUT = (
     "edith-wharton--ethan-frome",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from ssdi8_edge.ground.device import require_device
 from ssdi8_edge.ground.errors import UsageError
 from ssdi8_edge.ground.stream import open_tokenizer
 from ssdi8_edge.local.bridge import bundle_folder, open_checked_bundle, runtime_module
+from ssdi8_edge.models.block import States
 from ssdi8_edge.models.float import FloatModel
 from ssdi8_edge.models.network import Scope
 from ssdi8_edge.numerics import int8
@@ -38,6 +39,12 @@ class Forward(Protocol):
     def __call__(self, ids: Tensor, keep: int, scope: Scope) -> Tensor: ...
 
 
+class Sequence(Protocol):
+    """One sequence that grows: tokens (1, L) INT64 -> logits (1, L, V) FP32 of all of them."""
+
+    def __call__(self, ids: Tensor) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class Subject:
     """A model that can be evaluated.
@@ -47,6 +54,7 @@ class Subject:
         name: of the method, or fp32.
         engine: what computes.
         vocabulary: rows of the embedding, padding included.
+        sequence: starts a sequence.
         device: where ids are taken from and logits are left.
         counts_saturation: whether every INT8 rounding goes through `int8.round_to_int8`.
     """
@@ -55,6 +63,7 @@ class Subject:
     name: str
     engine: str
     forward: Forward
+    sequence: Callable[[], Sequence]
     tokenizer: Path
     vocabulary: int
     device: str = "cpu"
@@ -116,11 +125,23 @@ def _bundle_subject(source: str, folder: Path, device: str) -> Subject:
         logits, _ = prefill(backend, bundle, ids.numpy().astype(np.int32), keep)
         return torch.from_numpy(logits)
 
+    def sequence() -> Sequence:
+        states = None
+
+        def feed(ids: Tensor) -> Tensor:
+            nonlocal states
+            given = ids.numpy().astype(np.int32)
+            logits, states = prefill(backend, bundle, given, ids.shape[1], states)
+            return torch.from_numpy(logits.copy())
+
+        return feed
+
     return Subject(
         source,
         bundle.recipe,
         backend.description,
         forward,
+        sequence,
         bundle.path(TOKENIZER),
         bundle.model.vocab_size,
     )
@@ -136,11 +157,23 @@ def _quantized_subject(source: str, folder: Path, tokenizer: Path | None, device
         with nullcontext() if kernels else kernel_library.references_only():
             return model.forward(ids, None, keep, scope)[0]
 
+    def sequence() -> Sequence:
+        states: list[States] | None = None
+
+        def feed(ids: Tensor) -> Tensor:
+            nonlocal states
+            with nullcontext() if kernels else kernel_library.references_only():
+                logits, states = model.forward(ids, states, ids.shape[1])
+            return logits
+
+        return feed
+
     return Subject(
         source,
         model.recipe.name,
         _engine("CUDA kernels" if kernels else "torch reference", device),
         forward,
+        sequence,
         tokenizer or folder / TOKENIZER,
         model.description.vocab_size,
         device,
@@ -161,11 +194,22 @@ def _float_subject(source: str, tokenizer: Path | None, device: str) -> Subject:
         logits: Tensor = model(ids, None, keep)[0]
         return logits
 
+    def sequence() -> Sequence:
+        states: list[States] | None = None
+
+        def feed(ids: Tensor) -> Tensor:
+            nonlocal states
+            logits, states = model(ids, states)
+            return cast(Tensor, logits)
+
+        return feed
+
     return Subject(
         source,
         "fp32",
         _engine("torch", device),
         forward,
+        sequence,
         found,
         model.description.vocab_size,
         device,

@@ -17,8 +17,7 @@ import csv
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,12 +25,13 @@ from typing import Any
 import numpy as np
 import torch
 from green_context import stream_of_multiprocessors
-from ssdi8_edge.models.reference import Mamba2Config
 from torch import Tensor
 
 from ssdi8_edge.local.gpu_backend import GpuBackend
-from ssdi8_edge.models import network as modules
-from ssdi8_edge.models.network import QuantizedMamba2
+from ssdi8_edge.models.block import Int8Input, Parameters, linear
+from ssdi8_edge.models.description import Description
+from ssdi8_edge.models.kinds.mamba2 import Mamba2
+from ssdi8_edge.models.network import QuantizedModel
 from ssdi8_edge.ops import kernel_library
 from ssdi8_edge.recipes.presets import find_method
 from ssdi8_edge.recipes.recipe import QuantConfig
@@ -62,55 +62,46 @@ def linear_tensors(name: str, n_in: int, n_out: int, recipe: QuantConfig) -> dic
     return tensors
 
 
-def layer_tensors(config: Mamba2Config, recipe: QuantConfig) -> dict[str, Tensor]:
-    heads, groups = config.nheads, config.ngroups
+def layer_tensors(d_model: int, block: Mamba2, recipe: QuantConfig) -> dict[str, Tensor]:
+    heads, groups = block.nheads, block.ngroups
+    rows = sum(block.parts.values())
     return {
-        **linear_tensors("in_proj", config.d_model, config.d_in_proj, recipe),
-        **linear_tensors("out_proj", config.d_inner, config.d_model, recipe),
-        "conv1d.weight": torch.randn(config.conv_dim, config.d_conv, device="cuda"),
-        "conv1d.bias": fill(0.0, config.conv_dim),
+        **linear_tensors("in_proj", d_model, rows, recipe),
+        **linear_tensors("out_proj", block.d_inner, d_model, recipe),
+        "conv1d.weight": torch.randn(block.conv_dim, block.d_conv, device="cuda"),
+        "conv1d.bias": fill(0.0, block.conv_dim),
         "dt_bias": torch.linspace(-5.0, -2.0, heads, device="cuda"),
         "A": -torch.linspace(1.0, 16.0, heads, device="cuda"),
         "D": fill(1.0, heads),
-        "gate_norm.weight": fill(1.0, config.d_inner),
+        "gate_norm.weight": fill(1.0, block.d_inner),
         **{name: fill(0.03, groups) for name in ("b_scale", "c_scale")},
         "cb_scale": fill(0.1, groups),
     }
 
 
-def random_model(size: str, kind: str) -> QuantizedMamba2:
+def random_model(size: str, kind: str) -> QuantizedModel:
     d_model, layers = SIZES[size]
-    config = Mamba2Config(d_model=d_model, n_layer=layers, vocab_size=VOCABULARY)
+    block = Mamba2(d_inner=2 * d_model)
+    model = Description(d_model=d_model, vocab_size=VOCABULARY, blocks=(block,) * layers)
     recipe = find_method("edge-w4a8" if kind == "w4a8" else "edge-w8a8")
     if kind == "fp16":
         recipe = replace(recipe, scaling="none")
     tensors = {
         f"layers.{i}.{name}": tensor
         for i in range(layers)
-        for name, tensor in layer_tensors(config, recipe).items()
+        for name, tensor in layer_tensors(d_model, block, recipe).items()
     }
     tensors["embedding.weight"] = torch.randn(VOCABULARY, d_model, device="cuda").half()
     tensors["norm_f.weight"] = fill(1.0, d_model)
     if kind == "fp16":
         linears = [name for name in tensors if name.endswith("_proj.weight")]
         tensors |= {name: tensors[name].half() for name in linears}
-    return QuantizedMamba2(config, recipe, tensors)
+    return QuantizedModel(model, recipe, tensors, fp16_linear if kind == "fp16" else linear)
 
 
-@contextmanager
-def linear_of(kind: str) -> Iterator[None]:
-    """Let the data flow's linear layers be FP16 products for "fp16"."""
-
-    def fp16_linear(x: Tensor, token_scale: Tensor, weight: Tensor, *_: Tensor) -> Tensor:
-        return torch.nn.functional.linear(x.half(), weight)
-
-    int8_linear = modules.LINEAR
-    try:
-        if kind == "fp16":
-            modules.LINEAR = fp16_linear
-        yield
-    finally:
-        modules.LINEAR = int8_linear
+def fp16_linear(p: Parameters, name: str, x: Int8Input, recipe: QuantConfig) -> Tensor:
+    """For the format "fp16": the products of linear layers, in FP16."""
+    return torch.nn.functional.linear(x.q.half(), p[f"{name}.weight"])
 
 
 def measure(backend: GpuBackend, length: int, steps: int, repeats: int) -> dict[str, float]:
@@ -168,8 +159,7 @@ def main() -> None:
             for length in options.seq_lens:
                 row = {"gpu": gpu, "sms": processors, "model": size, "format": kind}
                 row |= {"tokens": length}
-                with linear_of(kind):
-                    row |= measure(backend, length, options.steps, options.repeats)
+                row |= measure(backend, length, options.steps, options.repeats)
                 row["gpu_gb"] = backend.gpu_bytes / 1e9
                 rows.append(row)
                 print(

@@ -14,16 +14,17 @@ from typing import Any, Literal
 import numpy as np
 import onnxruntime as ort
 import torch
-from conftest import make_config, make_model, state_spaces_config
+from conftest import make_config, make_model, mamba, state_spaces_config, stored_tensors
 from onnx import ModelProto, TensorProto
 from safetensors.torch import save_file
-from ssdi8_edge.models.reference import Mamba2Config, Mamba2LM
 from torch import Tensor
 
 from ssdi8_edge.checkpoints.checkpoint import Checkpoint
-from ssdi8_edge.compile.calibrate import calibrate, layer_config
+from ssdi8_edge.compile.calibrate import calibrate
 from ssdi8_edge.compile.quantize import quantize
-from ssdi8_edge.models.network import QuantizedMamba2
+from ssdi8_edge.models.description import Description
+from ssdi8_edge.models.float import FloatModel
+from ssdi8_edge.models.network import QuantizedModel
 from ssdi8_edge.numerics.formats import Gate, Rounding, Scaling
 from ssdi8_edge.recipes.presets import METHODS
 from ssdi8_edge.recipes.recipe import QuantConfig
@@ -282,8 +283,8 @@ def tiny_recipe(name: str, **changes: Any) -> QuantConfig:
 
 
 def write_checkpoint(
-    folder: Path, config: Mamba2Config | None = None, seed: int = 0
-) -> tuple[Checkpoint, Mamba2LM]:
+    folder: Path, config: Description | None = None, seed: int = 0
+) -> tuple[Checkpoint, FloatModel]:
     """A random model as a state-spaces folder, opened, and the model itself.
 
     The embedding is scaled up: at its usual 0.02 the norms' epsilon would drown the first layer.
@@ -291,18 +292,19 @@ def write_checkpoint(
     config = config or make_config()
     model = make_model(config, seed)
     with torch.no_grad():
-        model.backbone.embedding.weight.mul_(25)
-        for layer in model.backbone.layers:
+        model.embedding.weight.mul_(25)
+        for layer in model.layers:
             # States that matter within tens of tokens, and outlive a chunk.
-            layer.mixer.dt_bias.add_(1.0)
-            layer.mixer.A_log.sub_(3.0)
-    tensors = model.state_dict()
+            layer.dt_bias.add_(1.0)
+            layer.A_log.sub_(3.0)
+    tensors = stored_tensors(model)
     if config.tie_embeddings:
         tensors = {k: v for k, v in tensors.items() if k != "lm_head.weight"}
     folder.mkdir(parents=True, exist_ok=True)
     settings = state_spaces_config(config)
-    if config.dt_limit != (0.0, float("inf")):
-        settings["ssm_cfg"] = {**settings["ssm_cfg"], "dt_limit": list(config.dt_limit)}  # type: ignore[dict-item]
+    limits = mamba(config).dt_limit
+    if limits != (0.0, float("inf")):
+        settings["ssm_cfg"] = {**settings["ssm_cfg"], "dt_limit": list(limits)}  # type: ignore[dict-item]
     (folder / "config.json").write_text(json.dumps(settings))
     save_file(tensors, folder / "model.safetensors")
     return Checkpoint(folder), model
@@ -326,22 +328,22 @@ class TensorSink(dict[str, Tensor]):
 class Quantized:
     """Everything a recipe makes of a checkpoint."""
 
-    config: Mamba2Config
+    config: Description
     recipe: QuantConfig
     ids: Tensor
     statistics: dict[str, Tensor]
     tensors: TensorSink
     saturation: dict[str, float]
-    model: QuantizedMamba2
+    model: QuantizedModel
 
 
 def apply_recipe(checkpoint: Checkpoint, recipe: QuantConfig, ids: Tensor) -> Quantized:
     """Calibrate and quantize in memory."""
-    config = layer_config(checkpoint, recipe)
+    config = checkpoint.description.adapted(recipe)
     statistics = calibrate(checkpoint, recipe, ids) if recipe.quantized else {}
     sink = TensorSink()
     saturation = quantize(checkpoint, recipe, statistics, ids, sink)
-    model = QuantizedMamba2(config, recipe, sink)
+    model = QuantizedModel(config, recipe, sink)
     return Quantized(config, recipe, ids, statistics, sink, saturation, model)
 
 
@@ -353,11 +355,11 @@ class Tiny:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._sources: dict[int, tuple[Checkpoint, Mamba2LM]] = {}
+        self._sources: dict[int, tuple[Checkpoint, FloatModel]] = {}
         self._made: dict[str, Quantized] = {}
         self.ids = random_ids(TINY_SAMPLES, TINY_TOKENS)
 
-    def source(self, ngroups: int = 1) -> tuple[Checkpoint, Mamba2LM]:
+    def source(self, ngroups: int = 1) -> tuple[Checkpoint, FloatModel]:
         if ngroups not in self._sources:
             made = write_checkpoint(self._folder / f"{ngroups}", make_config(ngroups))
             self._sources[ngroups] = made

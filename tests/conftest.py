@@ -10,13 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from ssdi8_edge.models.reference import Mamba2Config, Mamba2LM
+
+from ssdi8_edge.checkpoints.checkpoint import stored_name
+from ssdi8_edge.models.description import Description
+from ssdi8_edge.models.float import FloatModel
+from ssdi8_edge.models.kinds.mamba2 import Mamba2
 
 # A job that a script starts in the background ignores Ctrl-C, and so would every command that the
 # tests start. A handler of our own is not inherited: they begin with the default again.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-MakeConfig = Callable[..., Mamba2Config]
+MakeConfig = Callable[..., Description]
 MakeCheckpoint = Callable[..., Path]
 
 
@@ -31,24 +35,39 @@ def make_config(
     chunk_size: int = 16,
     dt_limit: tuple[float, float] = (0.0, float("inf")),
     tie_embeddings: bool = True,
-) -> Mamba2Config:
-    return Mamba2Config(
-        d_model=d_model,
-        n_layer=n_layer,
-        vocab_size=vocab_size,
+) -> Description:
+    block = Mamba2(
+        d_inner=2 * d_model,
         headdim=headdim,
         d_state=d_state,
         ngroups=ngroups,
         chunk_size=chunk_size,
         dt_limit=dt_limit,
+    )
+    return Description(
+        d_model=d_model,
+        vocab_size=vocab_size,
+        blocks=(block,) * n_layer,
         tie_embeddings=tie_embeddings,
     )
 
 
-def make_model(config: Mamba2Config, seed: int = 0) -> Mamba2LM:
+def mamba(model: Description) -> Mamba2:
+    """The sizes of its blocks, which are all alike."""
+    block = model.blocks[0]
+    assert isinstance(block, Mamba2) and set(model.blocks) == {block}
+    return block
+
+
+def stored_tensors(model: FloatModel) -> dict[str, torch.Tensor]:
+    """Its state dict under the names of the state-spaces checkpoints."""
+    return {stored_name(name): tensor for name, tensor in model.state_dict().items()}
+
+
+def make_model(config: Description, seed: int = 0) -> FloatModel:
     """Random weights; the norms differ from 1, so that a forgotten norm weight shows."""
     torch.manual_seed(seed)
-    model = Mamba2LM(config)
+    model = FloatModel(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
@@ -56,8 +75,9 @@ def make_model(config: Mamba2Config, seed: int = 0) -> Mamba2LM:
     return model.eval()
 
 
-def state_spaces_config(config: Mamba2Config) -> dict[str, object]:
+def state_spaces_config(config: Description) -> dict[str, object]:
     """config.json as state-spaces writes it, with the sizes that differ from the defaults."""
+    block = mamba(config)
     return {
         "d_model": config.d_model,
         "d_intermediate": 0,
@@ -65,10 +85,10 @@ def state_spaces_config(config: Mamba2Config) -> dict[str, object]:
         "vocab_size": config.vocab_size,
         "ssm_cfg": {
             "layer": "Mamba2",
-            "headdim": config.headdim,
-            "d_state": config.d_state,
-            "ngroups": config.ngroups,
-            "chunk_size": config.chunk_size,
+            "headdim": block.headdim,
+            "d_state": block.d_state,
+            "ngroups": block.ngroups,
+            "chunk_size": block.chunk_size,
         },
         "attn_layer_idx": [],
         "attn_cfg": {},
@@ -87,7 +107,7 @@ def tiny_config() -> MakeConfig:
 
 
 @pytest.fixture
-def tiny_model() -> Callable[..., Mamba2LM]:
+def tiny_model() -> Callable[..., FloatModel]:
     """Factory: a configuration and a seed to a model with random weights."""
     return make_model
 
@@ -96,12 +116,12 @@ def tiny_model() -> Callable[..., Mamba2LM]:
 def tiny_checkpoint(tmp_path: Path) -> MakeCheckpoint:
     """Factory: writes a model as a state-spaces folder with safetensors and returns the folder."""
 
-    def write(config: Mamba2Config | None = None, seed: int = 0) -> Path:
+    def write(config: Description | None = None, seed: int = 0) -> Path:
         config = config or make_config()
-        tensors = make_model(config, seed).state_dict()
+        tensors = stored_tensors(make_model(config, seed))
         if config.tie_embeddings:
             del tensors["lm_head.weight"]
-        folder = tmp_path / f"tiny-{config.ngroups}-{seed}"
+        folder = tmp_path / f"tiny-{mamba(config).ngroups}-{seed}"
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(state_spaces_config(config)))
         save_file(tensors, folder / "model.safetensors")

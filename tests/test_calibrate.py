@@ -17,15 +17,17 @@ from case_table import (
     statistics_of,
     tiny_recipe,
 )
-from ssdi8_edge.compile.quantize.clusters import sort_and_cluster
-from ssdi8_edge.models.reference import Mamba2LM
+from conftest import mamba
 from torch import Tensor
 
 from ssdi8_edge.checkpoints.checkpoint import DEMO_FOLDER
-from ssdi8_edge.compile.calibrate import PERCENTILE, PERCENTILE_MOMENTUM, calibrate, fp32_layer
+from ssdi8_edge.compile.calibrate import calibrate, fp32_layer
 from ssdi8_edge.compile.quantize import quantize
 from ssdi8_edge.ground.errors import UsageError
 from ssdi8_edge.ground.stream import TOKENS_PER_BATCH, DeviceSpool, FileSpool, batches, read_tokens
+from ssdi8_edge.models.float import FloatModel
+from ssdi8_edge.models.kinds.mamba2.calibration import PERCENTILE, PERCENTILE_MOMENTUM
+from ssdi8_edge.models.kinds.mamba2.clusters import sort_and_cluster
 from ssdi8_edge.numerics import hadamard
 from ssdi8_edge.numerics.histogram import FRACTIONS, MagnitudeHistogram
 
@@ -211,22 +213,22 @@ def test_quantile(fraction: float) -> None:
 # ------------------------------------------------------------------------------------------------
 
 
-def direct_statistics(model: Mamba2LM, ids: Tensor) -> dict[str, Tensor]:
+def direct_statistics(model: FloatModel, ids: Tensor) -> dict[str, Tensor]:
     """The statistics from the unrotated FP model: one call per layer, FP64, token by token."""
-    config = model.config
+    config = mamba(model.description)
     chunk, found = config.chunk_size, {}
-    residual = model.backbone.embedding(ids).float()
-    for i, block in enumerate(model.backbone.layers):
+    residual = model.embedding(ids).float()
+    for i, block in enumerate(model.layers):
         seen: dict[str, Tensor] = {}
 
         def observe(name: str, value: Tensor, seen: dict[str, Tensor] = seen) -> None:
             seen[name] = value.double()
 
         wide = residual.double()
-        u = wide / (wide.square().mean(-1, keepdim=True) + config.norm_eps).sqrt()
+        u = wide / (wide.square().mean(-1, keepdim=True) + model.description.norm_eps).sqrt()
         residual, _ = block(residual, None, observe)
         x, dt, b, c = (seen[k] for k in ("x", "dt", "B", "C"))
-        rate = -block.mixer.A_log.double().exp()
+        rate = -block.A_log.double().exp()
         heads = config.nheads // config.ngroups
         b_h, c_h = b.repeat_interleave(heads, 2), c.repeat_interleave(heads, 2)
         shape = (config.nheads, config.headdim)
@@ -245,7 +247,7 @@ def direct_statistics(model: Mamba2LM, ids: Tensor) -> dict[str, Tensor]:
         for percentile in percentiles:
             moving = moving + PERCENTILE_MOMENTUM * (percentile - moving)
         top["x_percentile"] = moving
-        wide_u, in_proj = u * block.norm.weight.double(), block.mixer.in_proj.weight.double()
+        wide_u, in_proj = u * block.norm.weight.double(), block.in_proj.weight.double()
         z, projected_x, projected_b, projected_c, dt_raw = (wide_u @ in_proj.t()).split(
             [config.d_inner] * 2 + [config.ngroups * config.d_state] * 2 + [config.nheads], -1
         )
@@ -292,7 +294,7 @@ def direct_statistics(model: Mamba2LM, ids: Tensor) -> dict[str, Tensor]:
             top[name] = top[name].unflatten(0, (config.ngroups, -1)).amax(1)
         found |= {f"layers.{i}.{k}": v for k, v in top.items()}
     wide = residual.double()
-    normed = wide / (wide.square().mean(-1, keepdim=True) + config.norm_eps).sqrt()
+    normed = wide / (wide.square().mean(-1, keepdim=True) + model.description.norm_eps).sqrt()
     found["norm_f"] = hadamard.transform(normed).abs().amax()
     return found
 
@@ -310,7 +312,7 @@ def test_statistics_by_hand(tiny: Tiny, ngroups: int) -> None:
         want = direct_statistics(model, ids)
     ranges = {k for k in got if k.endswith("_mse")}
     assert got.keys() - ranges == want.keys()
-    assert len(ranges) == 6 * len(model.backbone.layers)
+    assert len(ranges) == 6 * len(model.layers)
     for name in ranges:
         assert bool((got[name] <= got[name.removesuffix("_mse")]).all())
         assert bool((got[name] > 0.1 * got[name.removesuffix("_mse")]).all())

@@ -12,8 +12,8 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from conftest import mamba
 from safetensors.torch import load_file, save_file
-from ssdi8_edge.models.reference import Mamba2Config, Mamba2LM
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -25,9 +25,11 @@ from ssdi8_edge.checkpoints.checkpoint import (
     open_checkpoint,
 )
 from ssdi8_edge.ground.errors import CheckpointError
+from ssdi8_edge.models.description import Description
+from ssdi8_edge.models.float import FloatModel
 
 MakeCheckpoint = Callable[..., Path]
-MakeConfig = Callable[..., Mamba2Config]
+MakeConfig = Callable[..., Description]
 
 
 def edit_config(folder: Path, **changes: Any) -> None:
@@ -59,8 +61,8 @@ def save_as_bin(folder: Path, **options: Any) -> None:
     (folder / "model.safetensors").unlink()
 
 
-def model_of(checkpoint: Checkpoint) -> Mamba2LM:
-    model = Mamba2LM(Mamba2Config(**checkpoint.config))
+def model_of(checkpoint: Checkpoint) -> FloatModel:
+    model = FloatModel(checkpoint.description)
     model.load_state_dict({name: checkpoint.tensor(name) for name in checkpoint.names})
     return model.eval()
 
@@ -76,7 +78,7 @@ def test_state_spaces(
     form: str,
     tied: bool,
     tiny_config: MakeConfig,
-    tiny_model: Callable[..., Mamba2LM],
+    tiny_model: Callable[..., FloatModel],
     tiny_checkpoint: MakeCheckpoint,
 ) -> None:
     config = tiny_config(2, tie_embeddings=tied)
@@ -84,9 +86,9 @@ def test_state_spaces(
     if form != "safetensors":
         save_as_bin(folder, _use_new_zipfile_serialization=form == "bin")
     checkpoint = open_checkpoint(folder)
-    assert Mamba2Config(**checkpoint.config) == config
+    assert checkpoint.description == config
     want = tiny_model(config).state_dict()
-    assert checkpoint.names == list(expected_shapes(checkpoint.config))
+    assert checkpoint.names == list(expected_shapes(checkpoint.description))
     assert sorted(checkpoint.names) == sorted(want)
     for name in checkpoint.names:
         assert torch.equal(checkpoint.tensor(name), want[name]), name
@@ -97,12 +99,12 @@ def test_state_spaces(
 
 def test_layer_loads_into_a_block(tiny_checkpoint: MakeCheckpoint) -> None:
     checkpoint = open_checkpoint(str(tiny_checkpoint()))
-    block = Mamba2LM(Mamba2Config(**checkpoint.config)).backbone.layers[1]
+    block = FloatModel(checkpoint.description).layers[1]
     block.load_state_dict(checkpoint.layer(1))
     with pytest.raises(CheckpointError, match="no layer 2"):
         checkpoint.layer(2)
-    with pytest.raises(CheckpointError, match=r"no tensor backbone\.norm"):
-        checkpoint.tensor("backbone.norm")
+    with pytest.raises(CheckpointError, match=r"no tensor norm"):
+        checkpoint.tensor("norm")
 
 
 def test_defaults_of_the_published_130m_config() -> None:
@@ -136,7 +138,8 @@ def test_defaults_of_the_published_130m_config() -> None:
         "norm_eps": 1e-5,
         "tie_embeddings": True,
     }
-    assert expected_shapes(sizes)["backbone.layers.23.mixer.in_proj.weight"] == (3352, 768)
+    shapes = expected_shapes(checkpoint_module._description(sizes))
+    assert shapes["layers.23.in_proj.weight"] == (3352, 768)
 
 
 def test_nvidia_family(tiny_config: MakeConfig, tiny_checkpoint: MakeCheckpoint) -> None:
@@ -147,9 +150,9 @@ def test_nvidia_family(tiny_config: MakeConfig, tiny_checkpoint: MakeCheckpoint)
     edit_tensors(folder, lambda t: t.update({name: v.half() for name, v in t.items()}))
     save_as_bin(folder)
     checkpoint = open_checkpoint(folder)
-    assert Mamba2Config(**checkpoint.config) == config
+    assert checkpoint.description == config
     assert checkpoint.tensor("lm_head.weight").dtype == torch.float16
-    assert checkpoint.parameter_bytes == 2 * sum(p.numel() for p in Mamba2LM(config).parameters())
+    assert checkpoint.parameter_bytes == 2 * sum(p.numel() for p in FloatModel(config).parameters())
 
 
 @pytest.mark.parametrize("shard_size", ["1GB", "100KB"], ids=["single", "sharded"])
@@ -174,8 +177,8 @@ def test_hugging_face(shard_size: str, tied: bool, tmp_path: Path) -> None:
     oracle.save_pretrained(tmp_path, max_shard_size=shard_size)
     assert (tmp_path / "model.safetensors.index.json").exists() == (shard_size == "100KB")
     checkpoint = open_checkpoint(tmp_path)
-    assert checkpoint.config["tie_embeddings"] is tied
-    assert checkpoint.config["dt_limit"] == (0.0, math.inf)
+    assert checkpoint.description.tie_embeddings is tied
+    assert mamba(checkpoint.description).dt_limit == (0.0, math.inf)
     ids = torch.randint(256, (1, 40))
     with torch.no_grad():
         want = oracle(ids, use_cache=False).logits
@@ -185,7 +188,7 @@ def test_hugging_face(shard_size: str, tied: bool, tmp_path: Path) -> None:
 
 def test_hugging_face_time_step_limit(hugging_face_folder: Path) -> None:
     edit_config(hugging_face_folder, time_step_limit=[0.001, 0.1])
-    assert open_checkpoint(hugging_face_folder).config["dt_limit"] == (0.001, 0.1)
+    assert mamba(open_checkpoint(hugging_face_folder).description).dt_limit == (0.001, 0.1)
 
 
 @pytest.fixture
@@ -235,14 +238,15 @@ def test_redundant_tied_head_is_ignored(tiny_checkpoint: MakeCheckpoint) -> None
     folder = tiny_checkpoint()
     edit_tensors(folder, lambda t: t.update({"lm_head.weight": torch.zeros(256, 64)}))
     checkpoint = open_checkpoint(folder)
-    embedding = checkpoint.tensor("backbone.embedding.weight")
+    embedding = checkpoint.tensor("embedding.weight")
     assert torch.equal(checkpoint.tensor("lm_head.weight"), embedding)
 
 
 def test_demo_is_the_shipped_folder(
     tiny_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert Path(checkpoint_module.__file__).with_name("demo") == checkpoint_module.DEMO_FOLDER
+    package = Path(checkpoint_module.__file__).parents[1]
+    assert package / "demo" == checkpoint_module.DEMO_FOLDER
     folder = tiny_checkpoint()
     monkeypatch.setattr(checkpoint_module, "DEMO_FOLDER", folder)
     assert open_checkpoint("demo").folder == folder
@@ -255,7 +259,7 @@ def test_shipped_demo_opens_and_predicts() -> None:
     assert checkpoint.tokenizer_path is not None
     tokenizer = Tokenizer.from_file(str(checkpoint.tokenizer_path))
     assert tokenizer.token_to_id("<|endoftext|>") == 0
-    assert tokenizer.get_vocab_size() == checkpoint.config["vocab_size"]
+    assert tokenizer.get_vocab_size() == checkpoint.description.vocab_size
     text = (checkpoint.folder / "evaluation.txt").read_text(encoding="utf-8")[:4000]
     ids = torch.tensor([tokenizer.encode(text).ids])
     with torch.no_grad():

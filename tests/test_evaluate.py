@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from ssdi8_edge.models.reference import Mamba2Config, Mamba2LM
 from test_pipeline import byte_tokenizer, one_thread, write_model, write_text
 from torch import Tensor
 
@@ -24,6 +23,7 @@ from ssdi8_edge.evaluate.texts import join_lines, text_file, wikitext2
 from ssdi8_edge.evaluate.windows import long_context, perplexities
 from ssdi8_edge.ground.errors import BundleError, CheckpointError, UsageError
 from ssdi8_edge.local.gpu_backend import GpuBackend
+from ssdi8_edge.models.float import FloatModel
 from ssdi8_edge.models.network import Scope
 from ssdi8_edge.numerics.int8 import round_to_int8
 from ssdi8_edge.ops import kernel_library
@@ -69,9 +69,9 @@ def run(
     return request.param, out
 
 
-def load_model(folder: Path) -> Mamba2LM:
+def load_model(folder: Path) -> FloatModel:
     checkpoint = Checkpoint(folder)
-    model = Mamba2LM(Mamba2Config(**checkpoint.config)).eval()
+    model = FloatModel(checkpoint.description).eval()
     model.load_state_dict({name: checkpoint.tensor(name) for name in checkpoint.names})
     return model
 

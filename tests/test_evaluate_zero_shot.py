@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import mamba
 from test_pipeline import byte_tokenizer, one_thread, write_model, write_text
 
-from ssdi8_edge.checkpoints.checkpoint import DEMO_FOLDER, open_checkpoint
+from ssdi8_edge.checkpoints.checkpoint import DEMO_FOLDER, open_checkpoint, stored_name
 from ssdi8_edge.compile.pipeline import Build, BuildRequest
 from ssdi8_edge.evaluate import open_subject, tasks
 from ssdi8_edge.evaluate.evaluation import evaluate, plan
@@ -374,25 +375,25 @@ def hugging_face_lm(source: str) -> Any:
     from lm_eval.models.huggingface import HFLM
 
     checkpoint = open_checkpoint(source)
-    sizes = checkpoint.config
+    model, sizes = checkpoint.description, mamba(checkpoint.description)
     config = transformers.Mamba2Config(
-        hidden_size=sizes["d_model"],
-        num_hidden_layers=sizes["n_layer"],
-        vocab_size=sizes["vocab_size"],
-        state_size=sizes["d_state"],
-        head_dim=sizes["headdim"],
-        num_heads=sizes["expand"] * sizes["d_model"] // sizes["headdim"],
-        n_groups=sizes["ngroups"],
-        chunk_size=sizes["chunk_size"],
+        hidden_size=model.d_model,
+        num_hidden_layers=model.n_layer,
+        vocab_size=model.vocab_size,
+        state_size=sizes.d_state,
+        head_dim=sizes.headdim,
+        num_heads=sizes.nheads,
+        n_groups=sizes.ngroups,
+        chunk_size=sizes.chunk_size,
         tie_word_embeddings=True,
     )
     network = transformers.Mamba2ForCausalLM(config).eval()
     network.load_state_dict(
         {
-            name.replace("backbone.embedding.", "backbone.embeddings."): checkpoint.tensor(
+            stored_name(name).replace(".embedding.", ".embeddings."): checkpoint.tensor(
                 name
             ).float()
-            for name in checkpoint.names
+            for n in checkpoint.names
         }
     )
     assert checkpoint.tokenizer_path is not None

@@ -23,7 +23,7 @@ from case_table import (
     tiny_recipe,
     write_checkpoint,
 )
-from conftest import make_config
+from conftest import make_config, mamba
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import load_file
 from torch import Tensor
@@ -34,7 +34,7 @@ from ssdi8_edge.compile.export import IR_VERSION, OPSET, GraphBuilder, export_mo
 from ssdi8_edge.compile.safetensors_writer import SafetensorsWriter
 from ssdi8_edge.ground.artifacts import WEIGHTS
 from ssdi8_edge.ground.stream import read_tokens
-from ssdi8_edge.models.network import State
+from ssdi8_edge.models.block import States
 from ssdi8_edge.ops import OPS
 from ssdi8_edge.ops.op import DOMAIN, Op
 from ssdi8_edge.recipes.presets import METHODS
@@ -70,7 +70,7 @@ class Exported:
     def run(
         self,
         ids: Tensor,
-        states: list[State],
+        states: list[States],
         keep: int,
         runner: ort.InferenceSession | None = None,
         names: list[str] | None = None,
@@ -80,8 +80,8 @@ class Exported:
             "logits_to_keep": np.array(keep, np.int64),
         }
         for i, state in enumerate(states):
-            feed[f"conv_state.{i}"] = state.conv.numpy()
-            feed[f"ssm_state.{i}"] = state.ssm.numpy()
+            feed[f"conv_state.{i}"] = state[0].numpy()
+            feed[f"ssm_state.{i}"] = state[1].numpy()
         outputs: list[np.ndarray] = (runner or self.session).run(names, feed)
         return outputs
 
@@ -117,7 +117,7 @@ def assert_logits(got: np.ndarray, want: Tensor) -> None:
     assert difference < LOGIT_TOLERANCE
 
 
-def assert_states(got: list[np.ndarray], want: list[State], *, exact: bool) -> None:
+def assert_states(got: list[np.ndarray], want: list[States], *, exact: bool) -> None:
     """conv and ssm of each layer, in the order of the graph's outputs."""
     flat = [part for state in want for part in state]
     assert len(got) == len(flat)
@@ -204,7 +204,7 @@ def test_dt_limits(export: Export, name: str, ssd_ops: str) -> None:
 
 
 def recorded(
-    exported: Exported, ids: Tensor, states: list[State], monkeypatch: pytest.MonkeyPatch
+    exported: Exported, ids: Tensor, states: list[States], monkeypatch: pytest.MonkeyPatch
 ) -> list[tuple[str, tuple[Tensor, ...]]]:
     """Op and outputs of every call that the reference makes at its top level, in order."""
     calls: list[tuple[str, tuple[Tensor, ...]]] = []
@@ -371,8 +371,9 @@ def test_interface(export: Export, variant: tuple[str, int, dict[str, Any]]) -> 
     config, graph = exported.made.config, exported.portable.graph
     wide = exported.made.recipe.state_dtype == "fp32"
     ssm = TensorProto.FLOAT if wide else TensorProto.FLOAT16
-    conv_shape = ["batch", 3, config.conv_dim]
-    ssm_shape = ["batch", config.nheads, config.headdim, config.d_state]
+    block = mamba(config)
+    conv_shape = ["batch", 3, block.conv_dim]
+    ssm_shape = ["batch", block.nheads, block.headdim, block.d_state]
 
     def described(values: Any) -> dict[str, tuple[int, list[int | str]]]:
         return {
@@ -487,14 +488,14 @@ def test_lowered_graph_returns_the_last_position(export: Export) -> None:
     states = model.zero_states(2)
     feed = {"input_ids": ids.to(torch.int32).numpy()}
     for i, state in enumerate(states):
-        feed |= {f"conv_state.{i}": state.conv.numpy(), f"ssm_state.{i}": state.ssm.numpy()}
+        feed |= {f"conv_state.{i}": state[0].numpy(), f"ssm_state.{i}": state[1].numpy()}
     got_logits, *got = session(path).run(None, feed)
     logits, after = model.forward(ids, states, 1)
     # FP32 inside instead of FP64, and FP16 products: ten times the tolerance of the other form.
     difference = np.linalg.norm(got_logits - logits.numpy()) / np.linalg.norm(logits.numpy())
     assert got_logits.shape == (2, 1, 256) and difference < 10 * LOGIT_TOLERANCE
     for found, state in zip(got[1::2], after, strict=True):
-        want = state.ssm.float().numpy()
+        want = state[1].float().numpy()
         assert np.linalg.norm(found - want) < 1e-2 * np.linalg.norm(want)
 
 

@@ -16,12 +16,12 @@ from torch import Tensor
 
 import ssdi8_edge
 from ssdi8_edge.checkpoints.checkpoint import open_checkpoint
-from ssdi8_edge.compile.calibrate import calibrate, layer_config
+from ssdi8_edge.compile.calibrate import calibrate
 from ssdi8_edge.compile.quantize import quantize
 from ssdi8_edge.ground.artifacts import TOKENIZER
 from ssdi8_edge.ground.errors import UsageError
 from ssdi8_edge.local.gpu_backend import GpuBackend, run_on_gpu
-from ssdi8_edge.models.network import QuantizedMamba2
+from ssdi8_edge.models.network import QuantizedModel
 from ssdi8_edge.ops import kernel_library
 from ssdi8_edge.recipes.presets import find_method
 
@@ -67,11 +67,11 @@ def tensors(request: pytest.FixtureRequest) -> tuple[str, Tensors]:
     return recipe, made
 
 
-def models(tensors: tuple[str, Tensors]) -> tuple[QuantizedMamba2, QuantizedMamba2]:
+def models(tensors: tuple[str, Tensors]) -> tuple[QuantizedModel, QuantizedModel]:
     recipe, made = tensors
-    config = layer_config(open_checkpoint("demo"), recipe)
+    config = open_checkpoint("demo").description.adapted(recipe)
     on_gpu = {name: tensor.cuda() if tensor.dim() else tensor for name, tensor in made.items()}
-    return QuantizedMamba2(config, recipe, made), QuantizedMamba2(config, recipe, on_gpu)
+    return QuantizedModel(config, recipe, made), QuantizedModel(config, recipe, on_gpu)
 
 
 class TestModel:
@@ -131,7 +131,7 @@ def test_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel_library, "available", lambda: False)
     monkeypatch.setattr(kernel_library, "load", lambda: None)
     with pytest.raises(UsageError, match="no CUDA GPU"):
-        GpuBackend(QuantizedMamba2.__new__(QuantizedMamba2))
+        GpuBackend(QuantizedModel.__new__(QuantizedModel))
 
 
 def test_run_on_gpu_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,10 +14,10 @@ from zlib import crc32
 import kernel_emulator
 import pytest
 import torch
-from ssdi8_edge.models.reference import Mamba2Config
 from torch import Tensor
 
 from ssdi8_edge.ground.errors import Ssdi8Error, UsageError
+from ssdi8_edge.models.kinds.mamba2 import Mamba2
 from ssdi8_edge.numerics.int8 import scale_from_absmax
 from ssdi8_edge.ops import OPS, kernel_library
 from ssdi8_edge.ops.kernel_limits import require_kernels
@@ -998,9 +998,10 @@ def test_limits_are_those_of_the_launchers(
     generator: torch.Generator, sizes: dict[str, int]
 ) -> None:
     """A build refuses for a board what the kernels of a block would refuse there, and no more."""
-    fitting = {"d_model": 128, "n_layer": 1, "vocab_size": 16, "d_state": 64, "chunk_size": 64}
-    config = Mamba2Config(**(fitting | sizes))
-    width, inner = config.d_model, config.d_inner
+    fitting = {"d_model": 128, "d_state": 64, "chunk_size": 64, **sizes}
+    width = fitting.pop("d_model")
+    inner = 2 * width
+    config = Mamba2(d_inner=inner, **fitting)
     hidden, y = normal(generator, 1, 2, width), normal(generator, 1, 2, inner)
     norm = {"eps": 1e-5, "rounding": "half_even", "scaling": "dynamic"}
 

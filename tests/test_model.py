@@ -8,11 +8,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from ssdi8_edge.models.reference import LayerState, Mamba2Config, Mamba2LM, ssd_chunked, ssd_step
+from conftest import mamba
 from torch import Tensor
 from torch.nn import functional as F
 
 from ssdi8_edge.ground.errors import CheckpointError
+from ssdi8_edge.models.block import States
+from ssdi8_edge.models.description import Description
+from ssdi8_edge.models.float import FloatModel
+from ssdi8_edge.models.kinds.mamba2 import Mamba2
+from ssdi8_edge.ops.ssd.float import ssd_chunked, ssd_step
 
 CHUNK = 16
 LENGTHS = [1, 5, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 3]
@@ -126,12 +131,12 @@ def test_half_precision_inputs_are_computed_in_fp32() -> None:
 def test_pieces_equal_one_prefill(
     pieces: list[int],
     ngroups: int,
-    tiny_config: Callable[..., Mamba2Config],
-    tiny_model: Callable[..., Mamba2LM],
+    tiny_config: Callable[..., Description],
+    tiny_model: Callable[..., FloatModel],
 ) -> None:
     model = tiny_model(tiny_config(ngroups))
     ids = torch.randint(256, (2, sum(pieces)), generator=torch.Generator().manual_seed(3))
-    states: list[LayerState] | None = None
+    states: list[States] | None = None
     logits = []
     with torch.no_grad():
         want, want_states = model(ids)
@@ -141,8 +146,8 @@ def test_pieces_equal_one_prefill(
     assert states is not None
     assert relative_error(torch.cat(logits, dim=1), want) < 1e-5
     for state, want_state in zip(states, want_states, strict=True):
-        assert relative_error(state.conv, want_state.conv) < 1e-5
-        assert relative_error(state.ssm, want_state.ssm) < 1e-5
+        assert relative_error(state[0], want_state[0]) < 1e-5
+        assert relative_error(state[1], want_state[1]) < 1e-5
 
 
 @pytest.mark.parametrize("ngroups", [1, 2, 8])
@@ -150,23 +155,23 @@ def test_pieces_equal_one_prefill(
 def test_logits_equal_transformers(
     ngroups: int,
     tied: bool,
-    tiny_config: Callable[..., Mamba2Config],
-    tiny_model: Callable[..., Mamba2LM],
+    tiny_config: Callable[..., Description],
+    tiny_model: Callable[..., FloatModel],
 ) -> None:
     """Two chunks and a piece, so that state passing and padding take part."""
     transformers = pytest.importorskip("transformers", reason="transformers is the oracle")
     config = tiny_config(ngroups, headdim=16, d_state=32, chunk_size=32, tie_embeddings=tied)
-    model = tiny_model(config)
+    model, block = tiny_model(config), mamba(config)
     oracle = transformers.Mamba2ForCausalLM(
         transformers.Mamba2Config(
             hidden_size=config.d_model,
             num_hidden_layers=config.n_layer,
             vocab_size=config.vocab_size,
-            state_size=config.d_state,
-            head_dim=config.headdim,
-            num_heads=config.nheads,
-            n_groups=config.ngroups,
-            chunk_size=config.chunk_size,
+            state_size=block.d_state,
+            head_dim=block.headdim,
+            num_heads=block.nheads,
+            n_groups=block.ngroups,
+            chunk_size=block.chunk_size,
             tie_word_embeddings=tied,
         )
     ).eval()
@@ -183,10 +188,10 @@ def test_logits_equal_transformers(
 
 
 def test_observe_names_shapes_and_silence(
-    tiny_config: Callable[..., Mamba2Config], tiny_model: Callable[..., Mamba2LM]
+    tiny_config: Callable[..., Description], tiny_model: Callable[..., FloatModel]
 ) -> None:
     config = tiny_config(2)
-    block = tiny_model(config).backbone.layers[0]
+    block = tiny_model(config).layers[0]
     residual = torch.randn(2, 20, 64, generator=torch.Generator().manual_seed(1))
     seen: dict[str, Tensor] = {}
 
@@ -197,9 +202,10 @@ def test_observe_names_shapes_and_silence(
     with torch.no_grad():
         want, want_state = block(residual)
         got, state = block(residual, observe=observe)
-    assert torch.equal(got, want) and torch.equal(state.ssm, want_state.ssm)
+    assert torch.equal(got, want) and torch.equal(state[1], want_state[1])
     assert {name: tuple(t.shape) for name, t in seen.items()} == {
         "u": (2, 20, 64),
+        "in_proj": (2, 20, 328),
         "x": (2, 20, 8, 16),
         "B": (2, 20, 2, 16),
         "C": (2, 20, 2, 16),
@@ -210,15 +216,15 @@ def test_observe_names_shapes_and_silence(
         "r": (2, 20, 128),
         "out": (2, 20, 64),
     }
-    assert torch.equal(seen["passed_state"][:, -1], state.ssm)
+    assert torch.equal(seen["passed_state"][:, -1], state[1])
     assert (seen["dt"] > 0).all()
     torch.testing.assert_close(got, residual + seen["out"])
 
 
 def test_observed_single_token_equals_step(
-    tiny_config: Callable[..., Mamba2Config], tiny_model: Callable[..., Mamba2LM]
+    tiny_config: Callable[..., Description], tiny_model: Callable[..., FloatModel]
 ) -> None:
-    block = tiny_model(tiny_config()).backbone.layers[0]
+    block = tiny_model(tiny_config()).layers[0]
     residual = torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(1))
     seen = []
     with torch.no_grad():
@@ -230,19 +236,19 @@ def test_observed_single_token_equals_step(
 
 
 def test_half_precision_block_keeps_an_fp32_residual(
-    tiny_config: Callable[..., Mamba2Config], tiny_model: Callable[..., Mamba2LM]
+    tiny_config: Callable[..., Description], tiny_model: Callable[..., FloatModel]
 ) -> None:
     model = tiny_model(tiny_config())
     residual = torch.randn(1, 20, 64, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        want, _ = model.backbone.layers[0](residual)
-        got, state = model.half().backbone.layers[0](residual)
-    assert got.dtype == state.ssm.dtype == torch.float32
+        want, _ = model.layers[0](residual)
+        got, state = model.half().layers[0](residual)
+    assert got.dtype == state[1].dtype == torch.float32
     assert relative_error(got, want) < 2e-3
 
 
-def test_gradients_reach_every_parameter(tiny_config: Callable[..., Mamba2Config]) -> None:
-    model = Mamba2LM(tiny_config(2))
+def test_gradients_reach_every_parameter(tiny_config: Callable[..., Description]) -> None:
+    model = FloatModel(tiny_config(2))
     logits, _ = model(torch.randint(256, (2, 20)))
     logits.square().mean().backward()
     for name, parameter in model.named_parameters():
@@ -250,7 +256,7 @@ def test_gradients_reach_every_parameter(tiny_config: Callable[..., Mamba2Config
 
 
 def test_generate_is_greedy(
-    tiny_config: Callable[..., Mamba2Config], tiny_model: Callable[..., Mamba2LM]
+    tiny_config: Callable[..., Description], tiny_model: Callable[..., FloatModel]
 ) -> None:
     model = tiny_model(tiny_config())
     prompt = torch.tensor([[1, 2, 3], [4, 5, 6]])
@@ -264,28 +270,26 @@ def test_generate_is_greedy(
 
 def test_config_sizes_of_the_published_models() -> None:
     """The table of state-spaces sizes: in_proj rows and convolution channels."""
-    small = Mamba2Config(d_model=768, n_layer=24, vocab_size=50288)
-    large = Mamba2Config(d_model=4096, n_layer=56, vocab_size=256000, ngroups=8, chunk_size=128)
-    assert (small.d_inner, small.nheads, small.d_in_proj, small.conv_dim) == (1536, 24, 3352, 1792)
-    assert (large.d_inner, large.nheads, large.d_in_proj, large.conv_dim) == (
-        *(8192, 128, 18560, 10240),
-    )
+    small, large = Mamba2(d_inner=1536), Mamba2(d_inner=8192, ngroups=8, chunk_size=128)
+    assert (small.nheads, sum(small.parts.values()), small.conv_dim) == (24, 3352, 1792)
+    assert (large.nheads, sum(large.parts.values()), large.conv_dim) == (128, 18560, 10240)
 
 
 @pytest.mark.parametrize("dt_limit", [UNLIMITED, (0.001, 0.1)])
 def test_config_survives_json(
-    dt_limit: tuple[float, float], tiny_config: Callable[..., Mamba2Config]
+    dt_limit: tuple[float, float], tiny_config: Callable[..., Description]
 ) -> None:
     config = tiny_config(2, dt_limit=dt_limit)
     text = json.dumps(config.to_dict(), allow_nan=False)
-    assert Mamba2Config.from_dict(json.loads(text)) == config
+    assert Description.from_dict(json.loads(text)) == config
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"d_model": 0}, "d_model must be a positive integer"),
-        ({"n_layer": 2.0}, "n_layer must be a positive integer"),
+        ({"blocks": []}, "n_layer must be a positive integer"),
+        ({"kind": "mamba9"}, "unknown kind 'mamba9'; this version knows mamba2"),
         ({"headdim": 48}, "d_inner = 128 is not a multiple of headdim = 48"),
         ({"ngroups": 3}, "8 heads cannot be shared by ngroups = 3"),
         ({"dt_limit": (0.2, 0.1)}, "dt_limit"),
@@ -294,7 +298,10 @@ def test_config_survives_json(
     ],
 )
 def test_config_refuses(
-    change: dict[str, object], message: str, tiny_config: Callable[..., Mamba2Config]
+    change: dict[str, object], message: str, tiny_config: Callable[..., Description]
 ) -> None:
     with pytest.raises(CheckpointError, match=message):
-        Mamba2Config.from_dict({**tiny_config().to_dict(), **change})
+        fields = tiny_config().to_dict()
+        (blocks,) = fields["blocks"]
+        blocks |= {k: v for k, v in change.items() if k not in fields}
+        Description.from_dict({**fields, **{k: v for k, v in change.items() if k in fields}})

@@ -22,7 +22,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import make_config, make_model, state_spaces_config
+from conftest import make_config, make_model, state_spaces_config, stored_tensors
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -249,7 +249,7 @@ def test_long_steps_report_their_progress(ask: Ask, tmp_path: Path) -> None:
 
     build = Build(ask(tmp_path / "run"), track)
     build.run()
-    layers = build.config.n_layer
+    layers = build.model.n_layer
     assert seen.pop("hash config.json") == 1 and seen.pop("hash model.safetensors") >= 1
     assert seen == {"calibrate": layers, "quantize": layers, "golden vectors": layers + 1}
 
@@ -661,7 +661,7 @@ def test_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
         folder = tmp_path / f"model-{layers}"
         folder.mkdir()
         config = make_config(d_model=512, n_layer=layers, headdim=64)
-        tensors = {k: v.half() for k, v in make_model(config).state_dict().items()}
+        tensors = {k: v.half() for k, v in stored_tensors(make_model(config)).items()}
         del tensors["lm_head.weight"]
         layer_bytes = sum(
             2 * v.numel() for k, v in tensors.items() if k.startswith("backbone.layers.0.")

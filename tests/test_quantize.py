@@ -29,8 +29,6 @@ from case_table import (
 )
 from conftest import make_config
 from safetensors.torch import load_file
-from ssdi8_edge.compile.quantize.clusters import sort_and_cluster
-from ssdi8_edge.models.reference import LayerState, Mamba2Config, Mamba2LM
 from torch import Tensor
 from torch.nn import functional
 
@@ -46,8 +44,10 @@ from ssdi8_edge.compile.quantize.linears import InputStatistics
 from ssdi8_edge.compile.safetensors_writer import SafetensorsWriter
 from ssdi8_edge.ground.errors import CheckpointError, UsageError
 from ssdi8_edge.ground.stream import read_tokens
-from ssdi8_edge.models.network import QuantizedMamba2, State, run_block
-from ssdi8_edge.models.rewrites import permute_layer
+from ssdi8_edge.models.block import States
+from ssdi8_edge.models.float import FloatModel
+from ssdi8_edge.models.kinds.mamba2.clusters import permuted, sort_and_cluster
+from ssdi8_edge.models.network import QuantizedModel, run_block
 from ssdi8_edge.numerics import hadamard, int8
 from ssdi8_edge.ops.linear import unpack_w4
 from ssdi8_edge.recipes.presets import METHODS, find_method
@@ -88,7 +88,7 @@ LOGIT_BOUNDS = {name: 2 * error for name, error in LOGIT_ERRORS.items()}
 STORAGE_ONLY = [name for name, recipe in METHODS.items() if recipe.ssd == "dequantized"]
 
 
-def logit_error(made: Quantized, model: Mamba2LM) -> float:
+def logit_error(made: Quantized, model: FloatModel) -> float:
     ids = random_ids(4, TINY_TOKENS, seed=9)
     with torch.inference_mode():
         want, _ = model(ids)
@@ -109,7 +109,7 @@ def test_logits_stay_close(tiny: Tiny, name: str, ngroups: int) -> None:
 def test_dt_limits(tmp_path: Path, name: str, limits: tuple[float, float]) -> None:
     """Bounds on dt reach the quantized SSD: within the same noise of the FP model that has them."""
     checkpoint, model = write_checkpoint(tmp_path / "c", make_config(dt_limit=limits))
-    free = Mamba2LM(make_config()).eval()
+    free = FloatModel(make_config()).eval()
     free.load_state_dict(model.state_dict())
     made = apply_recipe(checkpoint, tiny_recipe(name), random_ids(TINY_SAMPLES, TINY_TOKENS))
     error = logit_error(made, model)
@@ -222,8 +222,8 @@ def rotated_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """in_proj and out_proj as they must be stored, by dense FP64 products."""
     layer = {k: v.double() for k, v in fp32_layer(checkpoint, 0, "cpu").items()}
     d, e = (torch.kron(*hadamard.factors(n)) / n**0.5 for n in (64, 128))
-    in_proj = layer["mixer.in_proj.weight"] * layer["norm.weight"] @ d
-    out_proj = d.t() @ layer["mixer.out_proj.weight"] @ e
+    in_proj = layer["in_proj.weight"] * layer["norm.weight"] @ d
+    out_proj = d.t() @ layer["out_proj.weight"] @ e
     return {"in_proj": in_proj.float(), "out_proj": out_proj.float()}
 
 
@@ -254,12 +254,12 @@ def test_ssm_parameters(tiny: Tiny, name: str) -> None:
     p, source = layer_of(tiny.quantized(name)), fp32_layer(tiny.source()[0], 0, "cpu")
     if METHODS[name].x_granularity == "cluster":
         order = sort_and_cluster(statistics_of(tiny.quantized(name))["x_mean"], 1)
-        source = permute_layer(source, order.heads, order.channels)
-    a_log, d = source["mixer.A_log"], source["mixer.D"]
-    assert torch.equal(p["dt_bias"], source["mixer.dt_bias"])
+        source = permuted(source, order.heads, order.channels)
+    a_log, d = source["A_log"], source["D"]
+    assert torch.equal(p["dt_bias"], source["dt_bias"])
     for key, conv in (
-        ("conv1d.bias", source["mixer.conv1d.bias"]),
-        ("conv1d.weight", source["mixer.conv1d.weight"][:, 0]),
+        ("conv1d.bias", source["conv1d.bias"]),
+        ("conv1d.weight", source["conv1d.weight"][:, 0]),
     ):
         for part in (slice(0, 128), slice(128, 144), slice(144, 160)):  # x, B, C
             if METHODS[name].ssd != "dequantized":
@@ -517,29 +517,30 @@ def test_shrinkage_leaves_noise_alone() -> None:
     torch.testing.assert_close(got[channels:], full[channels:], rtol=2e-3, atol=0)
 
 
-def capture_out(model: QuantizedMamba2, ids: Tensor) -> list[Tensor]:
+def capture_out(model: QuantizedModel, ids: Tensor) -> list[Tensor]:
     """Outputs of out_proj, layer by layer, and the residual behind the last."""
     hidden = model._top["embedding.weight"][ids]
     residual = torch.zeros(hidden.shape)
     outputs = []
-    for layer, state in zip(model._layers, model.zero_states(len(ids)), strict=True):
-        hidden, residual, _ = run_block(layer, model.attributes, hidden, residual, state)
+    states = model.zero_states(len(ids))
+    for block, p, state in zip(model.description.blocks, model._layers, states, strict=True):
+        hidden, residual, _ = run_block(block, p, model._context, hidden, residual, state)
         outputs.append(hidden.float())
     return [*outputs, residual + hidden.float()]
 
 
-def fp_out(model: Mamba2LM, ids: Tensor) -> list[Tensor]:
+def fp_out(model: FloatModel, ids: Tensor) -> list[Tensor]:
     """The same of the FP model, rotated into the basis of the quantized one."""
-    residual = model.backbone.embedding(ids).float()
+    residual = model.embedding(ids).float()
     outputs = []
-    for block in model.backbone.layers:
+    for block in model.layers:
         following, _ = block(residual)
         outputs.append(hadamard.transform(following - residual).float())
         residual = following
     return [*outputs, hadamard.transform(residual).float()]
 
 
-def mean_errors(made: Quantized, model: Mamba2LM) -> list[Tensor]:
+def mean_errors(made: Quantized, model: FloatModel) -> list[Tensor]:
     """Per layer (and for the residual): FP mean minus quantized mean, calibration windows."""
     with torch.inference_mode():
         pairs = zip(fp_out(model, made.ids), capture_out(made.model, made.ids), strict=True)
@@ -592,7 +593,7 @@ def test_correction_is_the_bias(tiny: Tiny) -> None:
 # ------------------------------------------------------------------------------------------------
 
 
-def decode(model: QuantizedMamba2, ids: Tensor, prefill: int) -> tuple[Tensor, list[State]]:
+def decode(model: QuantizedModel, ids: Tensor, prefill: int) -> tuple[Tensor, list[States]]:
     """Logits of all positions: `prefill` at once, the rest one by one."""
     logits, states = model.forward(ids[:, :prefill], None, prefill)
     parts = [logits]
@@ -642,8 +643,8 @@ def test_prefill_in_whole_chunks_is_exact(tiny: Tiny, name: str, ssd_ops: str) -
         parts.append(logits)
     assert states is not None
     for state, other in zip(states, want_states, strict=True):
-        assert torch.equal(state.conv, other.conv)
-        assert torch.equal(state.ssm, other.ssm)
+        assert torch.equal(state[0], other[0])
+        assert torch.equal(state[1], other[1])
     # lm_head is an FP32 product: its order may depend on the number of rows.
     assert relative_error(torch.cat(parts, 1), want) < 1e-4
 
@@ -657,8 +658,8 @@ def test_prefill_in_chunks_with_an_fp16_state(tiny: Tiny) -> None:
     got, states = made.model.forward(ids[:, 32:], states, 32)
     assert relative_error(got, want[:, 32:]) < 0.01
     for state, other in zip(states, want_states, strict=True):
-        assert state.ssm.dtype is torch.float16
-        assert relative_error(state.ssm.float(), other.ssm.float()) < 0.01
+        assert state[1].dtype is torch.float16
+        assert relative_error(state[1].float(), other[1].float()) < 0.01
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -783,7 +784,7 @@ PERPLEXITY_BOUNDS = {"fp16": 2e-4, "edge-w8a8": 2e-3, "ssdi8-w8a8": 3e-3}
 def test_perplexity_of_the_demo(demo: Callable[[str], Quantized], name: str) -> None:
     """A trained model on held-out text: what the tiny random model cannot say."""
     checkpoint, made = open_checkpoint("demo"), demo(name)
-    model = Mamba2LM(Mamba2Config(**checkpoint.config)).eval()
+    model = FloatModel(checkpoint.description).eval()
     model.load_state_dict({k: checkpoint.tensor(k).float() for k in checkpoint.names})
     losses = [0.0, 0.0]
     with torch.inference_mode():
@@ -1070,9 +1071,8 @@ def test_states_of_the_fp_model_have_the_same_shapes(tiny: Tiny) -> None:
         _, want = tiny.source()[1](ids)
     _, got = made.model.forward(ids)
     for state, other in zip(got, want, strict=True):
-        assert isinstance(other, LayerState)
-        assert state.conv.shape == other.conv.shape
-        assert state.ssm.shape == other.ssm.shape
+        assert state[0].shape == other[0].shape
+        assert state[1].shape == other[1].shape
         # The second layer's states are small sums of noisy products.
-        assert relative_error(state.ssm.float(), hadamard.rotate(other.ssm).float()) < 0.3
-        assert relative_error(state.conv.float(), other.conv) < 0.05
+        assert relative_error(state[1].float(), hadamard.rotate(other[1]).float()) < 0.3
+        assert relative_error(state[0].float(), other[0]) < 0.05

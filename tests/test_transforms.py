@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from case_table import random_ids, relative_error, write_checkpoint
 from conftest import make_config
-from ssdi8_edge.compile.quantize.clusters import sort_and_cluster
-from ssdi8_edge.models.reference import Mamba2LM
 from torch import Tensor
 
 from ssdi8_edge.compile.calibrate import embed
+from ssdi8_edge.models.block import IN_PROJ, NORM, OUT_PROJ
+from ssdi8_edge.models.float import FloatModel
+from ssdi8_edge.models.kinds.mamba2.clusters import permuted, sort_and_cluster
 from ssdi8_edge.models.rewrites import (
-    GATE_NORM,
-    IN_PROJ,
-    NORM,
-    OUT_PROJ,
-    permute_layer,
     rotate_embedding,
     rotate_head,
     rotate_layer,
@@ -30,21 +27,21 @@ from ssdi8_edge.numerics import hadamard
 TOLERANCE = 1e-5
 
 
-def rotate(model: Mamba2LM) -> Mamba2LM:
+def rotate(model: FloatModel) -> FloatModel:
     """A copy whose residual stream is rotated, the weights of its norms folded."""
-    config = model.config
+    description = model.description
     tensors = {k: v.detach().clone() for k, v in model.state_dict().items()}
-    table, head = tensors["backbone.embedding.weight"], tensors["lm_head.weight"]
-    norm_f = tensors["backbone.norm_f.weight"]
+    table, head = tensors["embedding.weight"], tensors["lm_head.weight"]
+    norm_f = tensors["norm_f.weight"]
     tensors["lm_head.weight"] = rotate_head(head, norm_f)
-    tensors["backbone.embedding.weight"] = rotate_embedding(table)
-    tensors["backbone.norm_f.weight"] = torch.ones_like(norm_f)
-    for i in range(config.n_layer):
-        prefix = f"backbone.layers.{i}."
+    tensors["embedding.weight"] = rotate_embedding(table)
+    tensors["norm_f.weight"] = torch.ones_like(norm_f)
+    for i in range(description.n_layer):
+        prefix = f"layers.{i}."
         layer = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
         rotated = rotate_layer(layer)
         tensors |= {prefix + k: v for k, v in rotated.items()}
-    untied = Mamba2LM(type(config)(**{**vars(config), "tie_embeddings": False})).eval()
+    untied = FloatModel(replace(description, tie_embeddings=False)).eval()
     untied.load_state_dict(tensors)
     return untied
 
@@ -86,7 +83,7 @@ def test_rotation_moves_the_residual(tmp_path: Path) -> None:
     """The rotated embedding is not the embedding, and what calibration embeds is it."""
     checkpoint, model = write_checkpoint(tmp_path / "c")
     ids = random_ids(70, 48)  # more than one batch of samples
-    table = model.backbone.embedding.weight.detach()
+    table = model.embedding.weight.detach()
     assert relative_error(rotate_embedding(table), table) > 0.5
     rows = torch.cat([rows for _, rows in embed(checkpoint, ids)])
     want = hadamard.transform(table[ids]).float()
@@ -99,14 +96,14 @@ def test_rotate_layer_leaves_its_argument_alone() -> None:
     layer = {
         NORM: torch.rand(64, generator=g) + 0.5,
         IN_PROJ: torch.randn(296, 64, generator=g),
-        GATE_NORM: torch.rand(128, generator=g) + 0.5,
+        "gate_norm.weight": torch.rand(128, generator=g) + 0.5,
         OUT_PROJ: torch.randn(64, 128, generator=g),
     }
     before = {k: v.clone() for k, v in layer.items()}
     rotated = rotate_layer(layer)
     assert all(torch.equal(layer[k], v) for k, v in before.items())
     assert torch.equal(rotated[NORM], torch.ones(64))
-    assert torch.equal(rotated[GATE_NORM], layer[GATE_NORM])
+    assert torch.equal(rotated["gate_norm.weight"], layer["gate_norm.weight"])
 
 
 def test_fold_is_the_diagonal(tmp_path: Path) -> None:
@@ -115,7 +112,7 @@ def test_fold_is_the_diagonal(tmp_path: Path) -> None:
     layer: dict[str, Tensor] = {
         NORM: torch.rand(4, generator=g) + 0.5,
         IN_PROJ: torch.randn(6, 4, generator=g),
-        GATE_NORM: torch.rand(8, generator=g) + 0.5,
+        "gate_norm.weight": torch.rand(8, generator=g) + 0.5,
         OUT_PROJ: torch.randn(4, 8, generator=g),
     }
     h4 = torch.kron(*hadamard.factors(4)).float() / 2
@@ -130,8 +127,8 @@ def test_permuted_model_is_the_model(tmp_path: Path, ngroups: int) -> None:
     _, model = write_checkpoint(tmp_path / "c", make_config(ngroups))
     ids = random_ids(2, 37)
     tensors = {k: v.detach().clone() for k, v in model.state_dict().items()}
-    for i in range(model.config.n_layer):
-        prefix = f"backbone.layers.{i}."
+    for i in range(model.description.n_layer):
+        prefix = f"layers.{i}."
         layer = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
         g = torch.Generator().manual_seed(i)
         group = 8 // ngroups  # heads must stay in their SSD group
@@ -139,10 +136,10 @@ def test_permuted_model_is_the_model(tmp_path: Path, ngroups: int) -> None:
             [first + torch.randperm(group, generator=g) for first in range(0, 8, group)]
         )
         channels = torch.stack([torch.randperm(16, generator=g) for _ in range(8)])
-        permuted = permute_layer(layer, heads, channels)
-        assert not torch.equal(permuted[IN_PROJ], layer[IN_PROJ])
-        tensors |= {prefix + k: v for k, v in permuted.items()}
-    other = Mamba2LM(model.config).eval()
+        moved = permuted(layer, heads, channels)
+        assert not torch.equal(moved[IN_PROJ], layer[IN_PROJ])
+        tensors |= {prefix + k: v for k, v in moved.items()}
+    other = FloatModel(model.description).eval()
     other.load_state_dict(tensors)
     with torch.inference_mode():
         want, _ = model(ids)

@@ -17,11 +17,14 @@ import shutil
 from pathlib import Path
 
 import torch
-from ssdi8_edge.models.reference import Mamba2Block, Mamba2Config
 
+from ssdi8_edge.checkpoints.checkpoint import stored_name
 from ssdi8_edge.compile.bundle import TOKENIZER
 from ssdi8_edge.compile.safetensors_writer import SafetensorsWriter
 from ssdi8_edge.ground.artifacts import WEIGHTS, whole_or_absent, write_json
+from ssdi8_edge.models.block import OUT_PROJ
+from ssdi8_edge.models.description import Description
+from ssdi8_edge.models.kinds.mamba2 import Mamba2
 
 # d_model and layers of state-spaces/mamba2-*; everything else is the same for all.
 SIZES = {
@@ -37,14 +40,15 @@ EMBEDDING_STD = 0.02
 EMBEDDING_ROWS = 4096  # made at a time
 
 
-def sizes_of(name: str) -> Mamba2Config:
+def sizes_of(name: str) -> Description:
     """The model's sizes under its published name."""
     d_model, layers = SIZES[name]
     padded = math.ceil(VOCABULARY / PAD_MULTIPLE) * PAD_MULTIPLE
-    return Mamba2Config(d_model=d_model, n_layer=layers, vocab_size=padded)
+    block = Mamba2(d_inner=2 * d_model)
+    return Description(d_model=d_model, vocab_size=padded, blocks=(block,) * layers)
 
 
-def config_json(config: Mamba2Config) -> dict[str, object]:
+def config_json(config: Description) -> dict[str, object]:
     """config.json as the published checkpoints have it."""
     return {
         "d_model": config.d_model,
@@ -62,19 +66,20 @@ def config_json(config: Mamba2Config) -> dict[str, object]:
     }
 
 
-def write_weights(path: Path, config: Mamba2Config) -> None:
+def write_weights(path: Path, config: Description) -> None:
     """FP16 weights as they are before training, tensor by tensor."""
     writer = SafetensorsWriter(path)
     table = torch.empty(config.vocab_size, config.d_model, dtype=torch.float16)
     for rows in table.split(EMBEDDING_ROWS):
         rows.copy_(torch.randn(rows.shape) * EMBEDDING_STD)
-    writer.add("backbone.embedding.weight", table)
-    for i in range(config.n_layer):
-        for name, value in Mamba2Block(config).state_dict().items():
-            if name == "mixer.out_proj.weight":
+    writer.add(stored_name("embedding.weight"), table)
+    for i, block in enumerate(config.blocks):
+        layer = block.float_block(config.d_model, config.norm_eps)
+        for name, value in layer.state_dict().items():
+            if name == OUT_PROJ:
                 value = value / math.sqrt(config.n_layer)  # keeps the residual stream in range
-            writer.add(f"backbone.layers.{i}.{name}", value.half())
-    writer.add("backbone.norm_f.weight", torch.ones(config.d_model, dtype=torch.float16))
+            writer.add(stored_name(f"layers.{i}.{name}"), value.half())
+    writer.add(stored_name("norm_f.weight"), torch.ones(config.d_model, dtype=torch.float16))
     writer.close()
 
 

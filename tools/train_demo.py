@@ -21,10 +21,15 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from ssdi8_edge.models.reference import Mamba2Block, Mamba2Config, Mamba2LM
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional as F
+
+from ssdi8_edge.checkpoints.checkpoint import stored_name
+from ssdi8_edge.models.block import FloatBlock
+from ssdi8_edge.models.description import Description
+from ssdi8_edge.models.float import FloatModel
+from ssdi8_edge.models.kinds.mamba2 import Mamba2
 
 HELD_OUT = (
     "edith-wharton--ethan-frome",
@@ -114,21 +119,21 @@ def encode(tokenizer: Tokenizer, books: dict[str, str], device: torch.device) ->
     return torch.tensor(ids, device=device)
 
 
-def block_with_dropout(block: Mamba2Block, residual: Tensor, dropout: float) -> Tensor:
+def block_with_dropout(block: FloatBlock, residual: Tensor, dropout: float) -> Tensor:
     """The corpus is small for the number of steps; dropout on each update keeps the gap small."""
     after, _ = block(residual)
     return residual + F.dropout(after - residual, dropout)
 
 
-def head_loss(model: Mamba2LM, residual: Tensor, targets: Tensor) -> Tensor:
-    logits = model.lm_head(model.backbone.norm_f(residual))
+def head_loss(model: FloatModel, residual: Tensor, targets: Tensor) -> Tensor:
+    logits = model.lm_head(model.norm_f(residual))
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
 class Trainer:
     """The model with its compiled pieces; the block compiles once and serves every layer."""
 
-    def __init__(self, model: Mamba2LM, dropout: float, compiled: bool) -> None:
+    def __init__(self, model: FloatModel, dropout: float, compiled: bool) -> None:
         self.model = model
         self.dropout = dropout
         self.device = model.lm_head.weight.device
@@ -141,9 +146,9 @@ class Trainer:
     def loss(self, windows: Tensor, dropout: float) -> Tensor:
         """Mean next-token loss in nats; windows (b, l + 1) of ids."""
         with torch.autocast(self.device.type, torch.bfloat16):
-            residual = self.model.backbone.embedding(windows[:, :-1]).float()
+            residual = self.model.embedding(windows[:, :-1]).float()
             residual = F.dropout(residual, dropout)
-            for block in self.model.backbone.layers:
+            for block in self.model.layers:
                 residual = self.block(block, residual, dropout)
             return self.head(self.model, residual, windows[:, 1:])
 
@@ -176,7 +181,7 @@ def batches(stream: Tensor, batch_tokens: int, seed: int) -> Iterator[Tensor]:
         yield windows_at(stream, starts, length)
 
 
-def make_optimizer(model: Mamba2LM, learning_rate: float) -> torch.optim.AdamW:
+def make_optimizer(model: FloatModel, learning_rate: float) -> torch.optim.AdamW:
     matrices = [p for p in model.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if p.ndim != 2]
     return torch.optim.AdamW(
@@ -238,7 +243,7 @@ def train(
 
 
 @torch.no_grad()
-def stored_weights_loss(model: Mamba2LM, stream: Tensor, ids_per_call: int) -> float:
+def stored_weights_loss(model: FloatModel, stream: Tensor, ids_per_call: int) -> float:
     """Held-out loss in FP32 of the weights as they are stored; nats per token."""
     count = (len(stream) - 1) // LONG
     starts = torch.arange(count, device=stream.device) * LONG
@@ -251,28 +256,35 @@ def stored_weights_loss(model: Mamba2LM, stream: Tensor, ids_per_call: int) -> f
     return total / (count * LONG)
 
 
-def write_model(model: Mamba2LM, out: Path) -> None:
+def mamba_of(model: FloatModel) -> Mamba2:
+    """The sizes of its blocks, which are all alike."""
+    block = model.description.blocks[0]
+    assert isinstance(block, Mamba2)
+    return block
+
+
+def write_model(model: FloatModel, out: Path) -> None:
     """config.json and model.safetensors in the state-spaces layout; rounds the model to FP16."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.half())
     tensors = {
-        name: tensor.half().contiguous().cpu()
+        stored_name(name): tensor.half().contiguous().cpu()
         for name, tensor in model.state_dict().items()
         if name != "lm_head.weight"
     }
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    config = model.config
+    description, block = model.description, mamba_of(model)
     fields = {
-        "d_model": config.d_model,
+        "d_model": description.d_model,
         "d_intermediate": 0,
-        "n_layer": config.n_layer,
-        "vocab_size": config.vocab_size,
+        "n_layer": description.n_layer,
+        "vocab_size": description.vocab_size,
         "ssm_cfg": {
             "layer": "Mamba2",
-            "d_state": config.d_state,
-            "headdim": config.headdim,
-            "ngroups": config.ngroups,
+            "d_state": block.d_state,
+            "headdim": block.headdim,
+            "ngroups": block.ngroups,
             "chunk_size": CHUNK_SIZE,
         },
         "attn_layer_idx": [],
@@ -287,10 +299,10 @@ def write_model(model: Mamba2LM, out: Path) -> None:
 
 
 def readme(
-    model: Mamba2LM, corpus: Corpus, table: list[Measurement], loss: float, facts: dict[str, str]
+    model: FloatModel, corpus: Corpus, table: list[Measurement], loss: float, facts: dict[str, str]
 ) -> str:
     parameters = sum(p.numel() for p in model.parameters())
-    config = model.config
+    description, block = model.description, mamba_of(model)
     rows = "\n".join(
         f"| {m.step} | {m.tokens / 1e6:.1f} | {m.train_loss:.3f} | {m.held_out_loss:.3f} |"
         for m in table
@@ -302,9 +314,10 @@ def readme(
 A Mamba-2 language model of {parameters / 1e6:.1f} M parameters, trained on public-domain books, so
 that the whole flow runs without a download. It writes recognisable English and knows nothing.
 
-{config.n_layer} layers, d_model {config.d_model}, {config.nheads} heads of {config.headdim}, \
-d_state {config.d_state}, ngroups {config.ngroups},
-chunk_size {CHUNK_SIZE}, {config.vocab_size} byte-level BPE tokens (`{END_OF_TEXT}` is 0), \
+{description.n_layer} layers, d_model {description.d_model}, \
+{block.nheads} heads of {block.headdim}, \
+d_state {block.d_state}, ngroups {block.ngroups},
+chunk_size {CHUNK_SIZE}, {description.vocab_size} byte-level BPE tokens (`{END_OF_TEXT}` is 0), \
 head tied to the embedding, FP16.
 
 | file | what |
@@ -366,10 +379,9 @@ def main() -> None:
     held_out_bytes = sum(len(text.encode()) for text in corpus.held_out.values())
     print(f"{len(train_ids):,} tokens, {time.monotonic() - begin:.1f} s", flush=True)
 
-    config = Mamba2Config(
-        args.d_model, args.layers, tokenizer.get_vocab_size(), chunk_size=TRAINING_CHUNK_SIZE
-    )
-    model = Mamba2LM(config).to(device)
+    sizes = Mamba2(d_inner=2 * args.d_model, chunk_size=TRAINING_CHUNK_SIZE)
+    description = Description(args.d_model, tokenizer.get_vocab_size(), (sizes,) * args.layers)
+    model = FloatModel(description).to(device)
     trainer = Trainer(model, args.dropout, compiled=device.type == "cuda")
     end = begin + 60.0 * args.minutes - SECONDS_TO_FINISH
     table = train(trainer, train_ids, held_out_ids, args, end)

@@ -162,8 +162,14 @@ def _hugging_face_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
 def _description(sizes: Mapping[str, Any]) -> Description:
     """From the sizes that both layouts have."""
     own = {k: sizes[k] for k in ("d_state", "d_conv", "headdim", "ngroups", "chunk_size")}
+    d_inner, headdim, ngroups = sizes["expand"] * sizes["d_model"], own["headdim"], own["ngroups"]
+    if d_inner % headdim or d_inner // headdim % ngroups:
+        raise CheckpointError(
+            f"config.json does not fit together: d_inner {d_inner}, headdim {headdim}, "
+            f"ngroups {ngroups}."
+        )
     block = Mamba2(
-        d_inner=sizes["expand"] * sizes["d_model"],
+        d_inner=d_inner,
         **own,
         dt_limit=sizes["dt_limit"],
         norm_eps=sizes["norm_eps"],

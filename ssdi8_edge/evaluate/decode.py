@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -95,11 +96,7 @@ class _Run:
             prefill_perplexity=_exp(self._prefill_loss / predicted),
             kl=sum(self._kl) / compared if compared else None,
             prefill_kl=self._prefill_kl / compared if compared else None,
-            kl_parts=tuple(
-                sum(self._kl[a:b]) / (b - a)
-                for a, b in zip(bounds, bounds[1:], strict=False)
-                if b > a
-            ),
+            kl_parts=tuple(sum(self._kl[a:b]) / (b - a) for a, b in pairwise(bounds) if b > a),
         )
 
 

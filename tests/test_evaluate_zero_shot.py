@@ -390,8 +390,8 @@ def hugging_face_lm(source: str) -> Any:
     network = transformers.Mamba2ForCausalLM(config).eval()
     network.load_state_dict(
         {
-            stored_name(name).replace(".embedding.", ".embeddings."): checkpoint.tensor(
-                name
+            stored_name(n).replace(".embedding.", ".embeddings."): checkpoint.tensor(
+                n
             ).float()
             for n in checkpoint.names
         }

@@ -32,7 +32,7 @@ from ssdi8_edge.checkpoints.checkpoint import DEMO_FOLDER
 from ssdi8_edge.checkpoints.quantized import load_quantized
 from ssdi8_edge.compile.pipeline import STAGES, Build, BuildRequest, BuildResult
 from ssdi8_edge.ground.errors import Ssdi8Error, UsageError
-from ssdi8_edge.local.bridge import open_checked_bundle
+from ssdi8_edge.ground.board_runtime import open_checked_bundle
 from ssdi8_edge.recipes.presets import METHODS
 from ssdi8_edge.targets import load_target
 

@@ -211,7 +211,7 @@ def verify(
 
 def _run_engine(bundle: Path, arguments: list[str], device: str) -> NoReturn:
     if device == "cpu":
-        from ssdi8_edge.local.bridge import become_engine
+        from ssdi8_edge.ground.board_runtime import become_engine
 
         become_engine(bundle, ["--backend", "onnxruntime", *arguments])
     from ssdi8_edge.local.gpu_backend import run_on_gpu

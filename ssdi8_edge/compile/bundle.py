@@ -34,7 +34,7 @@ from ssdi8_edge.ground.artifacts import (
 )
 from ssdi8_edge.ground.errors import Ssdi8Error
 from ssdi8_edge.ground.progress import Track, silent
-from ssdi8_edge.local.bridge import run_engine, runtime_module
+from ssdi8_edge.ground.board_runtime import run_engine, runtime_module
 from ssdi8_edge.models.block import States
 from ssdi8_edge.models.network import QuantizedModel
 from ssdi8_edge.targets import Target

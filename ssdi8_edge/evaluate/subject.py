@@ -18,7 +18,7 @@ from ssdi8_edge.ground.artifacts import QUANTIZED, TOKENIZER
 from ssdi8_edge.ground.device import require_device
 from ssdi8_edge.ground.errors import UsageError
 from ssdi8_edge.ground.stream import open_tokenizer
-from ssdi8_edge.local.bridge import bundle_folder, open_checked_bundle, runtime_module
+from ssdi8_edge.ground.board_runtime import bundle_folder, open_checked_bundle, runtime_module
 from ssdi8_edge.models.block import States
 from ssdi8_edge.models.float import FloatModel
 from ssdi8_edge.models.network import Scope

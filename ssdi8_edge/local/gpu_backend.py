@@ -19,7 +19,7 @@ from ssdi8_edge.checkpoints.quantized import is_quantized_checkpoint, load_quant
 from ssdi8_edge.ground.artifacts import QUANTIZED
 from ssdi8_edge.ground.device import require_device
 from ssdi8_edge.ground.errors import UsageError
-from ssdi8_edge.local.bridge import bundle_folder, runtime_module
+from ssdi8_edge.ground.board_runtime import bundle_folder, runtime_module
 from ssdi8_edge.models.block import States
 from ssdi8_edge.models.network import QuantizedModel
 from ssdi8_edge.ops import kernel_library

@@ -18,7 +18,7 @@ from ssdi8_edge.boards.sweep.interpret import State
 from ssdi8_edge.boards.sweep.sweep_commands import Installed
 from ssdi8_edge.ground.artifacts import key_of
 from ssdi8_edge.ground.errors import BoardBusy, BoardError, BundleError
-from ssdi8_edge.local.bridge import open_checked_bundle
+from ssdi8_edge.ground.board_runtime import open_checked_bundle
 
 # nvpmodel and jetson_clocks may each take a minute without a word.
 SILENCE_S = 200.0

@@ -119,8 +119,15 @@ VALUES: Arguments = [
 ]
 
 
-def test_every_option_arrives(either: Program) -> None:
-    found = report(either, "--prompt", "the board", *VALUES)
+def test_every_option_arrives(packed: Path) -> None:
+    """And both command lines generate the same with them."""
+    found, by_host = (
+        report(program(command, packed), "--prompt", "the board", *VALUES)
+        for command in (BOARD, HOST)
+    )
+    for name in ("sampling", "stop", "threads", "tokens"):
+        assert found[name] == by_host[name]
+    assert len(found["tokens"]) == 3
     assert found["sampling"] == {
         "max_new_tokens": 3, "repetition_penalty": 1.1, "presence_penalty": -0.5,
         "frequency_penalty": 0.25, "temperature": 1.5, "top_k": 9, "top_p": 0.9, "min_p": 0.01,
@@ -128,14 +135,6 @@ def test_every_option_arrives(either: Program) -> None:
     }  # fmt: skip
     assert list(found["sampling"]) == [option.name for option in SAMPLING]
     assert (found["stop"], found["threads"]) == (["x y", "-z"], 1)
-
-
-def test_both_command_lines_say_the_same(packed: Path) -> None:
-    found = [
-        report(program(command, packed), "--prompt", "the board", *VALUES)["tokens"]
-        for command in (BOARD, HOST)
-    ]
-    assert found[0] == found[1] and len(found[0]) == 3
 
 
 OUT_OF_RANGE = [
@@ -186,15 +185,25 @@ def test_value_out_of_range_is_one_sentence(
     ids=str,
 )
 def test_bad_request_is_one_sentence(
-    either: Program, arguments: Arguments, words: list[str]
+    board: Program, arguments: Arguments, words: list[str]
 ) -> None:
-    assert_one_sentence(either(*arguments), words)
+    assert_one_sentence(board(*arguments), words)
     if b"caf\xe9" in arguments:
-        assert_one_sentence(either(*arguments, env=PLAIN), words)
+        assert_one_sentence(board(*arguments, env=PLAIN), words)
 
 
-def test_host_asks_for_a_prompt(packed: Path) -> None:
-    assert_one_sentence(program(HOST, packed)(), ["--prompt", "--interactive", "required"])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["--prompt", "--interactive", "required", "ssdi8-edge run --help"]),
+        (["--prompt", "a", "--min-p", "2"], ["--min-p", "'2'", "from 0 to 1"]),
+        (["--prompt", b"caf\xe9"], ["--prompt", "not UTF-8", "0xe9 in position 3"]),
+        (["--prompt-file", "absent.txt"], ["absent.txt", "No such file", "--prompt-file"]),
+    ],
+    ids=str,
+)
+def test_bad_request_to_the_host(packed: Path, arguments: Arguments, words: list[str]) -> None:
+    assert_one_sentence(program(HOST, packed)(*arguments), words)
 
 
 ROW = """    SamplingOption(
@@ -247,15 +256,15 @@ def test_stop_in_json(board: Program) -> None:
     assert (last["text"], last["finish"]) == (CHAIN[:-1], "stop")
 
 
-def test_stop_in_a_conversation(either: Program) -> None:
+def test_stop_in_a_conversation(board: Program) -> None:
     """The tokens of the stop text are part of what was said: the next line follows them."""
     lines = f"{CHAIN}\nq\n".encode()
     arguments = ("--interactive", "--json", "--max-new-tokens=12")
-    stopped = either(*arguments, "--stop", "жZ", input=lines)
+    stopped = board(*arguments, "--stop", "жZ", input=lines)
     turns = [json.loads(line) for line in stopped.stdout.splitlines()]
     assert (turns[0]["text"], turns[0]["finish"]) == (" é🙂", "stop")
     assert len(turns[0]["tokens"]) == 10
-    whole = either("--interactive", "--json", "--max-new-tokens=10", input=lines)
+    whole = board("--interactive", "--json", "--max-new-tokens=10", input=lines)
     expected = [json.loads(line) for line in whole.stdout.splitlines()]
     assert expected[0]["tokens"] == turns[0]["tokens"]
     assert turns[1]["tokens"][:10] == expected[1]["tokens"]
@@ -280,11 +289,21 @@ def test_nothing_of_a_stop_text_is_streamed(packed: Path) -> None:
 # what is read
 
 
-@pytest.mark.parametrize("locale", [{}, PLAIN, {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}])
-def test_line_that_is_not_utf8(either: Program, locale: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("command", "locale"),
+    [
+        (BOARD, {}),
+        (BOARD, PLAIN),
+        (BOARD, {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}),
+        (HOST, PLAIN),
+    ],
+    ids=["as it is", "C", "PYTHONIOENCODING", "host, C"],
+)
+def test_line_that_is_not_utf8(packed: Path, command: list[str], locale: dict[str, str]) -> None:
     """It gets one sentence with its number; the lines around it are continued as ever."""
     lines = b"a\ncaf\xe9\nhello \xc3\xa9\n"
-    done = either("--interactive", "--json", "--max-new-tokens=3", input=lines, env=locale)
+    arguments = ("--interactive", "--json", "--max-new-tokens=3")
+    done = program(command, packed)(*arguments, input=lines, env=locale)
     assert done.returncode == 0, done.stderr.decode()
     turns = [json.loads(line) for line in done.stdout.splitlines()]
     assert [turn["prompt"] for turn in turns] == ["a", "hello é"]
@@ -316,12 +335,12 @@ def test_odd_lines(board: Program, lines: bytes, prompts: list[str]) -> None:
 @pytest.mark.parametrize(
     "bytes_", [b"\xef\xbb\xbfthe \xc3\xa9\r\n", b"the \xc3\xa9\n", b"the \xc3\xa9"]
 )
-def test_prompt_file(either: Program, tmp_path: Path, bytes_: bytes) -> None:
+def test_prompt_file(board: Program, tmp_path: Path, bytes_: bytes) -> None:
     """Without a byte order mark and one final line end; in any locale, and from stdin."""
     (tmp_path / "prompt.txt").write_bytes(bytes_)
     short = ("--max-new-tokens", "1")
     for file, stdin in ((str(tmp_path / "prompt.txt"), b""), ("-", bytes_)):
-        found = report(either, "--prompt-file", file, *short, input=stdin, env=PLAIN)
+        found = report(board, "--prompt-file", file, *short, input=stdin, env=PLAIN)
         assert found["prompt"] == "the é"
 
 
@@ -356,8 +375,8 @@ def test_prompt_file_that_may_not_be_read(board: Program, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("arguments", [["--interactive"], ["--prompt-file", "-"]], ids=str)
-def test_stdin_is_closed(either: Program, arguments: Arguments) -> None:
-    done = either(*arguments, stdin=None, preexec_fn=lambda: os.close(0))
+def test_stdin_is_closed(board: Program, arguments: Arguments) -> None:
+    done = board(*arguments, stdin=None, preexec_fn=lambda: os.close(0))
     assert_one_sentence(done, ["stdin is closed"])
 
 

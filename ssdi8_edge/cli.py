@@ -176,28 +176,21 @@ def _report(result: BuildResult, as_json: bool, host: str | None) -> None:
     _data(summary, as_json, lambda: None)
 
 
-@app.command()
-def run(
-    bundle: Annotated[Path, typer.Argument(help="Bundle or run folder.")],
-    prompt: Annotated[str, typer.Option(help="Text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(help="How many tokens to generate.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
-    top_k: Annotated[Optional[int], typer.Option(help="Sample among so many.")] = None,  # noqa: UP045
-    seed: Annotated[int, typer.Option(help="Of the sampler.")] = 0,
-    device: DeviceOption = "cpu",
-    as_json: JsonOption = False,
-) -> None:
-    """Generate text on this machine, with the script that runs on boards.
+# The runtime's own parser reads what follows the name, so that both command lines take the same.
+@app.command(
+    add_help_option=False,
+    context_settings={
+        "allow_extra_args": True,
+        "allow_interspersed_args": False,
+        "ignore_unknown_options": True,
+    },
+)
+def run(context: typer.Context) -> None:
+    """Generate text on this machine, with the script that runs on boards."""
+    from ssdi8_edge.board_runtime import parse_run
 
-    On the CPU by onnxruntime from the bundle, on a GPU by the CUDA kernels from the run folder.
-    """
-    arguments = [f"--prompt={prompt}", f"--max-new-tokens={max_new_tokens}"]
-    arguments += [f"--temperature={temperature}", f"--seed={seed}"]
-    if top_k is not None:
-        arguments.append(f"--top-k={top_k}")
-    if as_json:
-        arguments.append("--json")
-    _run_engine(bundle, arguments, device)
+    asked = parse_run(context.args)
+    _run_engine(asked.bundle, asked.arguments, asked.device)
 
 
 @app.command()

@@ -6,6 +6,7 @@ benchmarking and verifying are the code that boards run.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor
 from ssdi8_edge.artifacts import QUANTIZED
 from ssdi8_edge.board_runtime import bundle_folder, runtime_module
 from ssdi8_edge.device import require_device
-from ssdi8_edge.errors import UsageError
+from ssdi8_edge.errors import Interrupted, UsageError
 from ssdi8_edge.ops import kernel_library
 from ssdi8_edge.ops.kernel_limits import require_kernels
 from ssdi8_edge.quantize.modules import QuantizedMamba2, State
@@ -149,6 +150,7 @@ def run_on_gpu(run: Path, arguments: list[str], device: str) -> int:
 
     Raises:
         UsageError: there is no such GPU, no kernel library, or the run folder has no checkpoint.
+        Interrupted: Ctrl-C where the runtime does not answer it.
     """
     require_device(device)
     if not is_quantized_checkpoint(run / QUANTIZED):
@@ -161,7 +163,14 @@ def run_on_gpu(run: Path, arguments: list[str], device: str) -> int:
         load_quantized(run / QUANTIZED, device), device
     )
     command = [str(bundle_folder(run)), "--backend", GpuBackend.runtime, *arguments]
-    code: int = runtime_module("command_line").run(command, run)
+    # The runtime answers Ctrl-C itself, which comes to it as in a process of its own.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        code: int = runtime_module("command_line").run(command, run)
+    except KeyboardInterrupt as stopped:
+        raise Interrupted("stopped.") from stopped
+    finally:
+        signal.signal(signal.SIGINT, before)
     return code
 
 

@@ -104,7 +104,7 @@ def test_help_of_every_command() -> None:
     """Help is on stdout and names the options that are promised."""
     promised = {
         "build": "target model method calibration tokenizer out until device host dry-run json",
-        "run": "prompt max-new-tokens temperature top-k seed",
+        "run": "prompt prompt-file interactive max-new-tokens top-p stop threads device json",
         "evaluate": "text tasks methods data limit long-context device save json",
         "inspect": "json",
         "verify": "help",
@@ -544,8 +544,8 @@ def test_what_does_not_fit_is_one_sentence(
     [
         (["build", "--nonsense"], "--nonsense"),
         (["bulid"], "bulid"),
-        (["run", "bundle"], "'--prompt'"),
-        (["run", "bundle", "--prompt", "a", "--max-new-tokens", "many"], "'--max-new-tokens'"),
+        (["run", "bundle"], "--prompt"),
+        (["run", "bundle", "--prompt", "a", "--max-new-tokens", "many"], "--max-new-tokens"),
         (["evaluate", "--text", "a.txt"], "models"),
     ],
     ids=" ".join,

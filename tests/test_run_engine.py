@@ -24,7 +24,7 @@ from runtime.backend import BackendOptions, open_backend
 from runtime.bundle import Bundle, BundleProblem, RunFailure, open_bundle, sha256
 from runtime.generate import Conversation, Timings, generate, prefill, prefill_pieces
 from runtime.onnxruntime_backend import UNWANTED_OPTIMIZERS, OnnxRuntimeBackend
-from runtime.sampling import Sampler
+from runtime.sampling import Sampler, settings
 from runtime.text import REPLACEMENT, TextCodec, TextStream
 from runtime.verify import relative_error
 from tiny_bundle import (
@@ -307,8 +307,8 @@ def test_text_goes_to_stdout_and_the_rest_to_stderr(packed: Path) -> None:
 def test_json_of_a_run(packed: Path) -> None:
     report = run_json(packed, "--prompt", CHAIN, "--max-new-tokens", "12", "--seed", "5")
     assert list(report) == [
-        "bundle", "recipe", "backend", "notes", "machine", "threads", "sampling", "prompt", "text",
-        "tokens", "finish", "prompt_tokens", "new_tokens", "load_s", "ttft_s", "tpot_s",
+        "bundle", "recipe", "backend", "notes", "machine", "threads", "sampling", "stop", "prompt",
+        "text", "tokens", "finish", "prompt_tokens", "new_tokens", "load_s", "ttft_s", "tpot_s",
         "tokens_per_s",
     ]  # fmt: skip
     assert report["bundle"] == "tiny--edge-w8a8--host-cpu"
@@ -316,8 +316,8 @@ def test_json_of_a_run(packed: Path) -> None:
     assert report["backend"] == f"onnxruntime {onnxruntime.__version__} (CPU)"
     assert set(report["machine"]) == {"kind", "platform", "cpu", "cores", "python", "board"}
     assert report["threads"] is None
-    sampling = {"max_new_tokens": 12, "temperature": 0, "top_k": 0, "top_p": 1, "seed": 5}
-    assert report["sampling"] == sampling
+    assert report["sampling"] == settings({"max_new_tokens": 12, "seed": 5})
+    assert report["stop"] == []
     assert (report["prompt"], report["text"]) == (CHAIN, CHAIN + " ")
     assert (report["prompt_tokens"], report["new_tokens"], len(report["tokens"])) == (10, 12, 12)
     assert report["finish"] == "length"

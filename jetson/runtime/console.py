@@ -1,10 +1,24 @@
-"""How results are shown: JSON, sizes, rows of names and values."""
+"""The console: what is read from stdin, and how results are shown."""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TextIO
+
+from runtime.bundle import BundleProblem
+
+
+def stdin() -> TextIO:
+    """sys.stdin; Python has none when a program is started with it closed.
+
+    Raises:
+        BundleProblem: it is closed.
+    """
+    if sys.stdin is None:
+        raise BundleProblem("stdin is closed", "pipe text into it, or use a terminal")
+    return sys.stdin
 
 
 def print_json(report: Mapping[str, Any], indent: int | None = 2) -> None:

@@ -16,7 +16,7 @@ _NOISE = 1 << 20  # what a login may print before our mark
 _ANSWER = 1 << 26
 _KEPT_ERRORS = 1 << 16
 _NOT_FOUND = 127  # what a shell exits with
-_NO_PYTHON = re.compile(r"(?i)python3\W+(command )?not found|(unknown command\W+|not find )python3")
+_NO_PYTHON = re.compile(r"(?i)python3\W+(command )?not found|not found\W+python3")
 _LOGIN_REMEDY = (
     "let the login scripts there (~/.bashrc, ~/.profile, ~/.zshenv, config.fish, ~/.cshrc) "
     "{do} in interactive shells alone: [ -t 0 ] before it."
@@ -206,7 +206,7 @@ class Call:
     def _not_begun(self, status: int) -> BoardError:
         """The login ended and our program never began."""
         said = self._login_said()
-        if status == _NOT_FOUND or _NO_PYTHON.search(said):
+        if _NO_PYTHON.search(said) or (status == _NOT_FOUND and (not said or "python3" in said)):
             return BoardError(
                 f"{self._name} has no python3;", "install it there: sudo apt install python3."
             )

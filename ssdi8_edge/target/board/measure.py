@@ -87,6 +87,8 @@ def tool(argv: Sequence[str], answer: str = "", *, root: bool = False) -> tuple[
             status = child.wait(TOOL_S)
         except subprocess.TimeoutExpired:
             kill_group(child)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(1)
             return 124, f"{content(output)}\n{argv[0]} did not end within {TOOL_S} s"
         return status, content(output)
 

@@ -371,6 +371,22 @@ def test_warnings_beside_the_mode_do_not_hide_it(
     assert mode_of(root) == 0 and watcher.said[-1] == AS_BEFORE
 
 
+def test_a_mode_that_only_root_may_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = become_board(tmp_path / "board", monkeypatch.setenv)
+    hidden = '[ "$1$SSDI8_SIMULATED_SUDO" = -q ] && { echo NVPM ERROR: 13; exit 1; }'
+    fake_tool(tmp_path / "fakes", "nvpmodel", f'{hidden}; exec "$REAL" "$@"', monkeypatch.setenv)
+    watcher = Record()
+    outcome = run_sweep(
+        tmp_path / "out.jsonl",
+        [make_source(tmp_path / "a")],
+        [NamedBoard("toy", tmp_path / "store")],
+        lengths=(8,),
+        modes=("40W",),
+        watcher=watcher,
+    )
+    assert outcome.measured == 1 and mode_of(root) == 0 and watcher.said[-1] == AS_BEFORE
+
+
 def test_a_tool_that_never_ends_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it said counts; nothing waits for its pipes."""
     from ssdi8_edge.target.board import measure

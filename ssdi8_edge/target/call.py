@@ -210,9 +210,14 @@ class Call:
             return BoardError(
                 f"{self._name} has no python3;", "install it there: sudo apt install python3."
             )
+        what = self._process.what
+        if self._errors.strip():
+            words = f"{what} failed on {self._name}: {said}"
+        else:
+            said = repr(said) if said else f"exit status {status}"
+            words = f"{self._name} answered {what} with {said}, which makes no sense"
         return BoardError(
-            f"the login shell of {self._name} ended without running our command "
-            f"({said or f'exit status {status}'});",
+            f"{words} (the login shell ended without running our command);",
             "give this user a shell there that runs commands (chsh -s /bin/bash), and "
             + _LOGIN_REMEDY.format(do="exit and exec"),
         )

@@ -38,6 +38,7 @@ FILE_BYTES = 1 << 18  # of a file of /sys or /etc; an nvpmodel.conf can have 20 
 # `NV Power Mode: 15W`, and the id alone on a later line; warnings stand anywhere. What
 # power_modes.parse_nvpmodel_query reads on the host.
 MODE_ID = re.compile(r"(?ims)^[ \t]*NV Power Mode:.*?^\s*([0-9]{1,4})\s*$")
+QUERY = ["nvpmodel", "-q"]
 SHOW = ["jetson_clocks", "--show"]
 # A simulated board's /etc, /proc and /sys lie here.
 ROOT = os.environ.get("SSDI8_BOARD_ROOT", "")
@@ -93,9 +94,16 @@ def tool(argv: Sequence[str], answer: str = "", *, root: bool = False) -> tuple[
         return status, content(output)
 
 
+def query_mode() -> str:
+    """What nvpmodel -q says; by root where its files are hidden from others."""
+    text = tool(QUERY)[1]
+    by_root = "" if MODE_ID.search(text) else tool(QUERY, root=True)[1]
+    return by_root if MODE_ID.search(by_root) else text
+
+
 def current_mode() -> int | None:
     """Its id; None where there are no modes, or none was ever set."""
-    found = MODE_ID.search(tool(["nvpmodel", "-q"])[1])
+    found = MODE_ID.search(query_mode())
     return int(found[1]) if found else None
 
 
@@ -343,7 +351,8 @@ class Session:
         return {
             "files": read_files(reading["files"]),
             "commands": {
-                name: tool(argv, root=root)[1] for name, (root, argv) in reading["commands"].items()
+                name: query_mode() if argv == QUERY else tool(argv, root=root)[1]
+                for name, (root, argv) in reading["commands"].items()
             },
             "simulated": bool(ROOT),
         }

@@ -34,7 +34,7 @@ _PROGRAMS = Path(__file__).parent / "board"
 # All that is ever put on a command line: says that it runs, then reads programs and arguments from
 # standard input. Nothing is sent before, so that no login script or other shell reads it.
 _START = (
-    "import json,sys;print({ready!r},flush=True);m=json.loads(sys.stdin.buffer.readline());"
+    'import json,sys;print("READY",flush=True);m=json.loads(sys.stdin.buffer.readline());'
     '[exec(p,globals()) for p in m["programs"]];main(Wire(m["arguments"],m["mark"]))'
 )
 _RETRY_S = (1.0, 2.0, 4.0, 8.0, 15.0)
@@ -193,7 +193,7 @@ class Connection(ABC):
             "mark": mark,
         }
         ready = f"ssdi8-edge-{secrets.token_hex(8)}"
-        channel = self.open_channel(_START.replace("{ready!r}", repr(ready)))
+        channel = self.open_channel(_START.replace("READY", ready))
         process = Process(channel, self.name, what, timeout, silence, beats)
         call = Call(process, self.name, mark)
         try:

@@ -293,6 +293,16 @@ def test_engine_shapes_that_are_none(packed: Path, tmp_path: Path, shapes: Any) 
         build.build(build.parse([], bundle))
 
 
+def test_a_bundle_for_a_cpu_has_no_engine(packed: Path, tmp_path: Path) -> None:
+    """Said at once, before TensorRT is looked for."""
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    shutil.copy(packed / "fp16" / "bundle" / "manifest.json", bundle)
+    edit_manifest(bundle, lambda m: m["target"].update(runtime="onnxruntime"))
+    with pytest.raises(BundleProblem, match=r"is for a CPU and has no TensorRT engine.*run_engine"):
+        build.build(build.parse([], bundle))
+
+
 def test_script_alone(tmp_path: Path) -> None:
     script = shutil.copy(tiny_bundle.JETSON / "build_engine.py", tmp_path)
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)

@@ -344,6 +344,14 @@ def test_machine_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert simulated.kind == "simulated" and simulated.board is not None
     assert str(simulated).startswith("SIMULATED board on ") and simulated.board.model is None
 
+    for text, mode in (
+        ("NVPM WARN: fan mode is not set!\nNV Power Mode: MODE 15 W\n2\n", "MODE 15 W"),
+        ("NV Power Mode: \n0\n", None),
+    ):
+        make_nvpmodel(tools, text)
+        told = this_machine(board)
+        assert told.board is not None and told.board.power_mode == mode
+
     for text, code in (("bad input!", 0), ("", 1)):
         make_nvpmodel(tools, text, code)
         silent = this_machine(board)

@@ -50,6 +50,13 @@ def sweep(
     allow_reboot: Annotated[
         bool, typer.Option("--allow-reboot", help="Reboot boards where a power mode needs it.")
     ] = False,
+    allow_unrestored: Annotated[
+        bool,
+        typer.Option(
+            "--allow-unrestored",
+            help="Change power mode and clocks also where the board cannot put them back.",
+        ),
+    ] = False,
     out: Annotated[
         Path, typer.Option("--out", "-o", help="File of points; what it has is not repeated.")
     ] = Path("runs/sweep.jsonl"),
@@ -61,7 +68,8 @@ def sweep(
     """Measure bundles on boards, at every prompt length and power mode; repeat it to go on.
 
     Speed and memory come from one pass, power from another. Bundles are deployed where they are
-    missing. Power modes and clocks are put back at the end, also after Ctrl-C.
+    missing. Power modes and clocks are put back at the end, also after Ctrl-C, and read again; what
+    cannot be put back is not changed without --allow-unrestored.
     """
     lengths = _lengths(seq_lens)
     modes = [name.strip() for name in power_modes.split(",") if name.strip()]
@@ -82,7 +90,9 @@ def sweep(
         pin_clocks=pin_clocks,
         power_seconds=power_seconds,
     )
-    request = SweepRequest(list(found.values()), lengths, modes, settings, allow_reboot)
+    request = SweepRequest(
+        list(found.values()), lengths, modes, settings, allow_reboot, allow_unrestored
+    )
     connections = [
         connect(name, accept_new_host_key=accept_new_host_key, store=store, python=python)
         for name in dict.fromkeys(host or [THIS_MACHINE])

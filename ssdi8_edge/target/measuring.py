@@ -82,7 +82,8 @@ class Session:
         self._call = call
         self._name = name
         self.state = self.state_of(first)
-        self.put_back: Mapping[str, Any] | None = first.get("put_back")
+        put_back = first.get("put_back")
+        self.put_back: Mapping[str, Any] | None = put_back if isinstance(put_back, dict) else None
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Answers about modes and points, the last of them `done`.

@@ -101,6 +101,12 @@ class _Job:
 def build(options: argparse.Namespace) -> int:
     """Build, or find that nothing is to be done; returns the exit code."""
     bundle = open_bundle(options.bundle)
+    if bundle.runtime != "tensorrt":
+        raise BundleProblem(
+            f"bundle {bundle.name} is for a CPU and has no TensorRT engine to build",
+            "run it as it is with run_engine.py, or pack one for a Jetson: ssdi8-edge build"
+            " --target orin-nx",
+        )
     shapes = _target_shapes(bundle)
     bundle.check_files(hash_up_to=None)
     trt = import_tensorrt()

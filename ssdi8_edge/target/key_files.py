@@ -6,6 +6,7 @@ import base64
 import binascii
 from pathlib import Path
 
+CERTIFICATE = "-cert-v01@openssh.com"
 _MAGIC = b"openssh-key-v1\0"
 _BEGIN, _END = "-----BEGIN OPENSSH PRIVATE KEY-----", "-----END OPENSSH PRIVATE KEY-----"
 _MOST = 1 << 20
@@ -35,6 +36,24 @@ def public_key(path: Path) -> bytes:
 def kind_of(blob: bytes) -> str:
     """Such as ssh-ed25519, which a key begins with."""
     return _field(blob)[0].decode("ascii", "replace")
+
+
+def certified_key(certificate: bytes) -> bytes:
+    """The public key that a certificate is for; nothing where it is none.
+
+    A certificate repeats the fields of the key after its own kind and a nonce (PROTOCOL.certkeys of
+    OpenSSH).
+    """
+    kind = kind_of(certificate)
+    plain = kind.removesuffix(CERTIFICATE)
+    if plain == kind:
+        return b""
+    fields = 2 if plain == "ssh-rsa" or plain.startswith("ecdsa-") else 1
+    start = _field(_field(certificate)[1])[1]
+    rest = start
+    for _ in range(fields):
+        rest = _field(rest)[1]
+    return len(plain).to_bytes(4, "big") + plain.encode() + start[: len(start) - len(rest)]
 
 
 def beside(path: Path, suffix: str) -> Path:

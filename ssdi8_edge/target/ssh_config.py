@@ -312,7 +312,10 @@ class _Reading:
         values = [value for value in values if value.lower() != "none"]
         if self._by_openssh:  # which has expanded all but ~ of global names
             return [self._in_home(value) for value in values]
-        return [self._path(value) for value in values]
+        paths = [self._path(value) for value in values]
+        if not all(path.is_absolute() for path in paths):
+            raise self._refusal(name, "a name that depends on the current folder")
+        return paths
 
     def _path(self, text: str) -> Path:
         return self._in_home(self._expanded(text, self._tokens))

@@ -104,6 +104,8 @@ def _match(line: Line) -> str:
     words = line.words()
     if [word.lower() for word in words] == ["all"]:
         return "Match all"
+    if "=" in line.rest or "'" in line.rest:
+        raise line.refusal("Match with = or ' is not read here", _REMEDY)
     conditions = []
     for condition, pattern in zip(words[::2], [*words[1::2], ""], strict=False):
         if condition.lower().removeprefix("!") not in _CONDITIONS or not pattern:

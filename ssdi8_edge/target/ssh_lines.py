@@ -18,7 +18,11 @@ _SETTING = re.compile(r"([A-Za-z0-9]+)(?:[ \t]*=[ \t]*|[ \t]+)(.+)")
 _WORD = re.compile(r"""[ \t]*((?!\#)(?:"[^"]*"|'[^']*'|[^ \t"'])+)""")
 _QUOTED = re.compile(r""""([^"]*)"|'([^']*)'""")
 _HOME = re.compile(r"""(?<=[\s="'])~(?=/)|(?<!%)((?:%%)*)%d""")
-_COMMANDS = ("proxycommand", "localcommand", "remotecommand")  # the rest of the line, as it is
+_PATHS = (
+    *("certificatefile", "globalknownhostsfile", "identityagent", "identityfile"),
+    *("revokedhostkeys", "userknownhostsfile"),
+)
+_RAW = ("proxycommand", "proxyjump", "localcommand", "remotecommand")  # the rest of the line
 _MAX_INCLUDES = 16
 
 
@@ -44,7 +48,7 @@ class Line:
         Raises:
             UsageError: quotes do not match, or characters are escaped, which is OpenSSH's to read.
         """
-        if self.keyword in _COMMANDS:
+        if self.keyword in _RAW:
             return [self.rest]
         words, position = [], 0
         while found := _WORD.match(self.rest, position):
@@ -124,6 +128,8 @@ def copy_for_home(
                 for name in included(line, folder, home)
             ]
             lines.append(f"Include {shlex.join(names)}" if names else "")
+        elif line.keyword not in _PATHS:
+            lines.append(line.text)
         else:
             lines.append(_HOME.sub(lambda found: (found[1] or "") + quoted_home, line.text))
     copy.write_bytes("\n".join(lines).encode("utf-8", "surrogateescape"))

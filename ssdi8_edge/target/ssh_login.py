@@ -22,12 +22,18 @@ from paramiko.ssh_exception import AuthenticationException, BadAuthenticationTyp
 
 from ssdi8_edge.errors import BoardError
 from ssdi8_edge.target import dial
-from ssdi8_edge.target.key_files import beside, kind_of, public_blob, public_key
+from ssdi8_edge.target.key_files import (
+    CERTIFICATE,
+    beside,
+    certified_key,
+    kind_of,
+    public_blob,
+    public_key,
+)
 from ssdi8_edge.target.prompts import Prompts
 from ssdi8_edge.target.ssh_config import Settings, permitted
 
 MANY_KEYS = 3  # after which a host may hang up
-_CERTIFICATE = "-cert-v01@openssh.com"
 _RSA = "ssh-rsa"
 _BY_PASSWORD = ("password", "keyboard-interactive")
 
@@ -186,7 +192,7 @@ class _Login:
 
     def _in_file(self, path: Path, blob: bytes) -> _Offer | None:
         """A private key in a file, unopened if its public half is known; None for no key."""
-        if not path.is_file() or blob == public_key(path):
+        if not path.is_file() or public_key(path):
             return None
         if blob:
             return _Offer(blob, None, path)
@@ -208,7 +214,7 @@ class _Login:
         files = [*self._settings.certificates]
         files += [beside(path, "-cert.pub") for path in self._settings.identities]
         for certificate in dict.fromkeys(public_key(file) for file in files):
-            if certificate and _certified(certificate) == offer.blob:
+            if certificate and certified_key(certificate) == offer.blob:
                 yield _Offer(certificate, offer.key, offer.file)
         yield offer
 
@@ -231,12 +237,12 @@ class _Login:
         if kind.startswith(_RSA) and key.get_bits() < self._settings.rsa_bits:
             self._notes.append(f"an RSA key of {key.get_bits()} bits is too short")
             return None
-        key.public_blob = PublicBlob(kind, offer.blob) if kind.endswith(_CERTIFICATE) else None
+        key.public_blob = PublicBlob(kind, offer.blob) if kind.endswith(CERTIFICATE) else None
         return self._try(lambda: transport.auth_publickey(user, key))
 
     def _allowed(self, kind: str) -> bool:
         """Whether the configuration lets a kind of key be used; of RSA, with any hash."""
-        plain = kind.removesuffix(_CERTIFICATE)
+        plain = kind.removesuffix(CERTIFICATE)
         names = ["rsa-sha2-256", "rsa-sha2-512"] if plain == _RSA else [plain]
         spec = self._settings.algorithms.get("pubkeys")
         ending = kind.removeprefix(plain)
@@ -308,10 +314,3 @@ class _Login:
         else:
             methods = transport.auth_interactive(user, answers)
         return methods
-
-
-def _certified(certificate: bytes) -> bytes:
-    """The key that a certificate is for; nothing where it is none."""
-    with contextlib.suppress(Exception):  # of paramiko or cryptography
-        return paramiko.PKey.from_type_string(kind_of(certificate), certificate).asbytes()
-    return b""

@@ -31,6 +31,10 @@ Found = dict[str, list[str]]
 def program() -> str | None:
     """OpenSSH's ssh; None where there is none, or another one, such as dropbear's."""
     path = shutil.which("ssh")
+    try:
+        pwd.getpwuid(os.getuid())
+    except KeyError:  # it serves nobody without a name, as the user of a container may be
+        return None
     return path if path is not None and _is_openssh(path) else None
 
 

@@ -303,7 +303,8 @@ class _Reading:
 
     def _paths(self, name: str, default: list[str]) -> tuple[Path, ...]:
         values = self._found.get(name, default)
-        return tuple(self._path(value) for value in values if value.lower() != "none")
+        paths = (self._path(value) for value in values if value.lower() != "none")
+        return tuple(dict.fromkeys(paths))
 
     def _key_files(self, name: str, default: tuple[str | Path, ...]) -> list[Path]:
         values = self._found.get(name)

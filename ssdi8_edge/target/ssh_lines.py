@@ -22,7 +22,7 @@ _PATHS = (
     *("certificatefile", "globalknownhostsfile", "identityagent", "identityfile"),
     *("revokedhostkeys", "userknownhostsfile"),
 )
-_RAW = ("proxycommand", "proxyjump", "localcommand", "remotecommand")  # the rest of the line
+_COMMANDS = ("proxycommand", "localcommand", "remotecommand")  # the rest of the line, as it is
 _MAX_INCLUDES = 16
 
 
@@ -48,8 +48,10 @@ class Line:
         Raises:
             UsageError: quotes do not match, or characters are escaped, which is OpenSSH's to read.
         """
-        if self.keyword in _RAW:
+        if self.keyword in _COMMANDS:
             return [self.rest]
+        if self.keyword == "proxyjump":  # which knows no quotes
+            return [self.rest.partition(" #")[0].strip()]
         words, position = [], 0
         while found := _WORD.match(self.rest, position):
             words.append(_QUOTED.sub(lambda quoted: quoted[1] or quoted[2] or "", found[1]))

@@ -247,32 +247,28 @@ def add_passphrase(identity: Path, phrase: str) -> None:
 def test_the_agent_holds_the_key(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also one that the configuration names and that has a passphrase on disk."""
     server = lab.serve("board")
-    monkeypatch.setenv("SSH_AUTH_SOCK", str(lab.folder / "agent"))
-    command = ["ssh-agent", "-D", "-a", str(lab.folder / "agent")]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as agent:
-        try:
-            while not (lab.folder / "agent").exists():
-                time.sleep(0.01)
-            subprocess.run(["ssh-add", "-q", server.identity], check=True)
-            add_passphrase(server.identity, "open sesame")
-            assert lab.connect("board").run(["true"]).exit == 0
-            lab.config.write_text(lab.config.read_text().replace("IdentitiesOnly yes", ""))
-            server.identity.unlink()
-            assert lab.connect("board").run(["true"]).exit == 0
-        finally:
-            agent.terminate()
+    with agent_with(lab, server.identity) as sock:
+        monkeypatch.setenv("SSH_AUTH_SOCK", str(sock))
+        add_passphrase(server.identity, "open sesame")
+        assert lab.connect("board").run(["true"]).exit == 0
+        lab.config.write_text(lab.config.read_text().replace("IdentitiesOnly yes", ""))
+        server.identity.unlink()
+        assert lab.connect("board").run(["true"]).exit == 0
 
 
 @contextmanager
 def agent_with(lab: Lab, *identities: Path) -> Iterator[Path]:
     """An agent that holds keys, and its socket."""
     sock = lab.folder / "agent.sock"
+    environment = {**os.environ, "SSH_AUTH_SOCK": str(sock)}
     command = ["ssh-agent", "-D", "-a", str(sock)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as agent:
         try:
-            while not sock.exists():
+            while (
+                subprocess.run(["ssh-add", "-l"], env=environment, capture_output=True).returncode
+                > 1
+            ):
                 time.sleep(0.01)
-            environment = {**os.environ, "SSH_AUTH_SOCK": str(sock)}
             for identity in identities:
                 subprocess.run(["ssh-add", "-q", identity], check=True, env=environment)
             yield sock

@@ -134,7 +134,7 @@ def test_own_known_hosts_and_alias_for_the_key(lab: Lab) -> None:
     ("config", "pattern"),
     [
         ("Host board\n  ProxyCommand touch hacked\n", "ProxyCommand, which is not run here"),
-        ("Host board\n  Port twenty\n", "cannot be read"),
+        ("Host board\n  Port twenty\n", "cannot be read|and not to a number"),
         ("Host board\n  ProxyJump board\n", "jumphost loop via board|lies behind itself"),
         ("=\n", "cannot be read"),
     ],

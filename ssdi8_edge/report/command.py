@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
-from rich.console import Console
+
+from ssdi8_edge.console import human
 
 
 def report(
@@ -40,8 +41,7 @@ def report(
         texts[csv] = to_csv(data)
     if markdown is not None:
         texts[markdown] = to_markdown(data)
-    human = Console(stderr=True, highlight=False)
     for path, text in texts.items():
         with whole_or_absent(path) as scratch:
             scratch.write_text(text, encoding="utf-8")
-        human.print(f"wrote {path}", markup=False, soft_wrap=True)
+        human.print(f"wrote {path}")

@@ -33,7 +33,7 @@ def json_safe(value: Any) -> Any:
         return None
     if isinstance(value, str):
         # The bytes of a file name that are no UTF-8 come as halves of characters.
-        return value.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        return value.encode("utf-8", "backslashreplace").decode("utf-8")
     return value
 
 

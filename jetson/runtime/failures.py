@@ -34,7 +34,7 @@ RAN_OUT = re.compile(
     r"|memoryallocation|failed to map segment|memory allocation of \d+ bytes failed",
     re.IGNORECASE,
 )
-_AMOUNT = re.compile(r"(\d+(?:\.\d+)?) ?(bytes|[KMGT]i?B)\b|buffer of size:? ?(\d+)")
+_AMOUNT = re.compile(r"(\d+(?:\.\d+)?) ?(bytes|[KMGTPE]i?B)\b|buffer of size:? ?(\d+)")
 
 
 class Failure(NamedTuple):

@@ -188,7 +188,7 @@ def show(rows: Sequence[Evaluation], console: Console) -> None:
         part = wider
     console.print(_rich(part))
     for note in notes(rows):
-        console.print(note)
+        console.print(note, soft_wrap=False)
 
 
 def _width(part: Sequence[Column], console: Console) -> int:

@@ -23,6 +23,7 @@ from ssdi8_edge.console import human, results, table, visible
 from ssdi8_edge.decimals import percent
 from ssdi8_edge.errors import Interrupted, Ssdi8Error, UsageError
 from ssdi8_edge.failures import as_ours, show_traceback
+from ssdi8_edge.inputs import expanded
 from ssdi8_edge.json_text import to_json
 from ssdi8_edge.report import command as report_command
 from ssdi8_edge.target import commands as board_commands
@@ -135,7 +136,7 @@ def build(
         model=model,
         recipe=recipe,
         target=chosen_target,
-        out=out or Path("runs") / run_name(model, method, chosen_target.name),
+        out=expanded(out or Path("runs") / run_name(model, method, chosen_target.name)),
         calibration=calibration,
         tokenizer=tokenizer,
         until=until,
@@ -296,7 +297,7 @@ def evaluate(
         if not recipes:
             raise UsageError("--methods names none;", "see `ssdi8-edge methods`.")
         folders = quantize_by(
-            *(recipes, model, runs, calibration, tokenizer, device, progress, _say_of)
+            *(recipes, model, expanded(runs), calibration, tokenizer, device, progress, _say_of)
         )
         subjects = [open_subject(model, folders[0] / TOKENIZER, device)]
         subjects += [open_subject(str(folder), None, device) for folder in folders]
@@ -308,9 +309,10 @@ def evaluate(
         named = None if tokenizer is None else named_tokenizer(tokenizer)
         subjects = [open_subject(model, named, device) for model in models]
     rows = measure(subjects, measures, progress)
-    save_results(rows, save or [])
     records = [record for row in rows for record in row.records()]
+    # First, so that a disk that is full by now does not cost them.
     _data(records, as_json, lambda: show(rows, results))
+    save_results(rows, save or [])
 
 
 def _names(listed: str) -> list[str]:
@@ -329,7 +331,7 @@ def inspect(
     """Sizes, scales, saturation counters and what ran where; checks every file."""
     from ssdi8_edge.inspection import inspect_bundle
 
-    found = inspect_bundle(bundle)
+    found = inspect_bundle(expanded(bundle))
     _data(found, as_json, lambda: _show_bundle(found))
 
 

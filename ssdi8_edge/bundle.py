@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import shutil
+import signal
 import time
 from collections import deque
 from contextlib import AbstractContextManager, nullcontext
@@ -32,6 +34,7 @@ from ssdi8_edge.artifacts import (
 )
 from ssdi8_edge.board_runtime import run_engine, runtime_module
 from ssdi8_edge.errors import Ssdi8Error
+from ssdi8_edge.failures import during, killed_for_memory
 from ssdi8_edge.profiles import Target
 from ssdi8_edge.progress import Track, silent
 from ssdi8_edge.quantize.modules import QuantizedMamba2, State
@@ -123,8 +126,10 @@ def pack(
         shutil.copyfile(run_folder / QUANTIZED / TOKENIZER, folder / TOKENIZER)
     for source, inside in ((shipped("jetson"), folder), (shipped("plugins"), folder / "plugins")):
         _copy_sources(source, inside)
-    model = load_quantized(run_folder / QUANTIZED)
-    golden = golden_vectors(model, golden_ids, target.max_tokens, track)
+    with during("the golden vectors of the bundle were made", "end other programs"):
+        model = load_quantized(run_folder / QUANTIZED)
+        golden = golden_vectors(model, golden_ids, target.max_tokens, track)
+    del model  # the process that verifies needs the memory
     np.savez(folder / GOLDEN, **golden)  # type: ignore[arg-type]
 
     manifest: dict[str, Any] = {
@@ -189,10 +194,33 @@ def _not_run(target: Target) -> list[str]:
 
 
 def _verify(folder: Path) -> None:
-    done = run_engine(folder, ["--verify", "--backend", "onnxruntime"])
-    if done.returncode != 0:
-        reason = (done.stderr or done.stdout).strip().splitlines()
+    """The new bundle in a process of its own, as it will run elsewhere.
+
+    Raises:
+        Ssdi8Error: what happened there; only other numbers are worth a report.
+    """
+    done = run_engine(folder, ["--verify", "--json", "--backend", "onnxruntime"])
+    if done.returncode == 0:
+        return
+    try:
+        report = json.loads(done.stdout)
+    except ValueError:
+        report = {}
+    if report.get("comparisons"):
         raise Ssdi8Error(
-            f"the new bundle does not reproduce its golden vectors: {reason[-1] if reason else ''}",
+            f"the new bundle does not reproduce its golden vectors: {report['problem']}",
             "the old bundle was kept; please report this.",
         )
+    said = report.get("problem") or done.stderr.strip().rpartition("\n")[2]
+    reason = said.removeprefix("run_engine: ").rstrip(".")
+    memory = killed_for_memory(done.returncode, done.stderr)
+    if memory:
+        reason = "it was killed, most likely because memory ran out"
+    elif done.returncode < 0:
+        reason = f"it was ended by {signal.Signals(-done.returncode).name}"
+    failure = Ssdi8Error(
+        f"verifying the new bundle failed: {reason};",
+        f"{'end other programs; ' if memory else ''}the stages before it are kept.",
+    )
+    failure.exit_code = 2 if memory or done.returncode == 2 else 1
+    raise failure

@@ -53,6 +53,8 @@ from ssdi8_edge.checkpoint import DEMO_FOLDER, Checkpoint, fetch_tokenizer, open
 from ssdi8_edge.device import require_device
 from ssdi8_edge.errors import UsageError
 from ssdi8_edge.export import export_model
+from ssdi8_edge.failures import during
+from ssdi8_edge.inputs import expanded, text_input
 from ssdi8_edge.lowering import lower
 from ssdi8_edge.methods import QuantConfig
 from ssdi8_edge.model import Mamba2Config
@@ -90,6 +92,7 @@ class BuildRequest:
         device: where calibrate and quantize compute. Sums in another order round differently, so
             what a GPU made is not taken for what a CPU would make.
         command: as recorded in the manifest.
+        out_option: that `out` came from, for messages.
     """
 
     model: str
@@ -101,6 +104,7 @@ class BuildRequest:
     until: str = "bundle"
     device: str = "cpu"
     command: str = "build"
+    out_option: str = "--out"
 
 
 @dataclass
@@ -123,7 +127,7 @@ class Build:
         self.checkpoint = open_checkpoint(request.model)
         self.config = layer_config(self.checkpoint, request.recipe)
         self.tokenizer = _find_tokenizer(request, self.checkpoint)
-        self.text = request.calibration or DEMO_CALIBRATION
+        self.text = text_input(request.calibration or DEMO_CALIBRATION, "calibration text")
         if request.until not in STAGES:
             raise UsageError(f"unknown stage {request.until!r};", f"known: {', '.join(STAGES)}.")
         if request.until in ("export", "bundle"):
@@ -135,8 +139,6 @@ class Build:
                 "raise engine.tokens in its profile.",
             )
         _require_sizes(request, self.config)
-        if not self.text.is_file():
-            raise UsageError(f"calibration text {self.text} does not exist;", "name a text file.")
         self._steps = self._noted_steps()
 
     @functools.cached_property
@@ -215,7 +217,7 @@ class Build:
             "export": self._export,
             "bundle": self._bundle,
         }
-        with _exclusive(self.request.out):
+        with _exclusive(self.request):
             for name in (CALIBRATION, QUANTIZED, ONNX, BUNDLE, STEPS):
                 remove_leftovers(self.request.out / name)
             keys = self.keys
@@ -226,7 +228,8 @@ class Build:
                     continue
                 begin = time.perf_counter()
                 try:
-                    stages[stage](keys[stage])
+                    with during(f"the stage {stage} ran", self._lower()):
+                        stages[stage](keys[stage])
                     self._note_step(stage, keys[stage], begin)
                 except OSError as error:
                     if error.errno in DISK_ERRORS:
@@ -238,6 +241,11 @@ class Build:
         if self.request.until == "bundle":
             result.manifest = read_json(manifest)
         return result
+
+    def _lower(self) -> str:
+        """What takes less memory."""
+        cpu = "" if self.request.device == "cpu" else ", give --device cpu"
+        return f"end other programs{cpu}, or take a smaller model"
 
     def _noted_steps(self) -> dict[str, dict[str, Any]]:
         try:
@@ -270,7 +278,7 @@ class Build:
     def adopt_calibration(self, other: Build) -> None:
         """Take the statistics of a build that made them from the same, unless ours are there."""
         if self.plan()["calibrate"] == "run" and self.keys["calibrate"] == other.keys["calibrate"]:
-            with _exclusive(self.request.out):
+            with _exclusive(self.request):
                 with whole_or_absent(self.request.out / CALIBRATION) as path:
                     shutil.copyfile(other.request.out / CALIBRATION, path)
                 shared = {
@@ -371,7 +379,7 @@ def named_tokenizer(name: str) -> Path:
     Raises:
         UsageError: there is none.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     path = path / TOKENIZER if path.is_dir() else path
     if not path.exists() and HUB_NAME.fullmatch(name):
         path = fetch_tokenizer(name)
@@ -414,20 +422,21 @@ def _require_sizes(request: BuildRequest, config: Mamba2Config) -> None:
 
 
 @contextmanager
-def _exclusive(out: Path) -> Iterator[None]:
+def _exclusive(request: BuildRequest) -> Iterator[None]:
     """One build at a time per run folder; the lock dies with its holder."""
+    out, option = request.out, request.out_option
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = (out / ".lock").open("w")
     except OSError as error:
         raise UsageError(
-            f"cannot write to {out}: {error.strerror};", "choose another --out folder."
+            f"cannot write to {out}: {error.strerror};", f"choose another {option} folder."
         ) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UsageError(
-                f"another build is writing to {out};", "wait for it or choose another --out."
+                f"another build is writing to {out};", f"wait for it or choose another {option}."
             ) from error
         yield

@@ -101,11 +101,16 @@ class DeviceSpool:
         self._memory = None
 
 
-def read_tokens(text: Path, tokenizer: Path, tokens: int, samples: int) -> Tensor:
+def read_tokens(
+    text: Path, tokenizer: Path, tokens: int, samples: int, purpose: str = "calibration"
+) -> Tensor:
     """The first `samples` windows of `tokens` tokens of a UTF-8 text: (S, T) INT64.
 
     The file is read line by line, so that it may be larger than memory. A text shorter than one
     window gives one shorter sample; fewer windows than asked are all used.
+
+    Args:
+        purpose: what needs the tokens, for the message.
 
     Raises:
         UsageError: a file is missing, the text is not UTF-8 or holds fewer than 16 tokens.
@@ -131,11 +136,20 @@ def read_tokens(text: Path, tokenizer: Path, tokens: int, samples: int) -> Tenso
         raise UsageError(f"{text} is not UTF-8 text;", "give a plain text file.") from error
     except OSError as error:
         raise UsageError(f"cannot read {text}: {error.strerror};", "name a text file.") from error
-    if len(ids) < 16:
-        raise UsageError(f"{text} holds {len(ids)} tokens;", "calibration needs at least 16.")
+    require_tokens(len(ids), text, purpose)
     tokens = min(tokens, len(ids))
     samples = min(samples, len(ids) // tokens)
     return torch.tensor(ids[: samples * tokens]).reshape(samples, tokens)
+
+
+def require_tokens(count: int, text: Path | str, purpose: str) -> None:
+    """Refuse a text that is too short to say anything.
+
+    Raises:
+        UsageError: it holds fewer than 16 tokens.
+    """
+    if count < 16:
+        raise UsageError(f"{text} holds {count} tokens;", f"{purpose} needs at least 16.")
 
 
 def open_tokenizer(path: Path) -> Any:

@@ -401,7 +401,7 @@ def test_what_is_no_model(tmp_path: Path) -> None:
 
 
 def test_text_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"absent\.txt: No such file .*; name a text file\."):
+    with pytest.raises(UsageError, match=r"text .*absent\.txt does not exist; name a text file\."):
         text_file(tmp_path / "absent.txt")
 
 

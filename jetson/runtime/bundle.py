@@ -46,6 +46,10 @@ class BundleProblem(Exception):
         return " ".join(f"{self.message}; {self.hint}.".split())
 
 
+class MemoryRanOut(BundleProblem):
+    """There is not enough memory; the message says for what."""
+
+
 class RunFailure(BundleProblem):
     """The bundle was loaded and then did not compute what it should."""
 

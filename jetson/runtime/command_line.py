@@ -6,7 +6,6 @@ What was asked for goes to stdout, timings and problems to stderr.
 from __future__ import annotations
 
 import argparse
-import errno
 import importlib
 import io
 import os
@@ -18,7 +17,9 @@ from typing import TextIO
 from runtime import options as shared
 from runtime.arguments import Parser, number, numbers
 from runtime.backend import BACKENDS
-from runtime.bundle import BundleProblem, open_bundle
+from runtime.bundle import BundleProblem, MemoryRanOut, open_bundle
+from runtime.console import visible
+from runtime.failures import during, explain, out_of_memory, show_traceback
 
 # option -> file in runtime/commands
 COMMANDS = {
@@ -28,6 +29,7 @@ COMMANDS = {
     "profile": "profile",
     "interactive": "chat",
 }
+DOING = {"verify": "verifying the bundle", "bench": "measuring", "profile": "measuring layers"}
 PIPE_CLOSED = 141  # what a shell reports for a program whose reader went away
 
 
@@ -51,25 +53,23 @@ def _guarded(program: str, command: Callable[[], int]) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a console without UTF-8 shall not end a run
     try:
-        return command()
-    except BundleProblem as problem:
-        print(f"{program}: {problem}", file=sys.stderr)
-        return problem.exit_code
+        code = command()
+        sys.stdout.flush()
+        return code
     except BrokenPipeError:
         # Python flushes stdout once more at exit, which would complain again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
-    except MemoryError as error:
-        print(
-            f"{program}: memory ran out ({error}); end other programs, or ask for fewer tokens.",
-            file=sys.stderr,
-        )
-        return 2
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "free some space" if full else "check that this user may read and write there"
-        print(f"{program}: {error}; {remedy}.", file=sys.stderr)
-        return 2
+    except Exception as error:
+        show_traceback(error)
+        if isinstance(error, MemoryRanOut) or (
+            isinstance(error, BundleProblem) and out_of_memory(error, BundleProblem) is None
+        ):
+            print(f"{program}: {visible(str(error))}", file=sys.stderr)
+            return error.exit_code
+        failure = explain(error, "running", BundleProblem)
+        print(f"{program}: {visible(failure.sentence)}", file=sys.stderr)
+        return failure.exit_code
 
 
 def _nobody() -> TextIO:
@@ -89,7 +89,8 @@ def _run(arguments: Sequence[str], default_bundle: Path) -> int:
             " or --info",
         )
     # Imported here: one command does not need what another does.
-    return importlib.import_module(f"runtime.commands.{asked[0]}").run(bundle, options)
+    with during(DOING.get(asked[0], "running the model")):
+        return importlib.import_module(f"runtime.commands.{asked[0]}").run(bundle, options)
 
 
 def _parse(arguments: Sequence[str], default_bundle: Path) -> argparse.Namespace:
@@ -115,6 +116,7 @@ def _parse(arguments: Sequence[str], default_bundle: Path) -> argparse.Namespace
     add("--engine", type=Path, metavar="DIR", help="--out of build_engine.py")
     add("--plugins", type=Path, metavar="LIB", help="(default: the one the engine was built with)")
     shared.add(where, shared.RUNNING)
+    add("--debug", action="store_true", help="show where a failure happened")
     return parser.parse_args(arguments)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
@@ -21,9 +22,31 @@ def stdin() -> TextIO:
     return sys.stdin
 
 
+_DIRECTIONS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+
+
 def print_json(report: Mapping[str, Any], indent: int | None = 2) -> None:
     """One object on stdout; in ASCII, so that no console's encoding can spoil it."""
     print(json.dumps(report, indent=indent, allow_nan=False), flush=True)
+
+
+def visible(text: str, keep: str = "") -> str:
+    """`text` with escapes for what would steer a terminal, or is no character at all.
+
+    That is control characters, marks that turn the direction of writing, other ends of line, and
+    bytes of a file name that are not UTF-8. `keep` holds characters that pass.
+    """
+    return "".join(c if c in keep or not _steers(c) else _escaped(c) for c in text)
+
+
+def _steers(c: str) -> bool:
+    kind = unicodedata.category(c)
+    return kind in ("Cc", "Cs", "Zl", "Zp") or unicodedata.bidirectional(c) in _DIRECTIONS
+
+
+def _escaped(c: str) -> str:
+    # A byte that is not UTF-8 comes as a lone surrogate.
+    return f"\\x{ord(c) - 0xDC00:02x}" if "\udc80" <= c <= "\udcff" else ascii(c)[1:-1]
 
 
 def pairs(values: Mapping[str, Any]) -> str:

@@ -29,6 +29,7 @@ from ssdi8_edge.errors import UsageError
 from ssdi8_edge.evaluate.local_data import Row
 from ssdi8_edge.evaluate.subject import Subject
 from ssdi8_edge.evaluate.tasks import Accuracy, Task
+from ssdi8_edge.failures import during
 from ssdi8_edge.progress import Track, silent
 from ssdi8_edge.stream import (
     GPU_TOKENS_PER_BATCH,
@@ -117,10 +118,13 @@ class SubjectLM(TemplateLM):
             given = tuple((context + continuation)[-(MAX_TOKENS + 1) : -1])
             by_input.setdefault(given, []).append(number)
         answers: dict[int, Answer] = {}
-        label = f"zero-shot {self._subject.name}"
+        label = f"evaluating {self._subject.name} zero-shot"
+        lower = "end other programs, or name fewer models at once"
         for batch in self._track(self._batches(list(by_input)), label):
             wanted = [[requests[number][2] for number in by_input[tokens]] for tokens in batch]
-            for tokens, found in zip(batch, self._score(batch, wanted), strict=True):
+            with during(label, lower):
+                scored = self._score(batch, wanted)
+            for tokens, found in zip(batch, scored, strict=True):
                 answers.update(zip(by_input[tokens], found, strict=True))
         return [answers[number] for number in range(len(requests))]
 

@@ -18,6 +18,8 @@ from ssdi8_edge.board_runtime import bundle_folder, open_checked_bundle, runtime
 from ssdi8_edge.checkpoint import open_checkpoint
 from ssdi8_edge.device import require_device
 from ssdi8_edge.errors import UsageError
+from ssdi8_edge.failures import during
+from ssdi8_edge.inputs import expanded
 from ssdi8_edge.model import Mamba2Config, Mamba2LM
 from ssdi8_edge.ops import kernel_library
 from ssdi8_edge.ops.kernel_limits import misfit
@@ -90,7 +92,12 @@ def open_subject(source: str, tokenizer: Path | None = None, device: str = "cpu"
         UsageError: it is none of these, has no tokenizer, or cannot run on `device`.
     """
     require_device(device)
-    folder = Path(source).expanduser()
+    with during(f"loading {source}", "end other programs, or name fewer models at once"):
+        return _open_subject(source, tokenizer, device)
+
+
+def _open_subject(source: str, tokenizer: Path | None, device: str) -> Subject:
+    folder = expanded(source)
     if device != "cpu" and is_quantized_checkpoint(folder / QUANTIZED):
         return _quantized_subject(source, folder / QUANTIZED, tokenizer, device)
     if (bundle_folder(folder) / "manifest.json").is_file():

@@ -80,6 +80,7 @@ def parse(arguments: Sequence[str], default_bundle: Path) -> argparse.Namespace:
     add("--force", action="store_true", help="build also where an engine fits")
     add("--no-memory-check", action="store_true", help="build though memory seems too small")
     add("--json", action="store_true", help="one JSON object on stdout")
+    add("--debug", action="store_true", help="show where a failure happened")
     return parser.parse_args(arguments)
 
 

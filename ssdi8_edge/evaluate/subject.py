@@ -18,10 +18,11 @@ from ssdi8_edge.board_runtime import bundle_folder, open_checked_bundle, runtime
 from ssdi8_edge.checkpoint import open_checkpoint
 from ssdi8_edge.device import require_device
 from ssdi8_edge.errors import UsageError
+from ssdi8_edge.fp16_range import all_finite
 from ssdi8_edge.model import Mamba2Config, Mamba2LM
 from ssdi8_edge.ops import kernel_library
 from ssdi8_edge.ops.kernel_limits import misfit
-from ssdi8_edge.quantize.modules import Scope
+from ssdi8_edge.quantize.modules import Scope, watched_model
 from ssdi8_edge.quantize.saved import is_quantized_checkpoint, load_quantized
 from ssdi8_edge.stream import open_tokenizer
 
@@ -64,7 +65,7 @@ class Subject:
     def logits(self, ids: Tensor, keep: int | None = None) -> Tensor:
         """ids (B, L) -> logits (B, keep, V) FP32 of the last `keep` positions; None keeps all."""
         with torch.inference_mode():
-            return self.forward(ids.to(self.device), keep or ids.shape[1], _no_scope)
+            return self._finite(self.forward(ids.to(self.device), keep or ids.shape[1], _no_scope))
 
     def counted_logits(self, ids: Tensor, keep: int) -> tuple[Tensor, dict[str, float]]:
         """The logits, and `layers.{i}.<site>` -> fraction of saturated INT8 values.
@@ -80,7 +81,17 @@ class Subject:
                 counter.scope = f"{name}."
                 yield
 
-            return self.forward(ids.to(self.device), keep, scope), counter.fractions()
+            return self._finite(self.forward(ids.to(self.device), keep, scope)), counter.fractions()
+
+    def _finite(self, logits: Tensor) -> Tensor:
+        """`logits`, or UsageError: perplexity and KL of what is not a number would not be one."""
+        if all_finite(logits):
+            return logits
+        raise UsageError(
+            f"{self.source} ({self.name}) computes logits that are not numbers on this text;",
+            "a value inside it is beyond FP16: build it again, calibrated on text like this, or "
+            "evaluate the checkpoint itself, which computes in FP32.",
+        )
 
 
 def open_subject(source: str, tokenizer: Path | None = None, device: str = "cpu") -> Subject:
@@ -134,7 +145,7 @@ def _quantized_subject(source: str, folder: Path, tokenizer: Path | None, device
         kernels = kernels and misfit(model.config) is None
 
     def forward(ids: Tensor, keep: int, scope: Scope) -> Tensor:
-        with nullcontext() if kernels else kernel_library.references_only():
+        with watched_model(model), nullcontext() if kernels else kernel_library.references_only():
             return model.forward(ids, None, keep, scope)[0]
 
     return Subject(

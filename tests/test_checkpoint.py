@@ -596,8 +596,11 @@ def test_config_values_as_strings_and_floats(hugging_face_folder: Path) -> None:
     """Command lines and some exporters write every value as a string."""
     plain = open_checkpoint(hugging_face_folder).config
     changes: dict[str, Any] = {
-        **{"hidden_size": "64", "num_hidden_layers": 2.0, "use_bias": "False"},
-        **{"tie_word_embeddings": "true", "layer_norm_epsilon": "1e-5"},
+        "hidden_size": "64",
+        "num_hidden_layers": 2.0,
+        "use_bias": "False",
+        "tie_word_embeddings": "true",
+        "layer_norm_epsilon": "1e-5",
         "time_step_limit": ["0.0", "inf"],
     }
     edit_config(hugging_face_folder, **changes)
@@ -647,14 +650,22 @@ def test_more_config_refusals(
 # ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", [NAN, INF, -INF])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+NAMES = [
+    *("backbone.embedding.weight", "backbone.norm_f.weight", "lm_head.weight"),
+    *(f"backbone.layers.1.mixer.{n}" for n in ("A_log", "D", "dt_bias", "in_proj.weight")),
+    *(f"backbone.layers.1.mixer.{n}" for n in ("conv1d.weight", "conv1d.bias", "norm.weight")),
+]
+
+
 @pytest.mark.parametrize(
-    "name",
+    ("name", "dtype", "value"),
     [
-        *("backbone.embedding.weight", "backbone.norm_f.weight", "lm_head.weight"),
-        *(f"backbone.layers.1.mixer.{n}" for n in ("A_log", "D", "dt_bias", "in_proj.weight")),
-        *(f"backbone.layers.1.mixer.{n}" for n in ("conv1d.weight", "conv1d.bias", "norm.weight")),
+        *((name, torch.bfloat16, NAN) for name in NAMES),
+        *(
+            ("lm_head.weight", dtype, value)
+            for dtype in (torch.float16, torch.float32, torch.float64)
+            for value in (NAN, INF, -INF)
+        ),
     ],
 )
 def test_values_that_are_not_finite(

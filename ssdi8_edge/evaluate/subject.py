@@ -51,6 +51,7 @@ class Subject:
         vocabulary: rows of the embedding, padding included.
         device: where ids are taken from and logits are left.
         counts_saturation: whether every INT8 rounding goes through `int8.round_to_int8`.
+        notes: of its checkpoint.
     """
 
     source: str
@@ -61,6 +62,7 @@ class Subject:
     vocabulary: int
     device: str = "cpu"
     counts_saturation: bool = False
+    notes: tuple[str, ...] = ()
 
     def logits(self, ids: Tensor, keep: int | None = None) -> Tensor:
         """ids (B, L) -> logits (B, keep, V) FP32 of the last `keep` positions; None keeps all."""
@@ -181,6 +183,7 @@ def _float_subject(source: str, tokenizer: Path | None, device: str) -> Subject:
         found,
         model.config.vocab_size,
         device,
+        notes=tuple(checkpoint.notes),
     )
 
 

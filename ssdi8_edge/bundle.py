@@ -37,7 +37,7 @@ from ssdi8_edge.errors import Ssdi8Error
 from ssdi8_edge.failures import during, killed_for_memory
 from ssdi8_edge.profiles import Target
 from ssdi8_edge.progress import Track, silent
-from ssdi8_edge.quantize.modules import QuantizedMamba2, State
+from ssdi8_edge.quantize.modules import QuantizedMamba2, State, watched_model
 from ssdi8_edge.quantize.saved import load_quantized, read_config
 
 DECODE_STEPS = 4
@@ -58,6 +58,9 @@ def golden_vectors(
         ids: (tokens,) real text; used cyclically where it is short.
         max_tokens: the most that a call takes; a longer prefill goes in the runtime's pieces, since
             the states between them are rounded to their type.
+
+    Raises:
+        CheckpointError: a tensor leaves FP16.
     """
     chunk = model.config.chunk_size
     length = 2 * chunk + 3
@@ -73,10 +76,11 @@ def golden_vectors(
 
     states: list[State] | None = None
     last_logits = []
-    for start, end in pieces:
-        keep = min(GOLDEN_LOGITS, end - start)
-        logits, states = model.forward(prompt[:, start:end], states, keep, layer_begins)
-        last_logits.append(logits)
+    with watched_model(model):
+        for start, end in pieces:
+            keep = min(GOLDEN_LOGITS, end - start)
+            logits, states = model.forward(prompt[:, start:end], states, keep, layer_begins)
+            last_logits.append(logits)
     deque(layers, maxlen=0)  # ends the bar
     assert states is not None
     logits = torch.cat(last_logits, 1)[:, -GOLDEN_LOGITS:]
@@ -84,9 +88,10 @@ def golden_vectors(
     for i, state in enumerate(states):
         golden |= {f"conv_state.{i}": state.conv, f"ssm_state.{i}": state.ssm}
     steps = []
-    for step in range(DECODE_STEPS):
-        logits, states = model.forward(following[:, step : step + 1], states)
-        steps.append(logits[0, 0])
+    with watched_model(model):
+        for step in range(DECODE_STEPS):
+            logits, states = model.forward(following[:, step : step + 1], states)
+            steps.append(logits[0, 0])
     golden["decode_logits"] = torch.stack(steps)
     return {name: tensor.numpy() for name, tensor in golden.items()}
 

@@ -15,9 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ssdi8_edge import hadamard
 from ssdi8_edge.allocator import return_freed_memory
-from ssdi8_edge.checkpoint import Checkpoint
+from ssdi8_edge.checkpoint import EMBEDDING, Checkpoint
 from ssdi8_edge.errors import CheckpointError
+from ssdi8_edge.fp16_range import IN_FP32, LARGEST
 from ssdi8_edge.hadamard import rotate, transform
 from ssdi8_edge.histogram import MagnitudeHistogram
 from ssdi8_edge.methods import QuantConfig
@@ -47,16 +49,21 @@ def fp32_layer(checkpoint: Checkpoint, index: int, device: str) -> dict[str, Ten
     return {k: tensor.to(device).float() for k, tensor in checkpoint.layer(index).items()}
 
 
-def embed(checkpoint: Checkpoint, ids: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of the rotated embedding, batch by batch, without rotating the whole table."""
-    table = checkpoint.tensor("backbone.embedding.weight")
+def embed(
+    checkpoint: Checkpoint, ids: Tensor, scale: float = 1.0
+) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of the rotated embedding times `scale`, batch by batch, without rotating all of it."""
+    table = checkpoint.tensor(EMBEDDING)
     for part in batches(ids):
-        yield part, rotate_embedding(table[ids[part]].float())
+        yield part, rotate_embedding(table[ids[part]].float()) * scale
 
 
 # Goes into the key of the statistics: raised when what is observed changes, so that those of an
 # earlier state of this file are made again.
-STATISTICS = 4
+STATISTICS = 5
+
+# Of the embedding, handled at once.
+TABLE_ROWS = 8192
 
 # Of |x| for the recipes that clip it so: docs/method.md §6.2 (19).
 PERCENTILE = 0.9995
@@ -68,6 +75,7 @@ class Observers:
 
     def __init__(self, config: Mamba2Config) -> None:
         self._config = config
+        self._rotates = hadamard.exists(config.d_state)
         self._seen: dict[str, Tensor] = {}
         self._histograms: dict[str, MagnitudeHistogram] = {}
         self.absmax: dict[str, Tensor] = {}
@@ -78,7 +86,8 @@ class Observers:
             self._whole("u", value)
         elif name in ("B", "C"):
             self._by_group(name, value.movedim(2, 0))
-            self._by_group(f"{name}_rotated", rotate(value.movedim(2, 0)).float())
+            if self._rotates:
+                self._by_group(f"{name}_rotated", rotate(value.movedim(2, 0)).float())
             self._seen[name] = value
         elif name == "x":
             self._seen["x"] = value
@@ -87,11 +96,15 @@ class Observers:
             self._seen["dt"] = value
         elif name in ("chunk_state", "passed_state"):
             self._update(name, value.abs().amax((0, 1, 4)))
-            self._update(f"{name}_rotated", rotate(value).abs().amax((0, 1, 4)))
+            if self._rotates:
+                self._update(f"{name}_rotated", rotate(value).abs().amax((0, 1, 4)))
         elif name == "y":
+            self._update("y", value.abs().amax())
             self._chunk_tensors()
         elif name == "r":
             self._whole("r", transform(value))
+        elif name == "out":
+            self._update("out", value.abs().amax())
 
     def statistics(self) -> dict[str, Tensor]:
         """All that was seen: maxima, and as `<name>_mse` the ranges of least squared error."""
@@ -182,13 +195,16 @@ def calibrate(
     Returns:
         `layers.{i}.<name>` -> FP32 absolute maximum: u, r: (); B, C, CB, CB_full: (G);
         x, x_scaled, chunk_state, passed_state: (H, P); in_proj.z, .x, .B, .C, .dt: (), its
-        output. `<name>_rotated` of B, C and the states: after `hadamard.rotate`. `<name>_mse` of u,
+        output; y, out: (), outputs of SSD and of the rotated out_proj. `<name>_rotated` of B, C and
+        the states, where d_state has a Hadamard matrix: after `hadamard.rotate`. `<name>_mse` of u,
         r, B, C and both rotated: the range of least squared error. x_mean: (H, P), the largest mean
         of |x| over a window; x_percentile: (), a moving average of the windows' percentiles.
-        `norm_f`: (), the rotated input of lm_head.
+        `norm_f`: (), the rotated input of lm_head. `embedding`: (), the largest norm of a row,
+        which no rotated value exceeds.
 
     Raises:
-        CheckpointError: the model computes something that is not a number.
+        CheckpointError: the model computes something that is not a number, or that FP16 cannot hold
+            where every method needs it to.
     """
     config = layer_config(checkpoint, recipe)
     shape = (*ids.shape, config.d_model)
@@ -197,6 +213,9 @@ def calibrate(
         torch.inference_mode(),
         open_spool(shape, torch.float32, device, scratch) as stream,
     ):
+        table = checkpoint.tensor(EMBEDDING)
+        norms = [rows.float().norm(dim=1).amax() for rows in table.split(TABLE_ROWS)]
+        statistics["embedding"] = torch.stack(norms).amax()
         for part, rows in embed(checkpoint, ids):
             stream[part] = rows
         for i in track(range(config.n_layer), "calibrate"):
@@ -213,6 +232,7 @@ def calibrate(
             seen = observers.statistics()
             statistics |= {f"layers.{i}.{k}": v.cpu() for k, v in seen.items()}
             _require_numbers(checkpoint, i, observers.absmax)
+            _require_fp16_range(checkpoint, i, recipe, observers.absmax)
             return_freed_memory()
         norm_f = torch.zeros((), device=device)
         for part in batches(ids):
@@ -229,4 +249,26 @@ def _require_numbers(checkpoint: Checkpoint, index: int, absmax: dict[str, Tenso
             raise CheckpointError(
                 f"layers.{index} of {checkpoint.folder} computes {name} that is not a number",
                 "the checkpoint is damaged, fetch it again.",
+            )
+
+
+# What the ops of every quantized method pass on in FP16, as statistics name it.
+KEPT_IN_FP16 = {
+    **{f"in_proj.{part}": f"the {part} that in_proj gives" for part in ("z", "x", "B", "C", "dt")},
+    "x": "x behind the convolution",
+    "y": "y, the output of SSD,",
+}
+
+
+def _require_fp16_range(
+    checkpoint: Checkpoint, index: int, recipe: QuantConfig, absmax: dict[str, Tensor]
+) -> None:
+    state = {"passed_state": "the SSM state"} if recipe.state_dtype == "fp16" else {}
+    for name, words in (KEPT_IN_FP16 | state).items():
+        largest = absmax[name].amax().item()
+        if largest > LARGEST:
+            raise CheckpointError(
+                f"layers.{index} of {checkpoint.folder}: {words} reaches {largest:.3g} on the "
+                f"calibration text, and FP16, in which every method keeps it, ends at {LARGEST:g}",
+                IN_FP32,
             )

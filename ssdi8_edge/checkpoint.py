@@ -8,7 +8,8 @@ Three layouts are read; all key renaming happens here.
 
 Values that a config leaves out are the class defaults of state-spaces/mamba (`MambaConfig`,
 `Mamba2`) and of transformers' `Mamba2Config`. Opening a checkpoint checks the name, shape and type
-of every tensor without reading its data.
+of every tensor; data is read only where a name is stored twice. A tensor that is read holds finite
+FP32 numbers, or is refused.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import math
 import pickle
 import zipfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +29,18 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ssdi8_edge.errors import CheckpointError
+from ssdi8_edge.fp16_range import all_finite
 from ssdi8_edge.progress import Track, silent
 
 DEMO_FOLDER = Path(__file__).parent / "demo"
 HASH_BLOCK_BYTES = 4 << 20
-FLOAT_TYPES = {"F16": 2, "BF16": 2, "F32": 4}  # safetensors name: bytes per value
-TORCH_FLOAT_TYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
+FLOAT_TYPES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}  # safetensors name: bytes per value
+TORCH_FLOAT_TYPES = {
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+}
 EMBEDDING = "backbone.embedding.weight"
 HEAD = "lm_head.weight"
 
@@ -49,7 +57,7 @@ SSM_CFG_FIXED = {
     "rmsnorm": True,
     "norm_before_gate": False,
     "D_has_hdim": False,
-    "activation": "swish",
+    "activation": "silu",
     "d_ssm": None,
 }
 SSM_CFG_SIZES = {
@@ -73,8 +81,45 @@ HUGGING_FACE_FIXED = {
 }
 
 
+# One function under two names.
+ACTIVATION_KEYS = ("activation", "hidden_act")
+ACTIVATION_ALIASES = {"swish": "silu"}
+# Where quantizers describe what they did to a checkpoint: transformers, compressed-tensors, MLX.
+QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
+
 # What helps where config.json and weights do not fit together.
 AGAIN = "fetch the checkpoint again, or correct its config.json."
+ORIGINAL = "give the floating-point checkpoint that it was made from (BF16, FP16 or FP32)."
+
+
+def _typed(value: Any) -> Any:
+    """What a config.json means by its value: some tools write every value as a string."""
+    if isinstance(value, dict):
+        return {key: _typed(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_typed(inner) for inner in value]
+    if isinstance(value, str):
+        if value.lower() in ("true", "false"):
+            return value.lower() == "true"
+        try:
+            value = float(value)
+        except ValueError:
+            return value
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """config.json, of a checkpoint that nobody has quantized yet."""
+    config: dict[str, Any] = _typed(_read_json(path))
+    for key in QUANTIZATION_KEYS:
+        if isinstance(found := config.get(key), dict):
+            method = found.get("quant_method") or key
+            raise CheckpointError(
+                f"{path.parent} is already quantized ({method}, says its config.json)", ORIGINAL
+            )
+    if "recipe" in config and "model" in config:
+        raise CheckpointError(f"{path.parent} was written by `ssdi8-edge build`", ORIGINAL)
+    return config
 
 
 def _size(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
@@ -89,6 +134,8 @@ def _size(config: Mapping[str, Any], key: str, default: int | None = None) -> in
 def _require(config: Mapping[str, Any], fixed: Mapping[str, Any], prefix: str = "") -> None:
     for key, expected in fixed.items():
         found = config.get(key)
+        if key in ACTIVATION_KEYS and isinstance(found, str):
+            found = ACTIVATION_ALIASES.get(found.lower(), found.lower())
         if found is not None and found != expected:
             raise CheckpointError(
                 f"config.json sets {prefix}{key} = {json.dumps(found)}; only "
@@ -96,18 +143,37 @@ def _require(config: Mapping[str, Any], fixed: Mapping[str, Any], prefix: str = 
             )
 
 
+def _flag(config: Mapping[str, Any], key: str, default: bool) -> bool:
+    value = config.get(key)
+    if value is None:
+        return default
+    if value not in (True, False):
+        raise CheckpointError(f"config.json sets {key} = {value!r}; expected true or false.")
+    return bool(value)
+
+
+def _norm_eps(config: Mapping[str, Any], key: str) -> float:
+    value = config.get(key)
+    value = 1e-5 if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise CheckpointError(f"config.json sets {key} = {value!r}; expected a positive number.")
+    return float(value)
+
+
 def _dt_limit(limits: Any, key: str) -> tuple[float, float]:
-    """Two bounds; transformers writes infinity as {"__float__": "Infinity"}, we as null."""
+    """Two bounds of dt, which is positive; null is no bound. transformers writes infinity as
+    {"__float__": "Infinity"}."""
+    limits = (None, None) if limits is None else limits
     try:
         low, high = (
-            float(v["__float__"]) if isinstance(v, dict) else math.inf if v is None else float(v)
-            for v in limits
+            default if v is None else float(v["__float__"] if isinstance(v, dict) else v)
+            for v, default in zip(limits, (0.0, math.inf), strict=True)
         )
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(
             f"config.json sets {key} = {limits!r}; expected two bounds."
         ) from None
-    return low, high
+    return max(low, 0.0), high
 
 
 def _state_spaces_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,9 +192,9 @@ def _state_spaces_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
         "n_layer": _size(config, "n_layer"),
         "vocab_size": math.ceil(_size(config, "vocab_size") / multiple) * multiple,
         **{key: _size(ssm, key, default) for key, default in SSM_CFG_SIZES.items()},
-        "dt_limit": _dt_limit(ssm.get("dt_limit", (0.0, math.inf)), "ssm_cfg.dt_limit"),
+        "dt_limit": _dt_limit(ssm.get("dt_limit"), "ssm_cfg.dt_limit"),
         "norm_eps": 1e-5,
-        "tie_embeddings": bool(config.get("tie_embeddings", True)),
+        "tie_embeddings": _flag(config, "tie_embeddings", True),
     }
 
 
@@ -151,9 +217,9 @@ def _hugging_face_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
         "headdim": headdim,
         "ngroups": _size(config, "n_groups", 8),
         "chunk_size": _size(config, "chunk_size", 256),
-        "dt_limit": _dt_limit(config.get("time_step_limit", (0.0, math.inf)), "time_step_limit"),
-        "norm_eps": float(config.get("layer_norm_epsilon", 1e-5)),
-        "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
+        "dt_limit": _dt_limit(config.get("time_step_limit"), "time_step_limit"),
+        "norm_eps": _norm_eps(config, "layer_norm_epsilon"),
+        "tie_embeddings": _flag(config, "tie_word_embeddings", False),
     }
 
 
@@ -185,8 +251,44 @@ def expected_shapes(sizes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 # ---------------------------------------------------------------------------------------------
+# Names
+# ---------------------------------------------------------------------------------------------
+
+# Modules that training puts around a model or a layer; their names stay in what it saves.
+WRAPPERS = {
+    "_orig_mod",  # torch.compile
+    "module",  # DataParallel, DistributedDataParallel, DeepSpeed
+    "_forward_module",  # Fabric
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+    "model",  # LightningModule, by custom
+}
+# What a file of the model without its head, and so without `backbone.`, begins its names with.
+BACKBONE_PARTS = ("embedding", "embeddings", "layers", "norm_f")
+# Parts of names of adapters that lie beside the weights, and of quantized weights.
+ADAPTER_MARKS = ("lora_", "base_layer.", "base_model.")
+QUANTIZED_SUFFIXES = (
+    *(".qweight", ".qzeros", ".g_idx", ".SCB", ".absmax", ".weight_scale", ".weight_packed"),
+    *(".weight_scale_inv", ".quant_map"),
+)
+
+
+def _state_spaces_name(stored: str) -> str:
+    """The name of a stored tensor in the layout of state-spaces."""
+    parts = [part for part in stored.split(".") if part not in WRAPPERS]
+    if parts and parts[0] in BACKBONE_PARTS:
+        parts.insert(0, "backbone")
+    name = ".".join(parts)
+    # transformers writes "embeddings" where state-spaces writes "embedding".
+    return EMBEDDING if name == "backbone.embeddings.weight" else name
+
+
+# ---------------------------------------------------------------------------------------------
 # Weight files
 # ---------------------------------------------------------------------------------------------
+
+# Keys under which training loops keep the weights, beside an optimizer and a step.
+STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model", "module")
 
 
 class _SafetensorsFile:
@@ -238,6 +340,8 @@ class _PickleFile:
             ) from error
         if not isinstance(held, dict):
             raise CheckpointError(f"{path} holds a {type(held).__name__}, not named tensors.")
+        while inner := [held[k] for k in STATE_DICT_KEYS if isinstance(held.get(k), dict)]:
+            held = inner[0]
         for name, value in held.items():
             if not isinstance(name, str) or not isinstance(value, Tensor):
                 raise CheckpointError(f"{path} holds {name!r}, which is not a tensor.")
@@ -301,12 +405,58 @@ def _open_weights(path: Path) -> _WeightFile:
 # Checkpoint
 # ---------------------------------------------------------------------------------------------
 
+MERGE = "merge it into its base model (`merge_and_unload` of peft) and save that."
+SAVE_HEAD = (
+    "save the whole model, or set tie_embeddings in config.json if its head is the embedding."
+)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor is stored, and under which name."""
+
+    path: Path
+    weights: _WeightFile
+    stored: str
+
+    def describe(self) -> tuple[tuple[int, ...], str]:
+        """Shape and type, without reading data."""
+        return self.weights.describe(self.stored)
+
+    def read(self) -> Tensor:
+        return self.weights.read(self.stored)
+
+
+def _at_most_fp32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype == torch.float64 else tensor
+
+
+def _same_bits(first: Tensor, second: Tensor) -> bool:
+    if first.shape != second.shape or first.dtype != second.dtype:
+        return False
+    return torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (first, second)))
+
+
+def _same_weights(embedding: _Place, head: _Place) -> bool:
+    """Whether the head is the embedding, perhaps rounded to another type or without its padding."""
+    (shape, dtype), (head_shape, head_dtype) = embedding.describe(), head.describe()
+    if (
+        len(shape) != 2
+        or shape[1:] != head_shape[1:]
+        or not {dtype, head_dtype} <= set(FLOAT_TYPES)
+    ):
+        return False
+    rows = min(shape[0], head_shape[0])
+    first, second = embedding.read()[:rows], head.read()[:rows]
+    return torch.equal(first.to(second.dtype), second) or torch.equal(first, second.to(first.dtype))
+
 
 class Checkpoint:
     """A verified checkpoint folder.
 
     config           complete keyword arguments of `model.Mamba2Config`
     names            every tensor of the model, state-spaces names, `lm_head.weight` included
+    notes            sentences for the user: where weights and config.json disagree
     tokenizer_path   tokenizer.json beside the weights, or None
     parameter_bytes  bytes of the stored parameters; a tied head counts once
 
@@ -317,10 +467,12 @@ class Checkpoint:
         self.folder = folder
         self._config_path = folder / "config.json"
         if not self._config_path.is_file():
+            if (folder / "adapter_config.json").is_file():
+                raise CheckpointError(f"{folder} holds an adapter, not a model", MERGE)
             raise CheckpointError(
                 f"{folder} has no config.json.", "name a folder that holds config.json and weights."
             )
-        raw = _read_json(self._config_path)
+        raw = _read_config(self._config_path)
         if "d_model" in raw:
             self.config = _state_spaces_sizes(raw)
         elif raw.get("model_type") is not None or "hidden_size" in raw:
@@ -331,51 +483,128 @@ class Checkpoint:
                 "(Hugging Face): not a Mamba-2 model."
             )
         self._weight_paths = _weight_files(folder)
-        self._places: dict[str, tuple[_WeightFile, str]] = {}
+        self._places: dict[str, _Place] = {}
+        self._finite: set[str] = set()
+        self.notes: list[str] = []
         self.parameter_bytes = 0
+        self._locate()
+        self._settle_head()
         self._verify()
         tokenizer = folder / "tokenizer.json"
         self.tokenizer_path = tokenizer if tokenizer.is_file() else None
 
-    def _verify(self) -> None:
+    def _locate(self) -> None:
+        """Where each tensor is stored."""
         for path in self._weight_paths:
             weights = _open_weights(path)
             for stored in weights.names:
-                # transformers writes "embeddings" where state-spaces writes "embedding".
-                name = EMBEDDING if stored == "backbone.embeddings.weight" else stored
-                self._places[name] = (weights, stored)
+                if any(mark in stored for mark in ADAPTER_MARKS):
+                    raise CheckpointError(f"{path} holds the adapter tensor {stored}", MERGE)
+                if stored.endswith(QUANTIZED_SUFFIXES):
+                    raise CheckpointError(
+                        f"{path} is already quantized: it holds the tensor {stored}", ORIGINAL
+                    )
+                name, place = _state_spaces_name(stored), _Place(path, weights, stored)
+                other = self._places.setdefault(name, place)
+                if other is not place and not _same_bits(other.read(), place.read()):
+                    raise CheckpointError(
+                        f"{self.folder} holds two different tensors {name}: {other.stored} in "
+                        f"{other.path.name} and {stored} in {path.name}",
+                        "remove the one that does not belong to it.",
+                    )
+
+    def _settle_head(self) -> None:
+        """Whether the head is the embedding: the weights decide, config.json where they do not."""
+        embedding, head = self._places.get(EMBEDDING), self._places.get(HEAD)
+        tied = self.config["tie_embeddings"]
+        if head is None and embedding is not None:
+            # A base model is saved without prefix, and without a head whatever config.json says.
+            if not tied and self._is_base():
+                self.config["tie_embeddings"] = True
+                self.notes.append(
+                    f"{self.folder} holds a base model without {HEAD}: the embedding is used as "
+                    "its head; if the model has a head of its own, save the whole model."
+                )
+        elif embedding is None and head is not None and tied:
+            self._places[EMBEDDING] = self._places.pop(HEAD)
+        elif embedding is not None and head is not None and tied:
+            if _same_weights(embedding, head):
+                del self._places[HEAD]
+                return
+            self.config["tie_embeddings"] = False
+            self.notes.append(
+                f"config.json ties {HEAD} to the embedding, but {self.folder} stores another one: "
+                "the stored one is used."
+            )
+
+    def _is_base(self) -> bool:
+        """Whether no stored name has the prefix that a whole model gives."""
+        return not any(".backbone." in f".{place.stored}" for place in self._places.values())
+
+    def _verify(self) -> None:
         shapes = expected_shapes(self.config)
         self.names = list(shapes)
         if self.config["tie_embeddings"]:
-            # Some writers store the tied head a second time.
-            self._places.pop(HEAD, None)
             del shapes[HEAD]
         for name, shape in shapes.items():
             if name not in self._places:
-                raise CheckpointError(f"{self.folder} lacks the tensor {name}.", AGAIN)
-            weights, stored = self._places[name]
-            found, dtype = weights.describe(stored)
+                hint = SAVE_HEAD if name == HEAD else AGAIN
+                raise CheckpointError(f"{self.folder} lacks the tensor {name}.", hint)
+            found, dtype = self._places[name].describe()
             if found != shape:
                 raise CheckpointError(
                     f"tensor {name} has shape {found} where config.json implies {shape}.", AGAIN
                 )
             if dtype not in FLOAT_TYPES:
                 raise CheckpointError(
-                    f"tensor {name} has type {dtype}.", "give a floating-point checkpoint."
+                    f"tensor {name} has type {dtype}.",
+                    f"give a floating-point checkpoint ({', '.join(FLOAT_TYPES)}).",
                 )
             self.parameter_bytes += math.prod(shape) * FLOAT_TYPES[dtype]
         extra = sorted(self._places.keys() - shapes.keys())
         if extra:
-            raise CheckpointError(f"{self.folder} holds an unexpected tensor {extra[0]}.", AGAIN)
+            stored = self._places[extra[0]].stored
+            raise CheckpointError(f"{self.folder} holds an unexpected tensor {stored}.", AGAIN)
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor of this state-spaces name, in its stored type, on the CPU."""
+        """The tensor of this state-spaces name, in its stored type (F64 as F32), on the CPU.
+
+        Raises CheckpointError when a value is not a finite FP32 number.
+        """
         if name == HEAD and self.config["tie_embeddings"]:
             name = EMBEDDING
         if name not in self._places:
             raise CheckpointError(f"{self.folder} has no tensor {name}.")
-        weights, stored = self._places[name]
-        return weights.read(stored)
+        place = self._places[name]
+        tensor = place.read()
+        if name not in self._finite:
+            self._require_finite(place.stored, tensor)
+            if name.endswith(".A_log"):
+                self._require_finite(f"exp({place.stored})", tensor.double().exp())
+            self._finite.add(name)
+        return _at_most_fp32(tensor)
+
+    def require_finite(self, track: Track = silent) -> None:
+        """Reads every tensor once.
+
+        Raises CheckpointError when a value is not a finite FP32 number.
+        """
+        for name in track(self.names, "check the weights"):
+            self.tensor(name)
+
+    def _require_finite(self, name: str, tensor: Tensor) -> None:
+        narrow = _at_most_fp32(tensor)
+        if all_finite(narrow):
+            return
+        bad = ~narrow.isfinite()
+        first = bad.nonzero()[0].tolist()
+        count = int(bad.sum())
+        raise CheckpointError(
+            f"tensor {name} of {self.folder} holds {count} value{'s' if count > 1 else ''} of NaN, "
+            f"infinity or beyond FP32, the first at {first}: {tensor[tuple(first)].item():g}",
+            "the checkpoint is damaged or its training diverged: fetch it again, or take an "
+            "earlier one.",
+        )
 
     def layer(self, index: int) -> dict[str, Tensor]:
         """The tensors of one block, under the names that `model.Mamba2Block` gives them."""

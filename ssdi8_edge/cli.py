@@ -301,6 +301,9 @@ def evaluate(
 
         named = None if tokenizer is None else named_tokenizer(tokenizer)
         subjects = [open_subject(model, named, device) for model in models]
+    # Where models were quantized here, their builds have said it.
+    for note in [] if methods else dict.fromkeys(note for each in subjects for note in each.notes):
+        human.print(f"note: {note}", markup=False)
     rows = measure(subjects, measures, progress)
     records = [record for row in rows for record in row.records()]
     # First, so that a disk that is full by now does not cost them.
@@ -345,6 +348,8 @@ def _show_bundle(found: dict[str, Any]) -> None:
             site, fraction = max(layer["saturation"].items(), key=lambda item: item[1])
             scales.add_row(str(i), *cells, f"{site} {percent(fraction, 4)}")
         results.print(scales)
+    for note in found["checkpoint"].get("notes", ()):
+        results.print(f"note: {note}")
     for step in found["steps"]:
         results.print(f"ran on {step['where']}: {step['step']} ({step['seconds']} s)")
     for line in found["not_run"]:

@@ -30,7 +30,9 @@ class Mamba2Config:
     """Sizes of a Mamba-2 language model.
 
     `vocab_size` counts the rows of the embedding, padding included. `dt_limit` bounds the step
-    width dt after softplus. Raises CheckpointError when the sizes do not fit together.
+    width dt after softplus. `residual_scale`, a power of two, is the unit that the residual stream
+    is kept in: what is added to it is stored times this, and the norms that read it take eps times
+    its square, which computes the same. Raises CheckpointError when the sizes do not fit together.
     """
 
     d_model: int
@@ -45,6 +47,7 @@ class Mamba2Config:
     dt_limit: tuple[float, float] = (0.0, math.inf)
     norm_eps: float = 1e-5
     tie_embeddings: bool = True
+    residual_scale: float = 1.0
 
     def __post_init__(self) -> None:
         sizes = ("d_model", "n_layer", "vocab_size", "d_state", "d_conv", "expand", "headdim")
@@ -63,13 +66,18 @@ class Mamba2Config:
         low, high = self.dt_limit
         if not 0.0 <= low < high:
             raise CheckpointError(f"dt_limit must rise from a bound >= 0, not {self.dt_limit!r}.")
-        if not self.norm_eps > 0.0:
+        if not 0.0 < self.norm_eps < math.inf:
             raise CheckpointError(f"norm_eps must be positive, not {self.norm_eps!r}.")
 
     @property
     def d_inner(self) -> int:
         """E: channels of x, z and y."""
         return self.expand * self.d_model
+
+    @property
+    def residual_eps(self) -> float:
+        """Of the norms that read the residual stream."""
+        return self.norm_eps * self.residual_scale**2
 
     @property
     def nheads(self) -> int:
@@ -374,7 +382,7 @@ class Mamba2Block(nn.Module):
 
     def __init__(self, config: Mamba2Config) -> None:
         super().__init__()
-        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.norm = RMSNorm(config.d_model, config.residual_eps)
         self.mixer = Mamba2Mixer(config)
 
     def forward(
@@ -403,7 +411,7 @@ class Mamba2Backbone(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(Mamba2Block(config) for _ in range(config.n_layer))
-        self.norm_f = RMSNorm(config.d_model, config.norm_eps)
+        self.norm_f = RMSNorm(config.d_model, config.residual_eps)
 
 
 class Mamba2LM(nn.Module):

@@ -56,15 +56,15 @@ from ssdi8_edge.export import export_model
 from ssdi8_edge.failures import during
 from ssdi8_edge.inputs import expanded, text_input
 from ssdi8_edge.lowering import lower
-from ssdi8_edge.methods import QuantConfig
+from ssdi8_edge.methods import METHODS, QuantConfig
 from ssdi8_edge.model import Mamba2Config
 from ssdi8_edge.ops.kernel_library import references_only
 from ssdi8_edge.ops.kernel_limits import require_kernels
 from ssdi8_edge.profiles import Target
 from ssdi8_edge.progress import Track, silent
-from ssdi8_edge.quantize import quantize
+from ssdi8_edge.quantize import quantize, quantized_config
 from ssdi8_edge.quantize.gptq import require_groups
-from ssdi8_edge.quantize.saved import CONFIG
+from ssdi8_edge.quantize.saved import CONFIG, read_config
 from ssdi8_edge.safetensors_writer import SafetensorsWriter
 from ssdi8_edge.stream import open_tokenizer, read_tokens, require_vocabulary
 
@@ -140,6 +140,8 @@ class Build:
             )
         _require_sizes(request, self.config)
         self._steps = self._noted_steps()
+        for note in self.checkpoint.notes:
+            say(f"note: {note}")
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -164,7 +166,13 @@ class Build:
                 **({} if self.request.device == "cpu" else {"device": "cuda"}),
             }
         )
-        keys["quantize"] = key_of({"calibrate": keys["calibrate"], "recipe": recipe.to_dict()})
+        keys["quantize"] = key_of(
+            {
+                "calibrate": keys["calibrate"],
+                "recipe": recipe.to_dict(),
+                "tied": self.config.tie_embeddings,
+            }
+        )
         keys["export"] = key_of({"quantize": keys["quantize"]})
         sources = {
             path.relative_to(shipped(name)).as_posix(): sha256_file(path)
@@ -220,8 +228,10 @@ class Build:
         with _exclusive(self.request):
             for name in (CALIBRATION, QUANTIZED, ONNX, BUNDLE, STEPS):
                 remove_leftovers(self.request.out / name)
-            keys = self.keys
-            for stage, action in self.plan().items():
+            keys, plan = self.keys, self.plan()
+            if "run" in (plan["calibrate"], plan.get("quantize")):
+                self.checkpoint.require_finite(self._track)
+            for stage, action in plan.items():
                 if action == "reuse":
                     result.reused.append(stage)
                     self._say(f"{stage}: up to date")
@@ -323,12 +333,13 @@ class Build:
                 {
                     "key": key,
                     "name": _model_name(self.request.model),
-                    "model": self.config.to_dict(),
+                    "model": quantized_config(self.checkpoint, recipe, statistics).to_dict(),
                     "recipe": recipe.to_dict(),
                     "checkpoint": {
                         "source": self.checkpoint.folder.name,
                         "sha256": self.fingerprint,
                         "bytes": self.checkpoint.parameter_bytes,
+                        "notes": self.checkpoint.notes,
                     },
                     "saturation": saturation,
                     "files": listing(folder, CONFIG),
@@ -336,14 +347,15 @@ class Build:
             )
 
     def _export(self, key: str) -> None:
-        weights = self.request.out / QUANTIZED / WEIGHTS
-        recipe = self.request.recipe
+        folder = self.request.out / QUANTIZED
+        weights, recipe = folder / WEIGHTS, self.request.recipe
+        config = Mamba2Config.from_dict(read_config(folder)["model"])
         with whole_or_absent(self.request.out / ONNX) as folder:
             # The graphs refer to the weights by name; the bundle puts them side by side.
             folder.mkdir()
-            portable = export_model(weights, self.config, recipe, "cpu")
+            portable = export_model(weights, config, recipe, "cpu")
             onnx.save(portable, folder / PORTABLE_MODEL)
-            tensorrt = lower(export_model(weights, self.config, recipe, "tensorrt"))
+            tensorrt = lower(export_model(weights, config, recipe, "tensorrt"))
             onnx.save(tensorrt, folder / TENSORRT_MODEL)
             write_json(folder / EXPORT, {"key": key, "files": listing(folder, EXPORT)})
 
@@ -413,10 +425,20 @@ def _require_sizes(request: BuildRequest, config: Mamba2Config) -> None:
     recipe, target = request.recipe, request.target
     if not recipe.quantized:
         return
-    for width in (config.d_model, config.d_inner):
-        hadamard.factors(width)
+    for name, width in (("d_model", config.d_model), ("d_inner", config.d_inner)):
+        hadamard.require(name, width, "use --method fp16.")
         if recipe.linear == "w4":
             require_groups(width, recipe.group_size)
+    if recipe.bc_rotation == "hadamard":
+        fits = [
+            each.name
+            for each in METHODS.values()
+            if each.bc_rotation == "none" and each.ssd != "dequantized"
+        ]
+        hadamard.require(
+            *("d_state", config.d_state),
+            f"use a --method that does not rotate B and C: {', '.join(fits)}.",
+        )
     if target.runtime == "tensorrt":
         require_kernels(config, target.name, "give --method fp16, or --target host-cpu.")
 

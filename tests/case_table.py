@@ -24,7 +24,7 @@ from ssdi8_edge.checkpoint import Checkpoint
 from ssdi8_edge.formats import Gate, Rounding, Scaling
 from ssdi8_edge.methods import METHODS, QuantConfig
 from ssdi8_edge.model import Mamba2Config, Mamba2LM
-from ssdi8_edge.quantize import quantize
+from ssdi8_edge.quantize import quantize, quantized_config
 from ssdi8_edge.quantize.modules import QuantizedMamba2
 
 # Tiny tensors gain nothing from threads, and threads that wait burn cores that others need.
@@ -340,7 +340,7 @@ def apply_recipe(checkpoint: Checkpoint, recipe: QuantConfig, ids: Tensor) -> Qu
     statistics = calibrate(checkpoint, recipe, ids) if recipe.quantized else {}
     sink = TensorSink()
     saturation = quantize(checkpoint, recipe, statistics, ids, sink)
-    model = QuantizedMamba2(config, recipe, sink)
+    model = QuantizedMamba2(quantized_config(checkpoint, recipe, statistics), recipe, sink)
     return Quantized(config, recipe, ids, statistics, sink, saturation, model)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -23,7 +23,7 @@ from ssdi8_edge.inputs import expanded
 from ssdi8_edge.model import Mamba2Config, Mamba2LM
 from ssdi8_edge.ops import kernel_library
 from ssdi8_edge.ops.kernel_limits import misfit
-from ssdi8_edge.quantize.modules import Scope
+from ssdi8_edge.quantize.modules import Scope, watched_model
 from ssdi8_edge.quantize.saved import is_quantized_checkpoint, load_quantized
 from ssdi8_edge.stream import open_tokenizer
 
@@ -52,6 +52,8 @@ class Subject:
         vocabulary: rows of the embedding, padding included.
         device: where ids are taken from and logits are left.
         counts_saturation: whether every INT8 rounding goes through `int8.round_to_int8`.
+        notes: of its checkpoint.
+        beyond_fp16: sentences about tensors that left FP16 so far, of an engine that looks.
     """
 
     source: str
@@ -62,6 +64,8 @@ class Subject:
     vocabulary: int
     device: str = "cpu"
     counts_saturation: bool = False
+    notes: tuple[str, ...] = ()
+    beyond_fp16: list[str] = field(default_factory=list)
 
     def logits(self, ids: Tensor, keep: int | None = None) -> Tensor:
         """ids (B, L) -> logits (B, keep, V) FP32 of the last `keep` positions; None keeps all."""
@@ -140,8 +144,13 @@ def _quantized_subject(source: str, folder: Path, tokenizer: Path | None, device
     if model.recipe.quantized:
         kernels = kernels and misfit(model.config) is None
 
+    beyond_fp16: list[str] = []
+
     def forward(ids: Tensor, keep: int, scope: Scope) -> Tensor:
-        with nullcontext() if kernels else kernel_library.references_only():
+        with (
+            watched_model(model, beyond_fp16.append),
+            nullcontext() if kernels else kernel_library.references_only(),
+        ):
             return model.forward(ids, None, keep, scope)[0]
 
     return Subject(
@@ -153,6 +162,7 @@ def _quantized_subject(source: str, folder: Path, tokenizer: Path | None, device
         model.config.vocab_size,
         device,
         counts_saturation=model.recipe.quantized and not kernels,
+        beyond_fp16=beyond_fp16,
     )
 
 
@@ -177,6 +187,7 @@ def _float_subject(source: str, tokenizer: Path | None, device: str) -> Subject:
         found,
         model.config.vocab_size,
         device,
+        notes=tuple(checkpoint.notes),
     )
 
 

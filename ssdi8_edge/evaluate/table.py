@@ -103,6 +103,8 @@ def notes(rows: Sequence[Evaluation]) -> list[str]:
     found = [
         f"{each.text}: {each.windows} × {each.window_tokens} tokens" for each in first.perplexities
     ]
+    reasons = [each.reason for row in rows for each in (*row.perplexities, *row.long_context)]
+    found += dict.fromkeys(reason for reason in reasons if reason)
     if len(rows) > 1:
         found.append(
             f"change of perplexity (± standard error over windows), KL (nats per token) and top-1 "

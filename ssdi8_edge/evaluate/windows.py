@@ -49,6 +49,7 @@ class Perplexity:
         saturation: site -> fraction of INT8 values at the end of their range, in the worst layer;
             empty where nothing is INT8 or the engine does not count.
         loss: the mean negative log-likelihood itself; finite where its exponential may not be.
+        reason: why figures are infinite or no numbers, in a sentence.
     """
 
     model: str
@@ -63,6 +64,7 @@ class Perplexity:
     change_stderr: float | None = None
     saturation: dict[str, float] = field(default_factory=dict)
     loss: float | None = None
+    reason: str | None = None
 
 
 def _exp(loss: float) -> float:
@@ -83,6 +85,7 @@ class _Tally:
         self.kl = 0.0
         self.same_top = 0
         self.saturation: defaultdict[str, float] = defaultdict(float)
+        self.beyond_fp16: list[str] = []
 
     def add(self, logits: Tensor, targets: Tensor, reference: Tensor | None) -> None:
         """logits and reference (S, T, V) FP32 of S windows predict targets (S, T)."""
@@ -146,7 +149,17 @@ class _Tally:
             top1_agreement=self.same_top / self.compared if self.compared else None,
             change_stderr=self.change_stderr(first),
             saturation=self.worst_saturation(),
+            reason=self._reason(subject, loss),
         )
+
+    def _reason(self, subject: Subject, loss: float) -> str | None:
+        if self.beyond_fp16:
+            return self.beyond_fp16[0]
+        if not math.isfinite(loss):
+            return f"{subject.source} ({subject.name}) computes logits that are not numbers."
+        if not math.isfinite(_exp(loss)):
+            return f"{subject.source} ({subject.name}) loses {loss:.0f} nats per token."
+        return None
 
 
 def perplexity(
@@ -251,7 +264,9 @@ def _measure(
             continue
         count = scored or ids.shape[1] - 1
         with during(f"evaluating {subjects[n].name} on {text.name}", _lower(subjects, longest)):
+            subjects[n].beyond_fp16.clear()
             logits, fractions = subjects[n].counted_logits(ids, count + 1)
+            tallies[n].beyond_fp16 += subjects[n].beyond_fp16[:1]
             predicting = logits[:, :-1]
             comparable = subjects[n].vocabulary == first.vocabulary and torch.equal(
                 windows[n], windows[0]

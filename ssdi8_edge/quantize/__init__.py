@@ -6,7 +6,9 @@ depth. The whole recipe, top to bottom: `quantize`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,9 +18,17 @@ from torch import Tensor
 
 from ssdi8_edge import int8
 from ssdi8_edge.allocator import return_freed_memory
-from ssdi8_edge.calibrate import embed, fp32_layer, in_proj_parts, layer_config, load_block
-from ssdi8_edge.checkpoint import Checkpoint
-from ssdi8_edge.methods import QuantConfig
+from ssdi8_edge.calibrate import (
+    TABLE_ROWS,
+    embed,
+    fp32_layer,
+    in_proj_parts,
+    layer_config,
+    load_block,
+)
+from ssdi8_edge.checkpoint import EMBEDDING, HEAD, Checkpoint
+from ssdi8_edge.fp16_range import IN_FP32, LARGEST, to_fp16, watched
+from ssdi8_edge.methods import DEFAULT_METHOD, QuantConfig
 from ssdi8_edge.model import Mamba2Block, Mamba2Config
 from ssdi8_edge.progress import Track, silent
 from ssdi8_edge.quantize.clusters import sort_and_cluster
@@ -44,6 +54,7 @@ from ssdi8_edge.transforms import (
     rotate_head,
     rotate_layer,
     rotate_out_proj_input,
+    scale_output,
 )
 
 Layer = dict[str, Tensor]
@@ -74,46 +85,77 @@ def quantize(
 
     Returns:
         Saturation fractions on the calibration windows, `layers.{i}.<site>` -> [0, 1].
+
+    Raises:
+        CheckpointError: a tensor that is kept in FP16 holds what FP16 cannot.
     """
-    config = layer_config(checkpoint, recipe)
+    config = quantized_config(checkpoint, recipe, statistics)
     if not recipe.quantized:
         _keep_fp16(checkpoint, config, sink, track)
         return {}
-    _quantize_ends(checkpoint, recipe, statistics, sink)
+    _quantize_ends(checkpoint, config, recipe, statistics, sink)
     with (
         torch.inference_mode(),
         int8.count_saturation() as saturation,
+        watched(recipe.name, IN_FP32) as watch,
         _Streams(checkpoint, config, ids, device, scratch) as streams,
     ):
         for i in track(range(config.n_layer), "quantize"):
             prefix = f"layers.{i}."
-            saturation.scope = prefix
+            saturation.scope, watch.scope = prefix, f"layers.{i}"
             own = {
                 k[len(prefix) :]: v.to(device)
                 for k, v in statistics.items()
                 if k.startswith(prefix)
             }
-            source = fp32_layer(checkpoint, i, device)
+            source = scale_output(fp32_layer(checkpoint, i, device), config.residual_scale)
             for name, tensor in _quantize_layer(source, own, config, recipe, streams).items():
                 sink.add(prefix + name, tensor)
             return_freed_memory()
         return saturation.fractions()
 
 
+def quantized_config(
+    checkpoint: Checkpoint, recipe: QuantConfig, statistics: Mapping[str, Tensor]
+) -> Mamba2Config:
+    """The sizes of what `quantize` makes, and the unit of its residual stream.
+
+    Some models add values to the stream that FP16 cannot hold on their way there. A power of two
+    in the embedding, in out_proj and in the eps of the norms that follow changes nothing but that.
+    """
+    config = layer_config(checkpoint, recipe)
+    if not recipe.quantized:
+        return config
+    added = [statistics["embedding"]]
+    added += [statistics[f"layers.{i}.out"] for i in range(config.n_layer)]
+    # Half of the range is left to text with larger values and to errors of quantization.
+    excess = torch.stack(added).max().item() / (LARGEST / 2)
+    scale = 2.0 ** -math.ceil(math.log2(excess)) if excess > 1 else 1.0
+    return dataclasses.replace(config, residual_scale=scale)
+
+
 def _keep_fp16(checkpoint: Checkpoint, config: Mamba2Config, sink: Sink, track: Track) -> None:
     """The FP16 baseline: linears in FP16, small tensors in FP32, nothing rewritten."""
-    sink.add("embedding.weight", checkpoint.tensor("backbone.embedding.weight").half())
+
+    def fp16(name: str, weight: Tensor) -> Tensor:
+        return to_fp16(weight, name, f"choose --method {DEFAULT_METHOD}, which scales it.")
+
+    def of_end(name: str) -> Tensor:
+        return fp16(name, checkpoint.tensor(name))
+
+    sink.add("embedding.weight", of_end("backbone.embedding.weight"))
     sink.add("norm_f.weight", checkpoint.tensor("backbone.norm_f.weight").float())
     if not config.tie_embeddings:
-        sink.add("lm_head.weight", checkpoint.tensor("lm_head.weight").half())
+        sink.add("lm_head.weight", of_end("lm_head.weight"))
     for i in track(range(config.n_layer), "quantize"):
         layer = fp32_layer(checkpoint, i, "cpu")
+        stored = f"backbone.layers.{i}."
         tensors = {
             "norm.weight": layer[NORM],
-            "in_proj.weight": layer[IN_PROJ].half(),
+            "in_proj.weight": fp16(stored + IN_PROJ, layer[IN_PROJ]),
             **_small_tensors(layer),
             "gate_norm.weight": layer[GATE_NORM],
-            "out_proj.weight": layer[OUT_PROJ].half(),
+            "out_proj.weight": fp16(stored + OUT_PROJ, layer[OUT_PROJ]),
         }
         for name, tensor in tensors.items():
             sink.add(f"layers.{i}.{name}", tensor)
@@ -152,16 +194,26 @@ def _through_int8(value: Tensor) -> Tensor:
 
 
 def _quantize_ends(
-    checkpoint: Checkpoint, recipe: QuantConfig, statistics: Mapping[str, Tensor], sink: Sink
+    checkpoint: Checkpoint,
+    config: Mamba2Config,
+    recipe: QuantConfig,
+    statistics: Mapping[str, Tensor],
+    sink: Sink,
 ) -> None:
     """Embedding (FP16, rotated) and lm_head (rotated, γ_f folded; FP16 or INT8)."""
-    table = checkpoint.tensor("backbone.embedding.weight")
     norm_f = checkpoint.tensor("backbone.norm_f.weight").float()
-    sink.add("embedding.weight", _by_rows(table, rotate_embedding).half())
-    head = _by_rows(checkpoint.tensor("lm_head.weight"), lambda rows: rotate_head(rows, norm_f))
+
+    def rotated_embedding(rows: Tensor) -> Tensor:
+        return rotate_embedding(rows) * config.residual_scale
+
+    def rotated_head(rows: Tensor) -> Tensor:
+        return rotate_head(rows, norm_f)
+
+    sink.add("embedding.weight", _by_rows(checkpoint, EMBEDDING, rotated_embedding))
+    head = _by_rows(checkpoint, HEAD, rotated_head)
     if recipe.lm_head == "fp16":
         sink.add("norm_f.weight", torch.ones_like(norm_f))
-        sink.add("lm_head.weight", head.half())
+        sink.add("lm_head.weight", head)
         return
     if recipe.input_scaling == "static":
         sink.add("norm_f.scale", of_linear_input(statistics["norm_f"]))
@@ -170,9 +222,11 @@ def _quantize_ends(
         sink.add(f"lm_head.{name}", tensor)
 
 
-def _by_rows(weight: Tensor, rewrite: Any, rows: int = 8192) -> Tensor:
+def _by_rows(checkpoint: Checkpoint, name: str, rewrite: Callable[[Tensor], Tensor]) -> Tensor:
     """Apply a row-wise rewrite to a tall matrix in pieces: FP64 copies of it are not held whole."""
-    return torch.cat([rewrite(part.float()).half() for part in weight.split(rows)])
+    parts = checkpoint.tensor(name).split(TABLE_ROWS)
+    rotated = f"{name}, rotated,"
+    return torch.cat([to_fp16(rewrite(part.float()), rotated, IN_FP32) for part in parts])
 
 
 class _Streams:
@@ -205,7 +259,7 @@ class _Streams:
         self.target = spool(config.d_model, torch.float32)
         self.out_proj_input = spool(config.d_inner, torch.int8)
         self.out_proj_scale = spool(1, torch.float32)
-        self._embedded = embed(checkpoint, ids)
+        self._embedded = embed(checkpoint, ids, config.residual_scale)
 
     def __enter__(self) -> _Streams:
         for part, rows in self._embedded:
@@ -273,7 +327,7 @@ def _in_proj_inputs(
         zero = torch.zeros_like(entering, dtype=torch.float16)
         _, u = norm(p, "u_scale", attributes, zero, entering)
         fp = streams.fp[part].to(streams.device)
-        fp_u = fp * torch.rsqrt(fp.square().mean(-1, keepdim=True) + config.norm_eps)
+        fp_u = fp * torch.rsqrt(fp.square().mean(-1, keepdim=True) + config.residual_eps)
         real = u.real()
         inputs.add(real, fp_u - real)
     return inputs

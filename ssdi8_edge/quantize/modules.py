@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ssdi8_edge.methods import QuantConfig
+from ssdi8_edge.fp16_range import IN_FP32, RangeWatch, enter, see, watched
+from ssdi8_edge.methods import DEFAULT_METHOD, QuantConfig
 from ssdi8_edge.model import Mamba2Config
 from ssdi8_edge.ops import fp16
 from ssdi8_edge.ops.causal_conv1d import CAUSAL_CONV1D
@@ -112,8 +113,10 @@ def linear(p: Parameters, name: str, x: Int8Input, recipe: QuantConfig) -> Any:
     scale, bias = p[f"{name}.scale"], p[f"{name}.bias"]
     if f"{name}.packed" in p:
         packed, group_scale = p[f"{name}.packed"], p[f"{name}.group_scale"]
-        return LINEAR_W4(*x, packed, group_scale, scale, bias, group_size=recipe.group_size)
-    return LINEAR(*x, p[f"{name}.weight"], scale, bias)
+        y = LINEAR_W4(*x, packed, group_scale, scale, bias, group_size=recipe.group_size)
+    else:
+        y = LINEAR(*x, p[f"{name}.weight"], scale, bias)
+    return see(f"the output of {name}", y)
 
 
 def run_mixer(
@@ -128,6 +131,7 @@ def run_mixer(
         y, zxbcdt, *carried = dequantized_ssd(
             *(p, recipe, attributes.conv, attributes.heads, zxbcdt, *state)
         )
+        _see_ssd(y, carried[1])
         return residual, _gated(p, attributes, y, zxbcdt), State(*carried)
     x, b, c, conv = CAUSAL_CONV1D(
         *(zxbcdt, state.conv, p["conv1d.weight"], p["conv1d.bias"], p["b_scale"], p["c_scale"]),
@@ -136,13 +140,20 @@ def run_mixer(
         rotation=recipe.bc_rotation,
         rounding=rounding,
     )
+    see("x behind the convolution", x)
     scales = [p[k] for k in ("b_scale", "c_scale", "cb_scale")]
     scales += _static(p, "x_scale", "state_scale")
     ssd = ssd_modules if recipe.ssd_ops == "modular" else SSD_SCAN
     y, ssm = ssd(
         *(x, b, c, zxbcdt, state.ssm, p["dt_bias"], p["A"], p["D"], *scales), **attributes.ssd
     )
+    _see_ssd(y, ssm)
     return residual, _gated(p, attributes, y, zxbcdt), State(conv, ssm)
+
+
+def _see_ssd(y: Any, state: Any) -> None:
+    see("y, the output of SSD,", y)
+    see("the SSM state", state)
 
 
 def norm(
@@ -151,7 +162,7 @@ def norm(
     """residual' and the INT8 input of the linear behind; `scale` names its static scale."""
     residual, *u = RMS_NORM(
         *(hidden, residual, *_static(p, scale)),
-        eps=attributes.config.norm_eps,
+        eps=attributes.config.residual_eps,
         rounding="half_even",
         scaling=attributes.recipe.input_scaling,
     )
@@ -182,27 +193,36 @@ def run_block(
     if attributes.recipe.quantized:
         residual, r, state = run_mixer(p, attributes, hidden, residual, state)
         return linear(p, "out_proj", r, attributes.recipe), residual, state
-    eps = attributes.config.norm_eps
+    eps = attributes.config.residual_eps
     residual, u = fp16.RMS_NORM(hidden, residual, p["norm.weight"], eps=eps)
-    zxbcdt = fp16.LINEAR(u, p["in_proj.weight"])
+    see("the input of in_proj", u)
+    zxbcdt = see("the output of in_proj", fp16.LINEAR(u, p["in_proj.weight"]))
     x, b, c, conv = fp16.CAUSAL_CONV1D(
         *(zxbcdt, state.conv, p["conv1d.weight"], p["conv1d.bias"]), **attributes.conv
     )
+    for name, value in (("x", x), ("B", b), ("C", c)):
+        see(f"{name} behind the convolution", value)
     y, ssm = fp16.SSD_SCAN(
         *(x, b, c, zxbcdt, state.ssm, p["dt_bias"], p["A"], p["D"]), **attributes.heads
     )
+    _see_ssd(y, ssm)
     r = fp16.RMS_NORM_GATED(y, zxbcdt, p["gate_norm.weight"], **attributes.gated)
-    return fp16.LINEAR(r, p["out_proj.weight"]), residual, State(conv, ssm)
+    see("the input of out_proj", r)
+    out = see("the output of out_proj", fp16.LINEAR(r, p["out_proj.weight"]))
+    return out, residual, State(conv, ssm)
 
 
 def run_head(p: Parameters, attributes: NodeAttributes, hidden: Any, residual: Any) -> Any:
     """Final norm and lm_head: logits (B, L, V) FP32."""
     if attributes.recipe.lm_head == "fp16":
-        eps = attributes.config.norm_eps
+        eps = attributes.config.residual_eps
         _, normed = fp16.RMS_NORM(hidden, residual, p["norm_f.weight"], eps=eps)
-        return fp16.LOGITS(fp16.LINEAR(normed, p["lm_head.weight"]))
-    _, u = norm(p, "norm_f.scale", attributes, hidden, residual)
-    return fp16.LOGITS(LINEAR(*u, p["lm_head.weight"], p["lm_head.scale"], p["lm_head.bias"]))
+        see("the input of lm_head", normed)
+        logits = fp16.LINEAR(normed, p["lm_head.weight"])
+    else:
+        _, u = norm(p, "norm_f.scale", attributes, hidden, residual)
+        logits = LINEAR(*u, p["lm_head.weight"], p["lm_head.scale"], p["lm_head.bias"])
+    return fp16.LOGITS(see("the logits", logits))
 
 
 Scope = Callable[[str], AbstractContextManager[Any]]
@@ -224,13 +244,32 @@ def run_model(
     hidden, residual = fp16.EMBEDDING(top["embedding.weight"], input_ids)
     new_states = []
     for i, state in enumerate(states):
+        enter(f"layers.{i}")
         with scope(f"layers.{i}"):
             hidden, residual, state = run_block(layer(i), attributes, hidden, residual, state)
         new_states.append(state)
+    enter("head")
     with scope("head"):
         hidden, residual = fp16.LAST_POSITIONS(hidden, residual, keep)
         logits = run_head(top, attributes, hidden, residual)
     return logits, new_states
+
+
+def watched_model(
+    model: QuantizedMamba2, tell: Callable[[str], None] | None = None
+) -> AbstractContextManager[RangeWatch]:
+    """Inside, `model` raises CheckpointError where a tensor leaves FP16, and names it.
+
+    `tell` is handed the sentence instead.
+    """
+    recipe = model.recipe
+    remedy = (
+        "calibrate on text like this; if it stays so, " + IN_FP32
+        if recipe.quantized
+        else f"choose --method {DEFAULT_METHOD}, which scales what the residual stream takes; "
+        "`evaluate` of the checkpoint itself computes in FP32."
+    )
+    return watched(recipe.name, remedy, tell)
 
 
 class QuantizedMamba2:

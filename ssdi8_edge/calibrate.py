@@ -56,7 +56,7 @@ def embed(checkpoint: Checkpoint, ids: Tensor) -> Iterator[tuple[slice, Tensor]]
 
 # Goes into the key of the statistics: raised when what is observed changes, so that those of an
 # earlier state of this file are made again.
-STATISTICS = 4
+STATISTICS = 5
 
 # Of |x| for the recipes that clip it so: method §3.2.
 PERCENTILE = 0.9995

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +22,8 @@ from ssdi8_edge.model import Mamba2Config, Mamba2LM
 from ssdi8_edge.ops import kernel_library
 from ssdi8_edge.ops.kernel_limits import misfit
 from ssdi8_edge.quantize.modules import Scope
-from ssdi8_edge.quantize.saved import is_quantized_checkpoint, load_quantized
-from ssdi8_edge.stream import open_tokenizer
+from ssdi8_edge.quantize.saved import is_quantized_checkpoint, load_quantized, read_config
+from ssdi8_edge.tokens import end_ids, require_fitting, tokenizer_in
 
 
 def _no_scope(name: str) -> AbstractContextManager[None]:
@@ -50,6 +50,7 @@ class Subject:
         vocabulary: rows of the embedding, padding included.
         device: where ids are taken from and logits are left.
         counts_saturation: whether every INT8 rounding goes through `int8.round_to_int8`.
+        end_ids: the tokens that end a text, the model's own one first.
     """
 
     source: str
@@ -60,6 +61,7 @@ class Subject:
     vocabulary: int
     device: str = "cpu"
     counts_saturation: bool = False
+    end_ids: Sequence[int] = ()
 
     def logits(self, ids: Tensor, keep: int | None = None) -> Tensor:
         """ids (B, L) -> logits (B, keep, V) FP32 of the last `keep` positions; None keeps all."""
@@ -87,20 +89,18 @@ def open_subject(source: str, tokenizer: Path | None = None, device: str = "cpu"
     """What `source` names: a bundle or run folder, a quantized checkpoint, an FP checkpoint.
 
     Raises:
-        UsageError: it is none of these, has no tokenizer, or cannot run on `device`.
+        UsageError: it is none of these, has no tokenizer or that of another model, or cannot run
+            on `device`.
     """
     require_device(device)
     folder = Path(source).expanduser()
     if device != "cpu" and is_quantized_checkpoint(folder / QUANTIZED):
         return _quantized_subject(source, folder / QUANTIZED, tokenizer, device)
     if (bundle_folder(folder) / "manifest.json").is_file():
-        subject = _bundle_subject(source, folder, device)
-    elif is_quantized_checkpoint(folder):
-        subject = _quantized_subject(source, folder, tokenizer, device)
-    else:
-        subject = _float_subject(source, tokenizer, device)
-    open_tokenizer(subject.tokenizer)
-    return subject
+        return _bundle_subject(source, folder, device)
+    if is_quantized_checkpoint(folder):
+        return _quantized_subject(source, folder, tokenizer, device)
+    return _float_subject(source, tokenizer, device)
 
 
 def _bundle_subject(source: str, folder: Path, device: str) -> Subject:
@@ -110,6 +110,7 @@ def _bundle_subject(source: str, folder: Path, device: str) -> Subject:
             "name the quantized/ folder of its build, or give --device cpu.",
         )
     bundle = open_checked_bundle(folder)
+    require_fitting(bundle.path(TOKENIZER), source, bundle.model.vocab_size)
     backend = runtime_module("onnxruntime_backend").OnnxRuntimeBackend(bundle)
     prefill = runtime_module("generate").prefill
 
@@ -124,10 +125,14 @@ def _bundle_subject(source: str, folder: Path, device: str) -> Subject:
         forward,
         bundle.path(TOKENIZER),
         bundle.model.vocab_size,
+        end_ids=sorted(bundle.end_ids),
     )
 
 
 def _quantized_subject(source: str, folder: Path, tokenizer: Path | None, device: str) -> Subject:
+    config = read_config(folder)
+    tokenizer = tokenizer or folder / TOKENIZER
+    require_fitting(tokenizer, source, config["model"]["vocab_size"])
     model = load_quantized(folder, device)
     kernels = device != "cpu" and kernel_library.available()
     if model.recipe.quantized:
@@ -142,18 +147,22 @@ def _quantized_subject(source: str, folder: Path, tokenizer: Path | None, device
         model.recipe.name,
         _engine("CUDA kernels" if kernels else "torch reference", device),
         forward,
-        tokenizer or folder / TOKENIZER,
+        tokenizer,
         model.config.vocab_size,
         device,
         counts_saturation=model.recipe.quantized and not kernels,
+        end_ids=config.get("text", {}).get("end_ids", ()),
     )
 
 
 def _float_subject(source: str, tokenizer: Path | None, device: str) -> Subject:
     checkpoint = open_checkpoint(source)
-    found = tokenizer or checkpoint.tokenizer_path
+    found = tokenizer or tokenizer_in(checkpoint.folder)
     if found is None:
         raise UsageError(f"{source} has no tokenizer.json;", "name one with --tokenizer.")
+    vocabulary = checkpoint.config["vocab_size"]
+    require_fitting(found, source, vocabulary)
+    ends = end_ids(checkpoint.folder, found, vocabulary)
     model = Mamba2LM(Mamba2Config(**checkpoint.config)).eval()
     model.load_state_dict({name: checkpoint.tensor(name).float() for name in checkpoint.names})
     model = model.to(device)
@@ -170,6 +179,7 @@ def _float_subject(source: str, tokenizer: Path | None, device: str) -> Subject:
         found,
         model.config.vocab_size,
         device,
+        end_ids=ends,
     )
 
 

@@ -57,19 +57,19 @@ def run(bundle: Bundle, options: argparse.Namespace) -> int:
         show_notes(backend)
         conversation = Conversation(backend, bundle)
         sample = sampler(codec, options)
-        between = ""
+        continues = False
         while (line := _read_line()) is not None:
             if not line:
                 continue
             try:
-                prompt = codec.encode(between + line)
+                prompt = codec.encode(f"\n{line}" if continues else line, continues)
             except (BundleProblem, UnicodeError) as problem:
                 print(f"run_engine: {problem}", file=sys.stderr)
                 continue
             stop = _Stop()
             with stop.listening():
-                steps = conversation.generate(prompt, sample, options.max_new_tokens, codec.end_id)
-                output = collect(steps, codec, not options.json, stop)
+                steps = conversation.generate(prompt, sample, options.max_new_tokens, codec.end_ids)
+                output = collect(steps, codec, prompt, not options.json, stop)
             timings = Timings.of(prompt.shape[1], output.seconds)
             if options.json:
                 turn = {"prompt": line, "text": output.text, "tokens": output.tokens}
@@ -77,7 +77,7 @@ def run(bundle: Bundle, options: argparse.Namespace) -> int:
                 print_json({**turn, "finish": output.finish, **times}, indent=None)
             else:
                 print(describe(timings, len(output.tokens)), file=sys.stderr)
-            between = "\n"
+            continues = True
     finally:
         backend.close()
     return 0

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from runtime.backend import Backend, BackendOptions, open_backend
 from runtime.bundle import Bundle, BundleProblem
 from runtime.console import print_json
@@ -40,9 +42,9 @@ def run(bundle: Bundle, options: argparse.Namespace) -> int:
     try:
         steps = generate(
             *(backend, bundle, prompt, sampler(codec, options)),
-            *(options.max_new_tokens, codec.end_id),
+            *(options.max_new_tokens, codec.end_ids),
         )
-        output = collect(steps, codec, stream=not options.json)
+        output = collect(steps, codec, prompt, stream=not options.json)
     finally:
         backend.close()
 
@@ -109,32 +111,37 @@ def sampler(codec: TextCodec, options: argparse.Namespace) -> Sampler:
 def collect(
     steps: Iterator[Step],
     codec: TextCodec,
+    prompt: np.ndarray,
     stream: bool,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Output:
-    """Run `steps` to their end; with `stream`, print the text as it comes.
+    """Run `steps` after `prompt` (1, l) to their end; with `stream`, print the text as it comes.
 
     `stopped` is asked after each token; Ctrl-C stops as well.
     """
     output = Output()
-    text_stream = TextStream(codec)
+    text_stream = TextStream(codec, prompt[0].tolist())
+
+    def give(new_text: str) -> None:
+        output.text += new_text
+        if stream:
+            print(new_text, end="", flush=True)
+
     try:
         for step in steps:
             output.seconds.append(step.seconds)
-            if step.token == codec.end_id:
+            if step.token in codec.end_ids:
                 output.finish = "stop"
                 break
             output.tokens.append(step.token)
-            new_text = text_stream.add(step.token)
-            output.text += new_text
-            if stream:
-                print(new_text, end="", flush=True)
+            give(text_stream.add(step.token))
             if stopped():
                 output.finish = "interrupt"
                 break
     except KeyboardInterrupt:
         output.finish = "interrupt"
     finally:
+        give(text_stream.finish())
         if stream:
             print(flush=True)
     return output

@@ -150,7 +150,7 @@ def end_ids(folder: Path, tokenizer: Path, vocabulary: int) -> list[int]:
     )
     token = _first(tokenizer.parent, TOKENIZER_CONFIGS, _declared_token)
     # A token that the tokenizer does not have is none that the model was trained with.
-    if token and (found := opened.token_id(token)) is not None:
+    if token and (found := opened.token_to_id(token)) is not None:
         ids = [*ids, found]
     if not ids:
         customary = map(opened.token_id, CUSTOMARY_ENDS)

@@ -96,30 +96,26 @@ KINDS = {
 }
 
 
-class Codec:
-    """The part of `TextCodec` that a stream needs."""
-
-    def __init__(self, library: Library, folder: Path) -> None:
-        library.save(str(folder / "any.json"))
-        self.tokenizer = Tokenizer(folder / "any.json")
-
-
-@pytest.fixture(scope="module")
-def codecs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return {kind: Codec(made, tmp_path_factory.mktemp("kind")) for kind, made in KINDS.items()}
-
-
 def saved(library: Library, path: Path) -> Tokenizer:
     library.save(str(path))
     return Tokenizer(path)
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
+    """All of `KINDS`, as the runtime opens them."""
+    folder = tmp_path_factory.mktemp("kinds")
+    return {kind: saved(made, folder / f"{kind}.json") for kind, made in KINDS.items()}
 
 
 # --------------------------------------------------------------------------------------------------
 # streaming
 
 
-def streamed(codec: Any, tokens: list[int], context: list[int] | None = None) -> list[str]:
-    stream = TextStream(codec, context or [])
+def streamed(
+    tokenizer: Tokenizer, tokens: list[int], context: list[int] | None = None
+) -> list[str]:
+    stream = TextStream(tokenizer, context or [])
     return [*(stream.add(token) for token in tokens), stream.finish()]
 
 
@@ -138,43 +134,43 @@ def ids_of(kind: str) -> st.SearchStrategy[list[int]]:
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_streamed_text_is_the_decoded_text(
-    codecs: dict[str, Any], kind: str, data: st.DataObject
+    opened: dict[str, Tokenizer], kind: str, data: st.DataObject
 ) -> None:
     """Joined it is the same; so that nothing was given out that a later token has changed."""
     tokens = data.draw(ids_of(kind))
-    assert "".join(streamed(codecs[kind], tokens)) == KINDS[kind].decode(tokens)
+    assert "".join(streamed(opened[kind], tokens)) == KINDS[kind].decode(tokens)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_streamed_text_goes_on_from_the_prompt(
-    codecs: dict[str, Any], kind: str, data: st.DataObject
+    opened: dict[str, Tokenizer], kind: str, data: st.DataObject
 ) -> None:
-    prompt = codecs[kind].tokenizer.encode(data.draw(st.text(max_size=6)))
+    prompt = opened[kind].encode(data.draw(st.text(max_size=6)))
     tokens = data.draw(ids_of(kind))
     known, whole = KINDS[kind].decode(prompt), KINDS[kind].decode(prompt + tokens)
-    text = "".join(streamed(codecs[kind], tokens, prompt))
+    text = "".join(streamed(opened[kind], tokens, prompt))
     # A run of bytes that is no text spoils all of it, the prompt's last character included.
     assert text == whole.removeprefix(known) or not whole.startswith(known)
 
 
-def test_first_space_after_the_prompt_is_kept(codecs: dict[str, Any]) -> None:
-    codec = codecs["byte fallback"]
-    prompt = codec.tokenizer.encode("hi")
+def test_first_space_after_the_prompt_is_kept(opened: dict[str, Tokenizer]) -> None:
+    codec = opened["byte fallback"]
+    prompt = codec.encode("hi")
     tokens = [KINDS["byte fallback"].token_to_id(f"▁{word}") for word in ("world", "the", "sea")]
     assert streamed(codec, tokens, prompt) == [" world", " the", " sea", ""]
     assert "".join(streamed(codec, tokens)) == "world the sea"
 
 
-def test_bytes_wait_for_their_character(codecs: dict[str, Any]) -> None:
+def test_bytes_wait_for_their_character(opened: dict[str, Tokenizer]) -> None:
     library = KINDS["byte fallback"]
     face = [library.token_to_id(f"<0x{byte:02X}>") for byte in "🙂".encode()]
     sea = library.token_to_id("▁sea")
-    assert streamed(codecs["byte fallback"], [*face, sea]) == ["", "", "", "", "🙂 sea", ""]
+    assert streamed(opened["byte fallback"], [*face, sea]) == ["", "", "", "", "🙂 sea", ""]
     # A special token between them is skipped, and what is not whole comes at the very end.
-    assert streamed(codecs["byte fallback"], [*face[:2], 2, *face[2:]])[-1] == "🙂"
-    assert streamed(codecs["byte fallback"], [sea, face[0]]) == ["sea", "", REPLACEMENT]
+    assert streamed(opened["byte fallback"], [*face[:2], 2, *face[2:]])[-1] == "🙂"
+    assert streamed(opened["byte fallback"], [sea, face[0]]) == ["sea", "", REPLACEMENT]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -196,9 +192,9 @@ def test_a_second_turn_continues(tmp_path: Path, scheme: str) -> None:
 @given(before=st.text(min_size=1, max_size=8), text=st.text(min_size=1, max_size=8))
 @pytest.mark.parametrize("kind", ["byte level", "byte fallback", "metaspace"])
 def test_pieces_of_a_text_are_the_text(
-    codecs: dict[str, Any], kind: str, before: str, text: str
+    opened: dict[str, Tokenizer], kind: str, before: str, text: str
 ) -> None:
-    tokenizer = codecs[kind].tokenizer
+    tokenizer = opened[kind]
     pieces = tokenizer.encode(before) + tokenizer.encode(text, continues=True)
     assert tokenizer.decode(pieces) == tokenizer.decode(tokenizer.encode(before + text))
 
@@ -298,7 +294,7 @@ def test_ends_are_what_the_checkpoint_says(tmp_path: Path, case: str) -> None:
         with pytest.raises(CheckpointError, match=rf"{next(iter(files))}.*{expected}"):
             end_ids(tmp_path, tmp_path / "tokenizer.json", 400)
     else:
-        ids = [tokenizer.token_id(e) if isinstance(e, str) else e for e in expected]
+        ids = [tokenizer.token_to_id(e) if isinstance(e, str) else e for e in expected]
         assert end_ids(tmp_path, tmp_path / "tokenizer.json", 400) == ids
 
 
@@ -320,7 +316,7 @@ def test_a_tokenizer_named_apart_brings_its_end(tmp_path: Path) -> None:
     (other / "tokenizer_config.json").write_text('{"eos_token": "▁sea"}')
     (other / "generation_config.json").write_text('{"eos_token_id": 9}')  # of another model
     ends = end_ids(model, named_tokenizer(str(other)), 400)
-    assert ends == [tokenizer.token_id("▁sea")]
+    assert ends == [tokenizer.token_to_id("▁sea")]
 
 
 @pytest.fixture(scope="module")

@@ -22,8 +22,8 @@ class TextCodec:
                 f"bundle {bundle.name} has no {TOKENIZER}, so a prompt cannot be read",
                 "pack it again from a checkpoint that has one",
             )
-        self.tokenizer = Tokenizer(bundle.path(TOKENIZER))
-        self.vocabulary = self.tokenizer.vocabulary
+        self._tokenizer = Tokenizer(bundle.path(TOKENIZER))
+        self.vocabulary = self._tokenizer.vocabulary
         if self.vocabulary > bundle.model.vocab_size:
             raise BundleProblem(
                 f"{TOKENIZER} has token {self.vocabulary - 1} and the model has"
@@ -34,14 +34,22 @@ class TextCodec:
 
     def encode(self, text: str, continues: bool = False) -> np.ndarray:
         """Token ids (1, l) int32 of a text, or of one that continues another."""
-        ids = self.tokenizer.encode(text, continues)
+        ids = self._tokenizer.encode(text, continues)
         if not ids:
             raise BundleProblem("the prompt is empty", "give at least one character")
         return np.array([ids], np.int32)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; bytes that are not UTF-8 become replacement characters."""
-        return self.tokenizer.decode(ids)
+        return self._tokenizer.decode(ids)
+
+    def shows(self, token: int) -> bool:
+        """Whether `decode` heeds the token."""
+        return self._tokenizer.shows(token)
+
+    def is_byte(self, token: int) -> bool:
+        """Whether the token is a byte by name."""
+        return self._tokenizer.is_byte(token)
 
 
 class TextStream:
@@ -53,25 +61,25 @@ class TextStream:
     token follows.
     """
 
-    def __init__(self, codec: TextCodec, context: Sequence[int] = ()) -> None:
+    def __init__(self, codec: TextCodec | Tokenizer, context: Sequence[int] = ()) -> None:
         """`context`: tokens before the first one, whose text is known to the reader already.
 
         A decoder may treat the first token of a text differently (it drops its space).
         """
-        self._tokenizer = codec.tokenizer
+        self._codec = codec
         # All of the text would cost O(n^2), so that decoding starts at a finished token some steps
         # back; which ones come before makes no difference to what follows a finished token.
-        self._ids = [token for token in context if self._tokenizer.shows(token)]
-        self._known = self._tokenizer.decode(self._ids)  # text of the first ids, given out before
+        self._ids = [token for token in context if self._codec.shows(token)]
+        self._known = self._codec.decode(self._ids)  # text of the first ids, given out before
         self._finished = len(self._ids)  # how many ids that are
         self._given = 0  # characters given out of what follows
 
     def add(self, token: int) -> str:
         """Text that `token` completes, often one word, sometimes nothing."""
-        if not self._tokenizer.shows(token):
+        if not self._codec.shows(token):
             return ""
         self._ids.append(token)
-        if self._tokenizer.is_byte(token):
+        if self._codec.is_byte(token):
             return ""
         text = self._following()
         if text.endswith(REPLACEMENT):
@@ -86,11 +94,11 @@ class TextStream:
 
     def _following(self) -> str:
         """Text behind the known one."""
-        text = self._tokenizer.decode(self._ids)
+        text = self._codec.decode(self._ids)
         if text.startswith(self._known):
             return text[len(self._known) :]
         # Bytes at the start that go on from bytes of the context are told apart from these.
-        return self._tokenizer.decode(self._ids[self._finished :])
+        return self._codec.decode(self._ids[self._finished :])
 
     def _give(self, text: str) -> str:
         new = text[self._given :]
@@ -99,10 +107,10 @@ class TextStream:
 
     def _forget(self) -> None:
         """Keep of the finished tokens the last ones whose text is not empty, as context."""
-        last = self._tokenizer.decode(self._ids[self._finished :])
+        last = self._codec.decode(self._ids[self._finished :])
         if last:
             del self._ids[: self._finished]
             self._known = last
         else:
-            self._known = self._tokenizer.decode(self._ids)
+            self._known = self._codec.decode(self._ids)
         self._finished, self._given = len(self._ids), 0

@@ -49,9 +49,14 @@ class Tokenizer:
             if added.special
         }  # fmt: skip
 
-    def token_id(self, token: str) -> int | None:
+    def token_to_id(self, token: str) -> int | None:
         """The id of one token, None where there is no such token."""
         found: int | None = self._tokenizer.token_to_id(token)
+        return found
+
+    def id_to_token(self, token: int) -> str | None:
+        """The name of one token, None where there is no such id."""
+        found: str | None = self._tokenizer.id_to_token(token)
         return found
 
     def start_ids(self, text: str) -> list[int]:
@@ -78,11 +83,11 @@ class Tokenizer:
 
     def shows(self, token: int) -> bool:
         """Whether `decode` heeds the token: it skips special and unknown ones."""
-        return token not in self._special and self._tokenizer.id_to_token(token) is not None
+        return token not in self._special and self.id_to_token(token) is not None
 
     def is_byte(self, token: int) -> bool:
         """Whether the token is a byte by name; more of its character may follow."""
-        return BYTE.fullmatch(self._tokenizer.id_to_token(token) or "") is not None
+        return BYTE.fullmatch(self.id_to_token(token) or "") is not None
 
     def _split(self, text: str) -> tuple[list[int], list[int]]:
         """What the template puts before `text`, and the text; nothing where that is empty."""

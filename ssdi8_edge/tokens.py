@@ -153,7 +153,7 @@ def end_ids(folder: Path, tokenizer: Path, vocabulary: int) -> list[int]:
     if token and (found := opened.token_to_id(token)) is not None:
         ids = [*ids, found]
     if not ids:
-        customary = map(opened.token_id, CUSTOMARY_ENDS)
+        customary = map(opened.token_to_id, CUSTOMARY_ENDS)
         ids = [end for end in customary if end is not None][:1]
     return list(dict.fromkeys(ids))
 

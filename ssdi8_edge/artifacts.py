@@ -38,7 +38,7 @@ TENSORRT_MODEL = "model.onnx"
 TOKENIZER = "tokenizer.json"
 GOLDEN = "golden.npz"
 MANIFEST = "manifest.json"
-BUNDLE_SCHEMA = 1
+BUNDLE_SCHEMA = 2
 
 HASHED_BYTES = 64 * 2**20
 

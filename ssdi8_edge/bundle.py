@@ -144,6 +144,7 @@ def pack(
         "model": config["model"],
         "recipe": config["recipe"],
         "target": target.to_dict(),
+        "text": config["text"],
         "created": {
             "ssdi8_edge": __version__,
             "command": command,

@@ -60,7 +60,7 @@ def embed(
 
 # Goes into the key of the statistics: raised when what is observed changes, so that those of an
 # earlier state of this file are made again.
-STATISTICS = 5
+STATISTICS = 6
 
 # Of the embedding, handled at once.
 TABLE_ROWS = 8192

@@ -43,6 +43,11 @@ TORCH_FLOAT_TYPES = {
 }
 EMBEDDING = "backbone.embedding.weight"
 HEAD = "lm_head.weight"
+# What a hub model may say about its text.
+TOKENIZER_FILES = [
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("tokenizer.model", "chat_template.jinja"),
+]
 
 # ---------------------------------------------------------------------------------------------
 # Sizes
@@ -632,7 +637,7 @@ class Checkpoint:
 
 def _fetch(repository: str, download: Callable[..., str]) -> Path:
     """Safetensors first: some repositories hold the same weights in both forms."""
-    small = ["config.json", "tokenizer.json", "*.index.json"]
+    small = ["config.json", "generation_config.json", "*.index.json", *TOKENIZER_FILES]
     folder = Path(download(repository, allow_patterns=[*small, "model*.safetensors"]))
     if not any(folder.glob("model*.safetensors")):
         folder = Path(download(repository, allow_patterns=[*small, "pytorch_model*.bin"]))
@@ -640,14 +645,14 @@ def _fetch(repository: str, download: Callable[..., str]) -> Path:
 
 
 def fetch_tokenizer(repository: str) -> Path:
-    """tokenizer.json of a hub model (`organisation/name`), for weights that come without one.
+    """Folder with the tokenizer of a hub model (`organisation/name`) and what belongs to it.
 
     Raises CheckpointError when it cannot be fetched.
     """
     try:
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import snapshot_download
 
-        return Path(hf_hub_download(repository, "tokenizer.json"))
+        return Path(snapshot_download(repository, allow_patterns=TOKENIZER_FILES))
     except Exception as error:  # the hub client raises its own, httpx's and OS errors alike
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(

@@ -66,7 +66,8 @@ from ssdi8_edge.quantize import quantize, quantized_config
 from ssdi8_edge.quantize.gptq import require_groups
 from ssdi8_edge.quantize.saved import CONFIG, read_config
 from ssdi8_edge.safetensors_writer import SafetensorsWriter
-from ssdi8_edge.stream import open_tokenizer, read_tokens, require_vocabulary
+from ssdi8_edge.stream import read_tokens
+from ssdi8_edge.tokens import converted, end_ids, open_tokenizer, require_fitting, tokenizer_in
 
 STAGES = ("calibrate", "quantize", "export", "bundle")
 EXPORT = "export.json"
@@ -127,6 +128,8 @@ class Build:
         self.checkpoint = open_checkpoint(request.model)
         self.config = layer_config(self.checkpoint, request.recipe)
         self.tokenizer = _find_tokenizer(request, self.checkpoint)
+        require_fitting(self.tokenizer, request.model, self.config.vocab_size)
+        self._end_ids = end_ids(self.checkpoint.folder, self.tokenizer, self.config.vocab_size)
         self.text = text_input(request.calibration or DEMO_CALIBRATION, "calibration text")
         if request.until not in STAGES:
             raise UsageError(f"unknown stage {request.until!r};", f"known: {', '.join(STAGES)}.")
@@ -171,6 +174,7 @@ class Build:
                 "calibrate": keys["calibrate"],
                 "recipe": recipe.to_dict(),
                 "tied": self.config.tie_embeddings,
+                "end_ids": self._end_ids,
             }
         )
         keys["export"] = key_of({"quantize": keys["quantize"]})
@@ -279,11 +283,9 @@ class Build:
 
     def _windows(self) -> Tensor:
         recipe = self.request.recipe
-        tokens = read_tokens(
+        return read_tokens(
             self.text, self.tokenizer, recipe.calibration_tokens, recipe.calibration_samples
         )
-        require_vocabulary(tokens, self.tokenizer, self.request.model, self.config.vocab_size)
-        return tokens
 
     def adopt_calibration(self, other: Build) -> None:
         """Take the statistics of a build that made them from the same, unless ours are there."""
@@ -335,6 +337,7 @@ class Build:
                     "name": _model_name(self.request.model),
                     "model": quantized_config(self.checkpoint, recipe, statistics).to_dict(),
                     "recipe": recipe.to_dict(),
+                    "text": {"end_ids": self._end_ids},
                     "checkpoint": {
                         "source": self.checkpoint.folder.name,
                         "sha256": self.fingerprint,
@@ -388,13 +391,18 @@ def run_name(model: str, method: str, target: str) -> str:
 def named_tokenizer(name: str) -> Path:
     """The tokenizer.json that `name` stands for: a file, a folder or a hub id.
 
+    A sentencepiece model, named or in the folder, stands for what it is converted to.
+
     Raises:
         UsageError: there is none.
     """
     path = expanded(name)
-    path = path / TOKENIZER if path.is_dir() else path
     if not path.exists() and HUB_NAME.fullmatch(name):
         path = fetch_tokenizer(name)
+    if path.is_dir():
+        path = tokenizer_in(path) or path / TOKENIZER
+    elif path.suffix == ".model" and path.is_file():
+        path = converted(path)
     open_tokenizer(path)
     return path
 
@@ -407,9 +415,9 @@ def _find_tokenizer(request: BuildRequest, checkpoint: Checkpoint) -> Path:
     """
     if request.tokenizer is not None:
         return named_tokenizer(request.tokenizer)
-    if checkpoint.tokenizer_path is not None:
-        open_tokenizer(checkpoint.tokenizer_path)
-        return checkpoint.tokenizer_path
+    found = tokenizer_in(checkpoint.folder)
+    if found is not None:
+        return found
     raise UsageError(
         f"{checkpoint.folder} has no tokenizer.json;",
         f"name one (the published models use --tokenizer {PUBLISHED_TOKENIZER}).",

@@ -6,13 +6,14 @@ import contextlib
 import math
 import tempfile
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ssdi8_edge.errors import UsageError
+from ssdi8_edge.tokens import open_tokenizer
 
 # Sequences go through a layer together up to this many tokens.
 TOKENS_PER_BATCH = 2048
@@ -106,6 +107,9 @@ def read_tokens(
 ) -> Tensor:
     """The first `samples` windows of `tokens` tokens of a UTF-8 text: (S, T) INT64.
 
+    The text begins as a prompt does, with the special tokens that the tokenizer puts there. They
+    are not repeated: a window from the middle of the text begins in its middle.
+
     The file is read line by line, so that it may be larger than memory. A text shorter than one
     window gives one shorter sample; fewer windows than asked are all used.
 
@@ -116,7 +120,6 @@ def read_tokens(
         UsageError: a file is missing, the text is not UTF-8 or holds fewer than 16 tokens.
     """
     encoder = open_tokenizer(tokenizer)
-    encoder.no_truncation()
     ids: list[int] = []
     try:
         with text.open(encoding="utf-8") as lines:
@@ -127,11 +130,11 @@ def read_tokens(
                 block.append(line)
                 size += len(line)
                 if size >= 1 << 16:
-                    ids += encoder.encode("".join(block), add_special_tokens=False).ids
+                    ids += encoder.encode("".join(block), continues=bool(ids))
                     block, size = [], 0
                     if len(ids) >= tokens * samples:
                         break
-            ids += encoder.encode("".join(block), add_special_tokens=False).ids
+            ids += encoder.encode("".join(block), continues=bool(ids))
     except UnicodeDecodeError as error:
         raise UsageError(f"{text} is not UTF-8 text;", "give a plain text file.") from error
     except OSError as error:
@@ -150,38 +153,6 @@ def require_tokens(count: int, text: Path | str, purpose: str) -> None:
     """
     if count < 16:
         raise UsageError(f"{text} holds {count} tokens;", f"{purpose} needs at least 16.")
-
-
-def open_tokenizer(path: Path) -> Any:
-    """The tokenizer in a tokenizer.json.
-
-    Raises:
-        UsageError: the file is missing or is something else.
-    """
-    from tokenizers import Tokenizer
-
-    if not path.is_file():
-        raise UsageError(f"tokenizer {path} does not exist", "name the model's tokenizer.json.")
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise UsageError(
-            f"{path} is not a tokenizer file ({error})", "name the model's tokenizer.json."
-        ) from error
-
-
-def require_vocabulary(ids: Tensor, tokenizer: Path, model: str, size: int) -> None:
-    """Refuse token ids that the embedding of `model` does not have.
-
-    Raises:
-        UsageError: the tokenizer belongs to another model.
-    """
-    top = int(ids.max())
-    if top >= size:
-        raise UsageError(
-            f"{tokenizer} gives token {top}, but {model} has {size}",
-            "name the model's own --tokenizer.",
-        )
 
 
 def batches(ids: Tensor) -> list[slice]:

@@ -18,7 +18,13 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ssdi8_edge import checkpoint as checkpoint_module
-from ssdi8_edge.checkpoint import Checkpoint, expected_shapes, fetch_tokenizer, open_checkpoint
+from ssdi8_edge.checkpoint import (
+    TOKENIZER_FILES,
+    Checkpoint,
+    expected_shapes,
+    fetch_tokenizer,
+    open_checkpoint,
+)
 from ssdi8_edge.errors import CheckpointError
 from ssdi8_edge.model import Mamba2Config, Mamba2LM
 
@@ -785,6 +791,7 @@ def test_hub_fetches_one_form_of_the_weights(
 
     def snapshot_download(repository: str, allow_patterns: list[str]) -> str:
         assert repository == "some/model"
+        assert {"generation_config.json", *TOKENIZER_FILES} <= {*allow_patterns}
         asked.extend(p for p in allow_patterns if p.startswith(("model", "pytorch")))
         return str(folder)
 
@@ -805,20 +812,24 @@ def test_hub_errors_become_one_sentence(error: Exception, monkeypatch: pytest.Mo
 
 
 def test_tokenizer_of_a_hub_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only tokenizer.json is asked for; whatever goes wrong there is one sentence."""
-    asked: list[tuple[str, str]] = []
+    """No weights are asked for; whatever goes wrong there is one sentence."""
+    asked: list[str] = []
 
-    def download(repository: str, name: str) -> str:
-        asked.append((repository, name))
-        return str(tmp_path / name)
+    def download(repository: str, allow_patterns: list[str]) -> str:
+        assert repository == "org/name"
+        asked.extend(allow_patterns)
+        return str(tmp_path)
 
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    assert fetch_tokenizer("org/name") == tmp_path / "tokenizer.json"
-    assert asked == [("org/name", "tokenizer.json")]
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert fetch_tokenizer("org/name") == tmp_path
+    assert asked == [
+        *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+        *("tokenizer.model", "chat_template.jinja"),
+    ]
 
-    def refuse(repository: str, name: str) -> str:
+    def refuse(repository: str, allow_patterns: list[str]) -> str:
         raise OSError("no route\nsecond line")
 
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(CheckpointError, match=r"org/name .*no route\); check the spelling"):
         fetch_tokenizer("org/name")

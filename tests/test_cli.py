@@ -461,7 +461,7 @@ CASES: dict[str, tuple[Case, list[str]]] = {
     ),
     "run: other schema": (
         on_bundle("run", "BUNDLE", *GO, spoil=other_schema),
-        ["schema 99", "schema 1"],
+        ["schema 99", "schema 2"],
     ),
     "run: empty prompt": (on_bundle("run", "BUNDLE", "--prompt", ""), ["prompt is empty"]),
     "run: no tokens": (
@@ -484,7 +484,7 @@ CASES: dict[str, tuple[Case, list[str]]] = {
     ),
     "inspect: other schema": (
         on_bundle("inspect", "BUNDLE", spoil=other_schema),
-        ["schema 99", "schema 1"],
+        ["schema 99", "schema 2"],
     ),
     "inspect: no bundle": (on_bundle("inspect", "/nowhere"), ["/nowhere is not a bundle"]),
     "evaluate: no text": (

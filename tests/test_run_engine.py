@@ -181,10 +181,10 @@ def test_a_conversation_goes_on_where_it_stopped(
         return int(logits.argmax())
 
     conversation = Conversation(backend, bundle)
-    steps = conversation.generate(first, sample, 10, None)
+    steps = conversation.generate(first, sample, 10, ())
     tokens = [next(steps).token for _ in range(4)]  # the fourth is sampled and not run yet
     steps.close()
-    next(conversation.generate(second, sample, 1, None))
+    next(conversation.generate(second, sample, 1, ()))
     whole = np.concatenate([first, np.array([tokens], np.int32), second], axis=1)
     expected, _ = prefill(backend, bundle, whole)
     assert relative_error(seen[-1], expected[0, -1]) < 1e-5
@@ -194,7 +194,7 @@ def test_a_conversation_goes_on_where_it_stopped(
 def test_generate_ends_after_the_end_token(backend: OnnxRuntimeBackend, bundle: Bundle) -> None:
     tokens = iter([5, 6, 0, 7])
     prompt = np.array([[1, 2]], np.int32)
-    steps = list(generate(backend, bundle, prompt, lambda _: next(tokens), 10, end_id=0))
+    steps = list(generate(backend, bundle, prompt, lambda _: next(tokens), 10, end_ids={0}))
     assert [step.token for step in steps] == [5, 6, 0]
     assert all(step.seconds > 0 for step in steps)
 
@@ -258,7 +258,8 @@ def test_stream_shows_bytes_that_are_no_text_and_goes_on(codec: TextCodec) -> No
     lead, space = codec.encode("é")[0].tolist()[0], codec.encode(" ")[0].tolist()[0]
     stream = TextStream(codec)
     assert [stream.add(token) for token in (lead, lead, space)] == ["", REPLACEMENT, "\ufffd "]
-    assert stream.add(lead) == ""  # an incomplete end stays unprinted
+    assert stream.add(lead) == ""  # an incomplete end waits
+    assert (stream.finish(), stream.finish()) == (REPLACEMENT, "")
 
 
 def test_sha256_is_checked_for_small_files_at_load_and_for_all_when_asked(copy: Path) -> None:
@@ -298,7 +299,7 @@ def test_text_goes_to_stdout_and_the_rest_to_stderr(packed: Path) -> None:
     result = run_engine(packed, "--prompt", CHAIN, "--max-new-tokens", "25", "--threads", "1")
     assert result.returncode == 0
     # Twenty-five bytes of the ten-byte chain: the last two are the first half of the face.
-    assert result.stdout.decode() == CHAIN * 2 + " é\n"
+    assert result.stdout.decode() == CHAIN * 2 + f" é{REPLACEMENT}\n"
     errors = result.stderr.decode()
     for word in ("10 prompt tokens, 25 new", "TTFT", "TPOT", "tokens/s", "cores", "onnxruntime"):
         assert word in errors
@@ -318,7 +319,7 @@ def test_json_of_a_run(packed: Path) -> None:
     assert report["threads"] is None
     assert report["sampling"] == settings({"max_new_tokens": 12, "seed": 5})
     assert report["stop"] == []
-    assert (report["prompt"], report["text"]) == (CHAIN, CHAIN + " ")
+    assert (report["prompt"], report["text"]) == (CHAIN, f"{CHAIN} {REPLACEMENT}")
     assert (report["prompt_tokens"], report["new_tokens"], len(report["tokens"])) == (10, 12, 12)
     assert report["finish"] == "length"
     assert report["ttft_s"] > 0 and report["tpot_s"] > 0 and report["load_s"] > 0
@@ -545,10 +546,13 @@ BAD_BUNDLES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         ["no manifest.json", "name a bundle"],
     ),
     "manifest cut short": (
-        lambda f: (f / "manifest.json").write_text('{"schema": 1,'),
+        lambda f: (f / "manifest.json").write_text('{"schema": 2,'),
         ["not the manifest of a bundle", "copy"],
     ),
-    "another schema": (edit_manifest(lambda m: m.update(schema=2)), ["schema 2", "schema 1"]),
+    "another schema": (
+        edit_manifest(lambda m: m.update(schema=1)),
+        ["schema 1", "schema 2", "pack the bundle again"],
+    ),
     "no sizes": (edit_manifest(lambda m: m["model"].pop("d_conv")), ["d_conv", "pack"]),
     "no files": (edit_manifest(lambda m: m.update(files={})), ["files", "pack"]),
     "a size of nothing": (

@@ -192,13 +192,14 @@ def pack(folder: Path, **changes: Any) -> None:
     left_out = {"__pycache__", "build", "engine"}
     files = sorted(f for f in folder.rglob("*") if f.is_file() and not left_out & {*f.parts})
     manifest = {
-        "schema": 1,
+        "schema": 2,
         "name": "tiny--edge-w8a8--host-cpu",
         "model": SIZES,
         "recipe": {"name": "edge-w8a8", "weights": "int8", "state_dtype": "fp32"},
         "target": {"name": "host-cpu", "runtime": "onnxruntime", "max_tokens": MAX_TOKENS},
         "created": {"host": "bench", "versions": {"onnx": onnx.__version__}},
         "steps": [{"step": "export", "where": "bench", "seconds": 1.5}],
+        "text": {"end_ids": [0]},
         "not_run": ["engine: to be built on the board"],
         **changes,
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,8 +24,8 @@ from ssdi8_edge.model import Mamba2Config, Mamba2LM
 from ssdi8_edge.ops import kernel_library
 from ssdi8_edge.ops.kernel_limits import misfit
 from ssdi8_edge.quantize.modules import Scope, watched_model
-from ssdi8_edge.quantize.saved import is_quantized_checkpoint, load_quantized
-from ssdi8_edge.stream import open_tokenizer
+from ssdi8_edge.quantize.saved import is_quantized_checkpoint, load_quantized, read_config
+from ssdi8_edge.tokens import end_ids, require_fitting, tokenizer_in
 
 
 def _no_scope(name: str) -> AbstractContextManager[None]:
@@ -54,6 +54,7 @@ class Subject:
         counts_saturation: whether every INT8 rounding goes through `int8.round_to_int8`.
         notes: of its checkpoint.
         beyond_fp16: sentences about tensors that left FP16 so far, of an engine that looks.
+        end_ids: the tokens that end a text, the model's own one first.
     """
 
     source: str
@@ -66,6 +67,7 @@ class Subject:
     counts_saturation: bool = False
     notes: tuple[str, ...] = ()
     beyond_fp16: list[str] = field(default_factory=list)
+    end_ids: Sequence[int] = ()
 
     def logits(self, ids: Tensor, keep: int | None = None) -> Tensor:
         """ids (B, L) -> logits (B, keep, V) FP32 of the last `keep` positions; None keeps all."""
@@ -93,7 +95,8 @@ def open_subject(source: str, tokenizer: Path | None = None, device: str = "cpu"
     """What `source` names: a bundle or run folder, a quantized checkpoint, an FP checkpoint.
 
     Raises:
-        UsageError: it is none of these, has no tokenizer, or cannot run on `device`.
+        UsageError: it is none of these, has no tokenizer or that of another model, or cannot run
+            on `device`.
     """
     require_device(device)
     with during(f"loading {source}", "end other programs, or name fewer models at once"):
@@ -105,13 +108,10 @@ def _open_subject(source: str, tokenizer: Path | None, device: str) -> Subject:
     if device != "cpu" and is_quantized_checkpoint(folder / QUANTIZED):
         return _quantized_subject(source, folder / QUANTIZED, tokenizer, device)
     if (bundle_folder(folder) / "manifest.json").is_file():
-        subject = _bundle_subject(source, folder, device)
-    elif is_quantized_checkpoint(folder):
-        subject = _quantized_subject(source, folder, tokenizer, device)
-    else:
-        subject = _float_subject(source, tokenizer, device)
-    open_tokenizer(subject.tokenizer)
-    return subject
+        return _bundle_subject(source, folder, device)
+    if is_quantized_checkpoint(folder):
+        return _quantized_subject(source, folder, tokenizer, device)
+    return _float_subject(source, tokenizer, device)
 
 
 def _bundle_subject(source: str, folder: Path, device: str) -> Subject:
@@ -121,6 +121,7 @@ def _bundle_subject(source: str, folder: Path, device: str) -> Subject:
             "name the quantized/ folder of its build, or give --device cpu.",
         )
     bundle = open_checked_bundle(folder)
+    require_fitting(bundle.path(TOKENIZER), source, bundle.model.vocab_size)
     backend = runtime_module("onnxruntime_backend").OnnxRuntimeBackend(bundle)
     prefill = runtime_module("generate").prefill
 
@@ -135,10 +136,14 @@ def _bundle_subject(source: str, folder: Path, device: str) -> Subject:
         forward,
         bundle.path(TOKENIZER),
         bundle.model.vocab_size,
+        end_ids=sorted(bundle.end_ids),
     )
 
 
 def _quantized_subject(source: str, folder: Path, tokenizer: Path | None, device: str) -> Subject:
+    config = read_config(folder)
+    tokenizer = tokenizer or folder / TOKENIZER
+    require_fitting(tokenizer, source, config["model"]["vocab_size"])
     model = load_quantized(folder, device)
     kernels = device != "cpu" and kernel_library.available()
     if model.recipe.quantized:
@@ -158,19 +163,23 @@ def _quantized_subject(source: str, folder: Path, tokenizer: Path | None, device
         model.recipe.name,
         _engine("CUDA kernels" if kernels else "torch reference", device),
         forward,
-        tokenizer or folder / TOKENIZER,
+        tokenizer,
         model.config.vocab_size,
         device,
         counts_saturation=model.recipe.quantized and not kernels,
         beyond_fp16=beyond_fp16,
+        end_ids=config.get("text", {}).get("end_ids", ()),
     )
 
 
 def _float_subject(source: str, tokenizer: Path | None, device: str) -> Subject:
     checkpoint = open_checkpoint(source)
-    found = tokenizer or checkpoint.tokenizer_path
+    found = tokenizer or tokenizer_in(checkpoint.folder)
     if found is None:
         raise UsageError(f"{source} has no tokenizer.json;", "name one with --tokenizer.")
+    vocabulary = checkpoint.config["vocab_size"]
+    require_fitting(found, source, vocabulary)
+    ends = end_ids(checkpoint.folder, found, vocabulary)
     model = Mamba2LM(Mamba2Config(**checkpoint.config)).eval()
     model.load_state_dict({name: checkpoint.tensor(name).float() for name in checkpoint.names})
     model = model.to(device)
@@ -188,6 +197,7 @@ def _float_subject(source: str, tokenizer: Path | None, device: str) -> Subject:
         model.config.vocab_size,
         device,
         notes=tuple(checkpoint.notes),
+        end_ids=ends,
     )
 
 

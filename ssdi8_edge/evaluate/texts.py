@@ -13,7 +13,8 @@ from torch import Tensor
 from ssdi8_edge.errors import UsageError
 from ssdi8_edge.evaluate.local_data import AGAIN, find_file
 from ssdi8_edge.inputs import text_input
-from ssdi8_edge.stream import open_tokenizer, read_tokens, require_tokens
+from ssdi8_edge.stream import read_tokens, require_tokens
+from ssdi8_edge.tokens import open_tokenizer
 
 PURPOSE = "evaluating"
 WIKITEXT2 = "wikitext2"
@@ -69,9 +70,7 @@ def join_lines(lines: list[str]) -> str:
 
 
 def _windows(text: str, tokenizer: Path, tokens: int, samples: int) -> Tensor:
-    encoder = open_tokenizer(tokenizer)
-    encoder.no_truncation()
-    ids = torch.tensor(encoder.encode(text, add_special_tokens=False).ids)
+    ids = torch.tensor(open_tokenizer(tokenizer).encode(text))
     require_tokens(len(ids), WIKITEXT2, PURPOSE)
     tokens = min(tokens, len(ids))
     samples = min(samples, len(ids) // tokens)

@@ -18,7 +18,7 @@ from ssdi8_edge.evaluate.subject import Subject
 from ssdi8_edge.evaluate.texts import Text, text_file
 from ssdi8_edge.failures import during
 from ssdi8_edge.progress import Track, silent
-from ssdi8_edge.stream import GPU_TOKENS_PER_BATCH, require_vocabulary
+from ssdi8_edge.stream import GPU_TOKENS_PER_BATCH
 
 # docs/method.md §11.1: non-overlapping blocks of 2048 tokens.
 WINDOW = 2048
@@ -234,7 +234,6 @@ def _windows(
         key = sha256_file(subject.tokenizer)
         if key not in read:
             read[key] = text.windows(subject.tokenizer, tokens, limit or ALL)
-        require_vocabulary(read[key], subject.tokenizer, subject.source, subject.vocabulary)
         found.append(read[key])
     return found
 

@@ -62,20 +62,21 @@ def run(bundle: Bundle, options: argparse.Namespace) -> int:
         show_notes(backend)
         conversation = Conversation(backend, bundle)
         sample = sampler(codec, options)
-        between = ""
+        continues = False
         for number, line in enumerate(iter(_read_line, None), start=1):
             if not line:
                 continue
             try:
-                prompt = codec.encode(between + _checked(line, number))
+                checked = _checked(line, number)
+                prompt = codec.encode(f"\n{checked}" if continues else checked, continues)
             except BundleProblem as problem:
                 print(f"run_engine: {problem}", file=sys.stderr)
                 continue
             sample.read(prompt)
             stop = _Stop()
             with stop.listening():
-                steps = conversation.generate(prompt, sample, options.max_new_tokens, codec.end_id)
-                output = collect(steps, codec, options.stop, not options.json, stop)
+                steps = conversation.generate(prompt, sample, options.max_new_tokens, codec.end_ids)
+                output = collect(steps, codec, prompt, options.stop, not options.json, stop)
             timings = Timings.of(prompt.shape[1], output.seconds)
             if options.json:
                 turn = {"prompt": line, "text": output.text, "tokens": output.tokens}
@@ -83,7 +84,7 @@ def run(bundle: Bundle, options: argparse.Namespace) -> int:
                 print_json({**turn, "finish": output.finish, **times}, indent=None)
             else:
                 print(describe(timings, len(output.tokens)), file=sys.stderr)
-            between = "\n"
+            continues = True
     finally:
         backend.close()
     return 0

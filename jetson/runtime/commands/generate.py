@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from runtime.backend import Backend, BackendOptions, open_backend
 from runtime.bundle import Bundle, BundleProblem
 from runtime.console import print_json, stdin
@@ -44,8 +46,8 @@ def run(bundle: Bundle, options: argparse.Namespace) -> int:
     try:
         sample = sampler(codec, options)
         sample.read(prompt)
-        steps = generate(backend, bundle, prompt, sample, options.max_new_tokens, codec.end_id)
-        output = collect(steps, codec, options.stop, stream=not options.json)
+        steps = generate(backend, bundle, prompt, sample, options.max_new_tokens, codec.end_ids)
+        output = collect(steps, codec, prompt, options.stop, stream=not options.json)
     finally:
         backend.close()
 
@@ -105,27 +107,33 @@ def sampler(codec: TextCodec, options: argparse.Namespace) -> Sampler:
 def collect(
     steps: Iterator[Step],
     codec: TextCodec,
+    prompt: np.ndarray,
     stops: Sequence[str],
     stream: bool,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Output:
-    """Run `steps` to their end or to one of `stops`; with `stream`, print the text as it comes.
+    """Run `steps` after `prompt` (1, l) to their end or to one of `stops`.
+
+    With `stream`, print the text as it comes.
 
     `stopped` is asked after each token; Ctrl-C stops as well.
     """
     output = Output()
-    text_stream, stop = TextStream(codec), StopTexts(stops)
+    text_stream, stop = TextStream(codec, prompt[0].tolist()), StopTexts(stops)
+
+    def give(new_text: str) -> None:
+        output.text += new_text
+        if stream:
+            print(new_text, end="", flush=True)
+
     try:
         for step in steps:
             output.seconds.append(step.seconds)
-            if step.token == codec.end_id:
+            if step.token in codec.end_ids:
                 output.finish = "stop"
                 break
             output.tokens.append(step.token)
-            new_text = stop.add(text_stream.add(step.token))
-            output.text += new_text
-            if stream:
-                print(new_text, end="", flush=True)
+            give(stop.add(text_stream.add(step.token)))
             if stop.found:
                 output.finish = "stop"
                 break
@@ -135,10 +143,12 @@ def collect(
     except KeyboardInterrupt:
         output.finish = "interrupt"
     finally:
-        rest = stop.flush()
-        output.text += rest
+        if not stop.found:
+            give(stop.add(text_stream.finish()) + stop.flush())
+            if stop.found:
+                output.finish = "stop"
         if stream:
-            print(rest, flush=True)
+            print(flush=True)
     return output
 
 

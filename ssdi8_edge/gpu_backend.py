@@ -54,7 +54,7 @@ class GpuBackend:
             kernel_library.load()  # says what is missing, if it is the library
             raise UsageError("torch finds no CUDA GPU here;", "use --device cpu.")
         if model.recipe.quantized:
-            require_kernels(model.config, device, "use --device cpu.")
+            require_kernels(model.config.kernel_sizes, device, "use --device cpu.")
         self._model = model
         self._device = torch.device(device)
         self._states: dict[int, list[State]] = {}

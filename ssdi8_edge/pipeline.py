@@ -410,7 +410,9 @@ def _require_sizes(request: BuildRequest, config: Mamba2Config) -> None:
         if recipe.linear == "w4":
             require_groups(width, recipe.group_size)
     if target.runtime == "tensorrt":
-        require_kernels(config, target.name, "give --method fp16, or --target host-cpu.")
+        require_kernels(
+            config.kernel_sizes, target.name, "give --method fp16, or --target host-cpu."
+        )
 
 
 @contextmanager

@@ -131,7 +131,7 @@ def _quantized_subject(source: str, folder: Path, tokenizer: Path | None, device
     model = load_quantized(folder, device)
     kernels = device != "cpu" and kernel_library.available()
     if model.recipe.quantized:
-        kernels = kernels and misfit(model.config) is None
+        kernels = kernels and misfit(model.config.kernel_sizes) is None
 
     def forward(ids: Tensor, keep: int, scope: Scope) -> Tensor:
         with nullcontext() if kernels else kernel_library.references_only():

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from ssdi8_edge.methods import QuantConfig
 from ssdi8_edge.model import Mamba2Config
-from ssdi8_edge.ops import fp16
+from ssdi8_edge.ops import baseline
 from ssdi8_edge.ops.causal_conv1d import CAUSAL_CONV1D
+from ssdi8_edge.ops.glue import EMBEDDING, LAST_POSITIONS, LOGITS
 from ssdi8_edge.ops.linear import LINEAR, LINEAR_W4
 from ssdi8_edge.ops.rms_norm import RMS_NORM
 from ssdi8_edge.ops.rms_norm_gated import RMS_NORM_GATED
-from ssdi8_edge.ops.ssd_scan import SSD_SCAN, ssd_modules
+from ssdi8_edge.ops.ssd.fused import SSD_SCAN, ssd_modules
 from ssdi8_edge.quantize.dequantized import dequantized_ssd
 
 # An infinite dt limit in FP32 attributes: larger than any softplus of an FP16 input.
@@ -183,26 +184,26 @@ def run_block(
         residual, r, state = run_mixer(p, attributes, hidden, residual, state)
         return linear(p, "out_proj", r, attributes.recipe), residual, state
     eps = attributes.config.norm_eps
-    residual, u = fp16.RMS_NORM(hidden, residual, p["norm.weight"], eps=eps)
-    zxbcdt = fp16.LINEAR(u, p["in_proj.weight"])
-    x, b, c, conv = fp16.CAUSAL_CONV1D(
+    residual, u = baseline.RMS_NORM(hidden, residual, p["norm.weight"], eps=eps)
+    zxbcdt = baseline.LINEAR(u, p["in_proj.weight"])
+    x, b, c, conv = baseline.CAUSAL_CONV1D(
         *(zxbcdt, state.conv, p["conv1d.weight"], p["conv1d.bias"]), **attributes.conv
     )
-    y, ssm = fp16.SSD_SCAN(
+    y, ssm = baseline.SSD_SCAN(
         *(x, b, c, zxbcdt, state.ssm, p["dt_bias"], p["A"], p["D"]), **attributes.heads
     )
-    r = fp16.RMS_NORM_GATED(y, zxbcdt, p["gate_norm.weight"], **attributes.gated)
-    return fp16.LINEAR(r, p["out_proj.weight"]), residual, State(conv, ssm)
+    r = baseline.RMS_NORM_GATED(y, zxbcdt, p["gate_norm.weight"], **attributes.gated)
+    return baseline.LINEAR(r, p["out_proj.weight"]), residual, State(conv, ssm)
 
 
 def run_head(p: Parameters, attributes: NodeAttributes, hidden: Any, residual: Any) -> Any:
     """Final norm and lm_head: logits (B, L, V) FP32."""
     if attributes.recipe.lm_head == "fp16":
         eps = attributes.config.norm_eps
-        _, normed = fp16.RMS_NORM(hidden, residual, p["norm_f.weight"], eps=eps)
-        return fp16.LOGITS(fp16.LINEAR(normed, p["lm_head.weight"]))
+        _, normed = baseline.RMS_NORM(hidden, residual, p["norm_f.weight"], eps=eps)
+        return LOGITS(baseline.LINEAR(normed, p["lm_head.weight"]))
     _, u = norm(p, "norm_f.scale", attributes, hidden, residual)
-    return fp16.LOGITS(LINEAR(*u, p["lm_head.weight"], p["lm_head.scale"], p["lm_head.bias"]))
+    return LOGITS(LINEAR(*u, p["lm_head.weight"], p["lm_head.scale"], p["lm_head.bias"]))
 
 
 Scope = Callable[[str], AbstractContextManager[Any]]
@@ -221,14 +222,14 @@ def run_model(
 
     `layer(i)` gives the parameters of block i; `top` those outside the blocks.
     """
-    hidden, residual = fp16.EMBEDDING(top["embedding.weight"], input_ids)
+    hidden, residual = EMBEDDING(top["embedding.weight"], input_ids)
     new_states = []
     for i, state in enumerate(states):
         with scope(f"layers.{i}"):
             hidden, residual, state = run_block(layer(i), attributes, hidden, residual, state)
         new_states.append(state)
     with scope("head"):
-        hidden, residual = fp16.LAST_POSITIONS(hidden, residual, keep)
+        hidden, residual = LAST_POSITIONS(hidden, residual, keep)
         logits = run_head(top, attributes, hidden, residual)
     return logits, new_states
 

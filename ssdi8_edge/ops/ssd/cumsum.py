@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from ssdi8_edge.ops import onnx_text as t
-from ssdi8_edge.ops.chunking import pad_tokens
+from ssdi8_edge.ops.kernel_library import Call, launch, require
 from ssdi8_edge.ops.op import Attributes, BodyForm, Op
+from ssdi8_edge.ops.ssd.chunking import pad_tokens
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -100,9 +101,21 @@ def _body(a: Attributes, form: BodyForm) -> str:
     )
 
 
+def _kernel(call: Call) -> tuple[Tensor, Tensor]:
+    call.batch, call.length, call.row_stride = call.zxbcdt.shape
+    require(call, torch.float16, zxbcdt=(call.batch, call.length, call.row_stride))
+    require(call, torch.float32, dt_bias=(call.nheads,), A=(call.nheads,))
+    shape = (call.batch, call.nheads, call.length)
+    call.dt = torch.empty(shape, dtype=torch.float32, device=call.zxbcdt.device)
+    call.a = torch.empty_like(call.dt)
+    launch("chunk_cumsum", call, call.zxbcdt.device)
+    return call.dt, call.a
+
+
 CHUNK_CUMSUM = Op(
     name="Ssdi8ChunkCumsum",
     outputs=("dt", "a"),
     reference=chunk_cumsum_reference,
     body=_body,
+    kernel=_kernel,
 )

@@ -8,9 +8,18 @@ from torch import Tensor
 from ssdi8_edge.formats import Rounding, Scaling
 from ssdi8_edge.int8 import round_to_int8
 from ssdi8_edge.ops import onnx_text as t
-from ssdi8_edge.ops.chunk_state import decay_lines
-from ssdi8_edge.ops.chunking import chunks_of_decay, chunks_of_tokens, per_head
+from ssdi8_edge.ops.kernel_library import Call, launch, require
 from ssdi8_edge.ops.op import Attributes, BodyForm, Op
+from ssdi8_edge.ops.ssd.chunk_state import decay_lines
+from ssdi8_edge.ops.ssd.chunking import chunks_of_decay, chunks_of_tokens, per_head
+from ssdi8_edge.ops.ssd.kernel_checks import (
+    GROUP_SCALES,
+    chunks,
+    passed_type,
+    require_decay,
+    require_scales,
+    require_tokens,
+)
 
 # exp of this is zero in every format used; masks decays that would otherwise overflow.
 MASKED = -1e30
@@ -226,9 +235,23 @@ def _rounded_cb_lines(a: Attributes, form: BodyForm) -> list[str]:
     ]
 
 
+def _kernel(call: Call) -> Tensor:
+    require_tokens(call, "b_q", "c_q")
+    require_decay(call)
+    require(call, torch.float32, D=(call.nheads,))
+    rows = (call.batch, chunks(call), call.nheads, call.headdim)
+    require(call, passed_type(call), passed=(*rows, call.d_state))
+    require(call, torch.float32, passed_scale=rows)
+    require_scales(call, GROUP_SCALES, ())
+    call.y = torch.empty_like(call.x)
+    launch("chunk_scan", call, call.x.device)
+    return call.y
+
+
 CHUNK_SCAN = Op(
     name="Ssdi8ChunkScan",
     outputs=("y",),
     reference=chunk_scan_reference,
     body=_body,
+    kernel=_kernel,
 )

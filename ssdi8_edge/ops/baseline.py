@@ -1,4 +1,4 @@
-"""The ops of the FP16 baseline, and the glue that every recipe shares.
+"""The ops of the FP16 baseline.
 
 None has a plugin: their bodies are inlined, so that TensorRT builds the baseline from standard ops.
 FP16 between ops, FP32 or wider inside them.
@@ -9,64 +9,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ssdi8_edge.model import ssd_chunked
 from ssdi8_edge.ops import onnx_text as t
 from ssdi8_edge.ops.causal_conv1d import convolution_lines, convolve
-from ssdi8_edge.ops.chunk_cumsum import time_step_lines
-from ssdi8_edge.ops.chunk_scan import MASKED
-from ssdi8_edge.ops.chunk_state import decay_lines
+from ssdi8_edge.ops.kernel_library import Call
 from ssdi8_edge.ops.op import Attributes, BodyForm, Op
 from ssdi8_edge.ops.rms_norm import rms_lines
 from ssdi8_edge.ops.rms_norm_gated import gated_norm, gated_norm_lines
-from ssdi8_edge.ops.state_passing import DECAY, scan_over_chunks
-
-
-def embedding_reference(table: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of the FP16 table (V, D) as `hidden` (B, L, D), and a zero FP32 residual for it."""
-    hidden = table[input_ids.long()]
-    return hidden, torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-
-
-def _embedding_body(a: Attributes, form: BodyForm) -> str:
-    return "\n".join(
-        [
-            "hidden = Gather (table, input_ids)",
-            t.number("zero", 0.0),
-            "hidden_shape = Shape (hidden)",
-            "residual = Expand (zero, hidden_shape)",
-        ]
-    )
-
-
-def last_positions_reference(
-    hidden: Tensor, residual: Tensor, keep: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The last `keep` (a scalar) positions of both (B, L, D): the only ones that need logits."""
-    n = int(keep)
-    return hidden[:, -n:], residual[:, -n:]
-
-
-def _last_positions_body(a: Attributes, form: BodyForm) -> str:
-    return "\n".join(
-        [
-            t.ints("vector", [1]),
-            "keep_vector = Reshape (keep, vector)",
-            "start = Neg (keep_vector)",
-            t.ints("stop", [2**31 - 1]),
-            t.ints("axis", [1]),
-            "hidden_kept = Slice (hidden, start, stop, axis)",
-            "residual_kept = Slice (residual, start, stop, axis)",
-        ]
-    )
-
-
-def logits_reference(y: Tensor) -> Tensor:
-    """Logits leave the graph in FP32, so that every runtime samples from the same type."""
-    return y.float()
-
-
-def _logits_body(a: Attributes, form: BodyForm) -> str:
-    return t.cast("logits", "y", t.FP32)
+from ssdi8_edge.ops.ssd.chunk_state import decay_lines
+from ssdi8_edge.ops.ssd.cumsum import time_step_lines
+from ssdi8_edge.ops.ssd.float import ssd_chunked
+from ssdi8_edge.ops.ssd.passing import DECAY, scan_over_chunks
+from ssdi8_edge.ops.ssd.scan import MASKED
 
 
 def rms_norm_reference(
@@ -94,6 +47,11 @@ def _rms_norm_body(a: Attributes, form: BodyForm) -> str:
 def linear_reference(x: Tensor, weight: Tensor) -> Tensor:
     """FP16(x · weightᵀ): x (B, L, In) and weight (Out, In) FP16, FP32 accumulation."""
     return (x.float() @ weight.float().t()).half()
+
+
+def _linear_kernel(call: Call) -> Tensor:
+    """cuBLAS: the reference widens the weight to FP32 at every call."""
+    return torch.nn.functional.linear(call.x, call.weight)
 
 
 def _linear_body(a: Attributes, form: BodyForm) -> str:
@@ -296,35 +254,40 @@ def _rms_norm_gated_body(a: Attributes, form: BodyForm) -> str:
     return "\n".join([*gated_norm_lines(a, form), t.cast("normed", "r", t.FP16)])
 
 
-EMBEDDING = Op("Embedding", ("hidden", "residual"), embedding_reference, _embedding_body, False)
-LAST_POSITIONS = Op(
-    "LastPositions",
-    ("hidden_kept", "residual_kept"),
-    last_positions_reference,
-    _last_positions_body,
-    False,
+RMS_NORM = Op(
+    name="RmsNorm",
+    outputs=("residual_out", "normed"),
+    reference=rms_norm_reference,
+    body=_rms_norm_body,
+    plugin=False,
 )
-LOGITS = Op("Logits", ("logits",), logits_reference, _logits_body, False)
-RMS_NORM = Op("RmsNorm", ("residual_out", "normed"), rms_norm_reference, _rms_norm_body, False)
-LINEAR = Op("Linear", ("y",), linear_reference, _linear_body, False)
+LINEAR = Op(
+    name="Linear",
+    outputs=("y",),
+    reference=linear_reference,
+    body=_linear_body,
+    kernel=_linear_kernel,
+    plugin=False,
+)
 CAUSAL_CONV1D = Op(
-    "CausalConv1d",
-    ("x", "b", "c", "conv_state_out"),
-    causal_conv1d_reference,
-    _causal_conv1d_body,
-    False,
+    name="CausalConv1d",
+    outputs=("x", "b", "c", "conv_state_out"),
+    reference=causal_conv1d_reference,
+    body=_causal_conv1d_body,
+    plugin=False,
 )
-SSD_SCAN = Op("SsdScan", ("y", "ssm_state_out"), ssd_scan_reference, _ssd_scan_body, False)
+SSD_SCAN = Op(
+    name="SsdScan",
+    outputs=("y", "ssm_state_out"),
+    reference=ssd_scan_reference,
+    body=_ssd_scan_body,
+    plugin=False,
+)
 RMS_NORM_GATED = Op(
-    "RmsNormGated", ("normed",), rms_norm_gated_reference, _rms_norm_gated_body, False
+    name="RmsNormGated",
+    outputs=("normed",),
+    reference=rms_norm_gated_reference,
+    body=_rms_norm_gated_body,
+    plugin=False,
 )
-FP16_OPS = (
-    EMBEDDING,
-    LAST_POSITIONS,
-    LOGITS,
-    RMS_NORM,
-    LINEAR,
-    CAUSAL_CONV1D,
-    SSD_SCAN,
-    RMS_NORM_GATED,
-)
+BASELINE_OPS = (RMS_NORM, LINEAR, CAUSAL_CONV1D, SSD_SCAN, RMS_NORM_GATED)

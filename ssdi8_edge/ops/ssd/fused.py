@@ -9,12 +9,19 @@ from torch import Tensor
 
 from ssdi8_edge.formats import Gate, Rounding, Scaling
 from ssdi8_edge.ops import onnx_text as t
-from ssdi8_edge.ops.chunk_cumsum import CHUNK_CUMSUM, time_step, time_step_lines
-from ssdi8_edge.ops.chunk_scan import CHUNK_SCAN
-from ssdi8_edge.ops.chunk_state import CHUNK_STATE
-from ssdi8_edge.ops.chunking import per_head
+from ssdi8_edge.ops.kernel_library import Call, launch, require
 from ssdi8_edge.ops.op import DOMAIN, Attributes, BodyForm, Op
-from ssdi8_edge.ops.state_passing import STATE_PASSING
+from ssdi8_edge.ops.ssd.chunk_state import CHUNK_STATE
+from ssdi8_edge.ops.ssd.chunking import per_head
+from ssdi8_edge.ops.ssd.cumsum import CHUNK_CUMSUM, time_step, time_step_lines
+from ssdi8_edge.ops.ssd.kernel_checks import (
+    GROUP_SCALES,
+    require_scales,
+    require_state,
+    require_tokens,
+)
+from ssdi8_edge.ops.ssd.passing import STATE_PASSING
+from ssdi8_edge.ops.ssd.scan import CHUNK_SCAN
 
 
 def ssd_modules(
@@ -262,9 +269,22 @@ def _step_lines(a: Attributes, form: BodyForm) -> str:
     return "\n".join(lines)
 
 
+def _kernel(call: Call) -> tuple[Tensor, Tensor]:
+    require_tokens(call, "b_q", "c_q")
+    call.row_stride = call.zxbcdt.shape[2]
+    require(call, torch.float16, zxbcdt=(call.batch, call.length, call.row_stride))
+    require(call, torch.float32, **{name: (call.nheads,) for name in ("dt_bias", "A", "D")})
+    require_scales(call, GROUP_SCALES, ("x_scale", "state_scale"))
+    require_state(call, call.batch, call.nheads, call.headdim, call.d_state)
+    call.y = torch.empty_like(call.x)
+    launch("ssd_scan", call, call.x.device)
+    return call.y, call.ssm_state_out
+
+
 SSD_SCAN = Op(
     name="Ssdi8SsdScan",
     outputs=("y", "ssm_state_out"),
     reference=ssd_scan_reference,
     body=_body,
+    kernel=_kernel,
 )

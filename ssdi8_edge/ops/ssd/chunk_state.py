@@ -8,9 +8,17 @@ from torch import Tensor
 from ssdi8_edge.formats import Gate, Rounding, Scaling
 from ssdi8_edge.int8 import quantize_by_largest, round_to_int8
 from ssdi8_edge.ops import onnx_text as t
-from ssdi8_edge.ops.chunking import chunks_of_decay, chunks_of_tokens, given, per_head
+from ssdi8_edge.ops.kernel_library import Call, launch
 from ssdi8_edge.ops.op import Attributes, BodyForm, Op
-from ssdi8_edge.ops.state_passing import require_one_scale
+from ssdi8_edge.ops.ssd.chunking import chunks_of_decay, chunks_of_tokens, given, per_head
+from ssdi8_edge.ops.ssd.kernel_checks import (
+    chunks,
+    require_decay,
+    require_scales,
+    require_tokens,
+    state_type,
+)
+from ssdi8_edge.ops.ssd.passing import require_one_scale
 
 
 def chunk_state_reference(
@@ -179,9 +187,23 @@ def decay_lines(chunk: int | str, f: int) -> list[str]:
     ]
 
 
+def _kernel(call: Call) -> Tensor:
+    require_tokens(call, "b_q")
+    require_decay(call)
+    require_scales(call, ("b_scale",), ("x_scale", "state_scale"))
+    call.states = torch.empty(
+        (call.batch, chunks(call), call.nheads, call.headdim, call.d_state),
+        dtype=state_type(call),
+        device=call.x.device,
+    )
+    launch("chunk_state", call, call.x.device)
+    return call.states
+
+
 CHUNK_STATE = Op(
     name="Ssdi8ChunkState",
     outputs=("states",),
     reference=chunk_state_reference,
     body=_body,
+    kernel=_kernel,
 )

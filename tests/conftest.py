@@ -13,6 +13,9 @@ from safetensors.torch import save_file
 
 from ssdi8_edge.model import Mamba2Config, Mamba2LM
 
+pytest.register_assert_rewrite("kernel_compare", "op_bodies", "slow_ops")
+pytest_plugins = ["kernel_fixtures"]
+
 # A job that a script starts in the background ignores Ctrl-C, and so would every command that the
 # tests start. A handler of our own is not inherited: they begin with the default again.
 signal.signal(signal.SIGINT, signal.default_int_handler)

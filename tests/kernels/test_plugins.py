@@ -71,6 +71,11 @@ def test_one_file_is_enough(harness: Harness) -> None:
     assert library.ssdi8_tensorrt_major() == harness.version[0]
 
 
+def test_every_op_registers_in_the_order_of_names(harness: Harness) -> None:
+    """Tables register themselves, in an order that the linker chooses."""
+    assert harness.creators == PLUGIN_OPS
+
+
 def test_a_wrong_tensorrt_root_is_an_error(tmp_path: Path) -> None:
     if shutil.which("cmake") is None or shutil.which("nvcc") is None:
         pytest.skip("no cmake or no nvcc")

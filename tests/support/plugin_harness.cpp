@@ -181,6 +181,11 @@ int32_t harness_open(const char* path) {
   return n_creators;
 }
 
+// The op of creator `index`, as the library lists them.
+const char* harness_creator(int32_t index) {
+  return static_cast<IPluginCreatorV3One*>(creators[index])->getPluginName();
+}
+
 const char* harness_messages() { return finder.logger.text.c_str(); }
 void harness_clear_messages() { finder.logger.text.clear(); }
 

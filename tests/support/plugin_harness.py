@@ -103,6 +103,7 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     numbers, addresses = POINTER(c_int32), POINTER(c_void_p)
     signatures: dict[str, tuple[Any, tuple[Any, ...]]] = {
         "open": (c_int32, (c_char_p,)),
+        "creator": (c_char_p, (c_int32,)),
         "messages": (c_char_p, ()),
         "clear_messages": (None, ()),
         "number": (c_int32, (c_char_p,)),
@@ -142,6 +143,7 @@ class Harness:
         self.c = _declare(ctypes.CDLL(str(libraries.harness)))
         count = self.c.harness_open(str(libraries.plugins).encode())
         assert count > 0, self.messages()
+        self.creators = [self.c.harness_creator(i).decode() for i in range(count)]
 
     def number(self, name: str) -> int:
         """An enumerator of the headers."""

@@ -138,6 +138,7 @@ def test_bench_prints_each_length_when_it_is_measured(packed: Path) -> None:
         ("layers.0/Ssdi8RmsNormGated", "RmsNormGated", 0),
         ("layers.0/Ssdi8ChunkCumsum", "ChunkCumsum", 0),
         ("head/Ssdi8RmsNorm", "RmsNorm", None),
+        ("layers.2/Ssdi8OfTomorrow.1", "OfTomorrow", 2),
         ("SsdScan/MatMul.7__2", "SsdScan", None),
         ("_inlfunc_Ssdi8ChunkState_token_4_Ssdi8ChunkState/Pad.3", "ChunkState", None),
         ("InsertedPrecisionFreeCast__inlfunc_SsdScan_x_chunks", "SsdScan", None),

@@ -13,15 +13,17 @@ from dataclasses import dataclass
 
 from runtime.backend import LayerTimes
 
-# The ops of the graph; plugins carry the prefix Ssdi8. Longer names come before those that they
-# begin with.
-MODULES = (
-    "RmsNormGated", "RmsNorm", "LinearW4", "Linear", "CausalConv1d", "ChunkCumsum", "ChunkState",
-    "StatePassing", "ChunkScan", "SsdScan", "Embedding", "LastPositions", "Logits",
+# The ops of the graph that have no plugin; the name of a plugin begins with Ssdi8, and what follows
+# is its op. Longer names come before those that they begin with.
+WITHOUT_PLUGIN = (
+    "RmsNormGated", "RmsNorm", "Linear", "CausalConv1d", "SsdScan",
+    "Embedding", "LastPositions", "Logits",
 )  # fmt: skip
 OTHER = "other"
 # "layers.3/Ssdi8Linear.1", "SsdScan/MatMul.7__2", "_inlfunc_Ssdi8ChunkState_Ssdi8ChunkState/Pad.3"
-_MODULE = re.compile(rf"(?<![A-Za-z0-9])(?:Ssdi8)?({'|'.join(MODULES)})(?![A-Za-z0-9])")
+_MODULE = re.compile(
+    rf"(?<![A-Za-z0-9])(?:Ssdi8([A-Z][A-Za-z0-9]*)|({'|'.join(WITHOUT_PLUGIN)})(?![A-Za-z0-9]))"
+)
 _MODEL_LAYER = re.compile(r"(?<![a-z])layers\.(\d+)/")
 
 
@@ -50,8 +52,8 @@ def module_of(name: str) -> str:
     parts = []
     for piece in re.split(r"\s*\+\s*|,\s*", name):
         found = _MODULE.findall(piece.replace("_", " "))
-        if found and found[-1] not in parts:
-            parts.append(found[-1])
+        if found and (module := "".join(found[-1])) not in parts:
+            parts.append(module)
     return " + ".join(parts) or OTHER
 
 

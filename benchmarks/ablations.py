@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from ssdi8_edge.ground.console import Console
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -95,7 +95,7 @@ def main() -> None:
         if args.only in name
     ]
     measures = plan([], [args.text], None, args.limit, args.long_context)
-    say = Console(stderr=True, highlight=False).print
+    say = Console(stderr=True).print
     folders = quantize_by(
         *(recipes, args.model, args.runs, args.calibration),
         device=args.device,
@@ -105,7 +105,7 @@ def main() -> None:
     subjects += [open_subject(str(folder), None, args.device) for folder in folders]
     rows = evaluate(subjects, measures)
     save_results(rows, [args.save] if args.save else [])
-    show(rows, Console(highlight=False))
+    show(rows, Console())
 
 
 if __name__ == "__main__":

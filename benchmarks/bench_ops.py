@@ -240,7 +240,7 @@ def ssd_module_values(s: Sizes, tokens: int, scaling: str) -> dict[str, Tensor]:
     values = ssd_values(s, tokens)
 
     def run_op(op: str) -> Any:
-        kernel = kernel_library.kernel_for(OPS[op])
+        kernel = OPS[op].runnable_kernel()
         assert kernel is not None
         return kernel(*(values[name] for name in ssd_inputs(op)), **ssd_attributes(s, op, scaling))
 
@@ -375,7 +375,7 @@ def mamba_time(case: Case, sets: list[tuple[Tensor, ...]]) -> float | None:
 
 
 def run(case: Case, variant: int, checked: bool, with_mamba: bool) -> dict[str, Any]:
-    kernel = kernel_library.kernel_for(OPS[case.op], variant)
+    kernel = OPS[case.op].runnable_kernel(variant)
     assert kernel is not None
     attributes = case.attributes
     first = case.inputs()

@@ -7,6 +7,8 @@
     python run_engine.py --verify                     hashes, then golden vectors; exit code 0 or 1
     python run_engine.py --info                       what the bundle is and where it was made
 
+With --debug a failure shows where it happened.
+
 Needs Python 3.10 and numpy; prompts need tokenizers. Where build_engine.py has built an engine it
 runs by TensorRT and needs tensorrt and pycuda, else the portable graph needs onnxruntime. Exit
 codes: 0 ok, 1 the bundle ran and failed, 2 something does not fit, 130 stopped by Ctrl-C.
@@ -14,6 +16,7 @@ codes: 0 ok, 1 the bundle ran and failed, 2 something does not fit, 130 stopped 
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -27,23 +30,32 @@ def start(program: str, command_line: str) -> NoReturn:
 
     It is imported here, where Ctrl-C and a missing numpy are already answered.
     """
+    arguments = sys.argv[1:]
     try:
+        from runtime import failures
+
+        failures.take_debug(arguments)
+        failures.quiet_libraries(program)
         import runtime.command_line
 
-        sys.exit(getattr(runtime.command_line, command_line)(sys.argv[1:], BUNDLE_FOLDER))
-    except ModuleNotFoundError as error:
+        sys.exit(getattr(runtime.command_line, command_line)(arguments, BUNDLE_FOLDER))
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # for a second one
+        print(file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except Exception as error:
         remedies = {
             "numpy": f"install it with: {sys.executable} -m pip install numpy",
             "runtime": "copy the whole bundle, this script works only inside it",
         }
-        module = (error.name or "").partition(".")[0]
-        if module not in remedies:
-            raise
-        print(f"{program}: {error}; {remedies[module]}.", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        module = (getattr(error, "name", None) or "").partition(".")[0]
+        if isinstance(error, ModuleNotFoundError) and module in remedies:
+            print(f"{program}: {error}; {remedies[module]}.", file=sys.stderr)
+            sys.exit(2)
+        failures.show_traceback(error)
+        failure = failures.explain(error, "loading the runtime")
+        print(f"{program}: {failure.sentence}", file=sys.stderr)
+        sys.exit(failure.exit_code)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,13 @@
 #
 # It may be run again at any time and does only what is still to be done. It makes .venv, build and
 # setup.log inside the bundle and changes nothing else; what has to come from apt is named, not
-# installed. Exit codes: 0 ready, 1 something failed, 2 something is missing.
+# installed. Exit codes: 0 ready, 1 something failed, 2 something is missing, or the bundle runs
+# without plugins, 130 stopped by Ctrl-C: run it again.
+[ -n "${BASH_VERSION-}" ] || exec bash "$0" "$@" # sh setup.sh: what follows is bash
+set +o posix                                      # bash called sh
 set -euo pipefail
 
-here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+here=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]:-$0}")" && pwd)
 venv=$here/.venv
 build=$here/build
 library=$build/libssdi8_plugins.so
@@ -26,18 +29,39 @@ fail() {
     exit 1
 }
 
+check_bundle() {
+    local manifest=''
+    [[ ! -r $here/manifest.json ]] || manifest=$(<"$here/manifest.json")
+    if [[ $manifest =~ \"runtime\"[[:space:]]*:[[:space:]]*\"onnxruntime\" ]]; then
+        printf 'setup: this bundle is for a CPU (target host-cpu) and needs no TensorRT plugins; %s\n' \
+            'install numpy, onnxruntime and tokenizers (python3 -m pip install), then run_engine.py runs it.' >&2
+        exit 2
+    fi
+    [[ -n $manifest ]] || return 0
+    [[ -d $here/plugins ]] || {
+        echo "setup: there is no plugins/ beside setup.sh; copy the whole bundle." >&2
+        exit 2
+    }
+}
+
 # at_least 10.3 10.16.2: whether the second version is not before the first
 at_least() { [[ $(printf '%s\n%s\n' "$1" "$2" | sort -V | head -n 1) == "$1" ]]; }
 
+# Who brings what: a package of JetPack, and elsewhere the words behind it.
+from_nvidia() { if [[ $jetson == yes ]]; then echo "$1"; else echo "$2"; fi; }
+
 check_jetpack() {
     local release
+    jetson=yes
     release=$(dpkg-query --show --showformat '${Version}' nvidia-l4t-core 2>/dev/null) || release=
     if [[ -z $release ]]; then
         ok "no Jetson Linux here, so this is no Jetson; what is installed is used"
         architecture=native
+        jetson=no
     elif at_least 36.4 "$release"; then
         ok "Jetson Linux ${release%%-*}"
         architecture=87-real
+        jetson=yes
     else
         lacks "JetPack 6.1 or newer (Jetson Linux ${release%%-*} is older than 36.4)" \
             "install JetPack 6.2 or 7.2; TensorRT 8 has no plugins of this kind"
@@ -49,7 +73,8 @@ check_tools() {
     nvcc=$(command -v nvcc || true)
     [[ -n $nvcc || ! -x /usr/local/cuda/bin/nvcc ]] || nvcc=/usr/local/cuda/bin/nvcc
     if [[ -n $nvcc ]]; then ok "CUDA compiler $nvcc"; else
-        lacks "CUDA compiler" "sudo apt install nvidia-jetpack"
+        lacks "CUDA compiler" "$(from_nvidia "sudo apt install nvidia-jetpack" \
+            "install NVIDIA's CUDA toolkit and put nvcc on PATH")"
     fi
     if command -v c++ >/dev/null; then ok "C++ compiler"; else
         lacks "C++ compiler" "sudo apt install g++"
@@ -63,7 +88,8 @@ check_tools() {
 check_python() {
     local version
     if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
-        lacks "Python 3.10 or newer" "install JetPack 6.2 or 7.2"
+        lacks "Python 3.10 or newer" "$(from_nvidia "install JetPack 6.2 or 7.2" \
+            "install it as python3")"
         return
     fi
     if python3 -c 'import ensurepip, venv' 2>/dev/null; then ok "Python with venv"; else
@@ -72,7 +98,8 @@ check_python() {
     version=$(python3 -c 'import tensorrt; print(tensorrt.__version__)' 2>/dev/null) || version=
     if [[ -n $version ]] && at_least 10.3 "$version"; then ok "TensorRT $version"; else
         lacks "TensorRT 10.3 or newer for python3${version:+ (this is $version)}" \
-            "sudo apt install nvidia-jetpack"
+            "$(from_nvidia "sudo apt install nvidia-jetpack" \
+                "install NVIDIA's TensorRT with its headers and Python module")"
     fi
 }
 
@@ -117,6 +144,11 @@ build_plugins() {
     memory=$(awk '/^MemAvailable:/ { print $2 }' /proc/meminfo)
     jobs=$((memory / kib_per_job))
     jobs=$((jobs < 1 ? 1 : jobs > cores ? cores : jobs))
+    # CMake refuses a build of another folder: this bundle was moved or copied.
+    if [[ -f $build/CMakeCache.txt &&
+        $(<"$build/CMakeCache.txt") != *"CMAKE_HOME_DIRECTORY:INTERNAL=$here/plugins"* ]]; then
+        rm -rf -- "$build"
+    fi
     cmake -S "$here/plugins" -B "$build" -DCMAKE_CUDA_COMPILER="$nvcc" \
         -DCMAKE_CUDA_ARCHITECTURES="$architecture" >"$here/setup.log" 2>&1 ||
         fail "CMake failed; see $here/setup.log."
@@ -138,6 +170,8 @@ case ${1-} in
         ;;
 esac
 
+trap 'echo "setup: stopped; run it again to go on." >&2; exit 130' INT
+check_bundle
 check_jetpack
 check_tools
 check_python
@@ -147,6 +181,7 @@ if ((${#missing[@]})); then
     exit 2
 fi
 [[ ${1-} != --check ]] || exit 0
+[[ -w $here ]] || fail "$here cannot be written; copy the bundle to a folder of yours."
 make_venv
 build_plugins
 echo "ready: $venv/bin/python $here/build_engine.py"

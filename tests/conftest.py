@@ -11,10 +11,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ssdi8_edge.checkpoints.checkpoint import stored_name
+from ssdi8_edge.checkpoints.state_spaces import stored_name
 from ssdi8_edge.models.description import Description
 from ssdi8_edge.models.float import FloatModel
 from ssdi8_edge.models.kinds.mamba2 import Mamba2
+
+pytest.register_assert_rewrite("kernel_compare", "op_bodies", "slow_ops")
+pytest_plugins = ["kernel_fixtures"]
 
 # A job that a script starts in the background ignores Ctrl-C, and so would every command that the
 # tests start. A handler of our own is not inherited: they begin with the default again.

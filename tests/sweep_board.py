@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -126,9 +127,10 @@ def run_sweep(
     modes: Sequence[str] = ("current",),
     settings: Settings = SETTINGS,
     allow_reboot: bool = False,
+    allow_unrestored: bool = False,
     watcher: Record | None = None,
 ) -> Outcome:
-    request = SweepRequest(sources, lengths, modes, settings, allow_reboot)
+    request = SweepRequest(sources, lengths, modes, settings, allow_reboot, allow_unrestored)
     with open_points(out, settings) as file:
         return sweep(request, connections, file, lies_there, watcher or Record())
 
@@ -157,10 +159,10 @@ class Rubbish(LocalConnection):
         self._text, self._after_mark = text, after_mark
 
     def open_channel(self, program: str) -> Channel:
+        begin = program.partition("[exec(")[0]  # says that it runs, and reads what it gets
         mark = 'print(m["mark"]);' if self._after_mark else ""
         return super().open_channel(
-            "import json,sys;m=json.loads(sys.stdin.buffer.readline());"
-            f"{mark}sys.stdout.flush();sys.stdout.buffer.write({self._text!r})"
+            f"{begin}{mark}sys.stdout.flush();sys.stdout.buffer.write({self._text!r})"
         )
 
 
@@ -169,6 +171,15 @@ def become_board(folder: Path, setenv: Callable[[str, str], None]) -> Path:
     for name, value in make_board(folder).items():
         setenv(name, value)
     return folder / "root"
+
+
+def fake_tool(folder: Path, name: str, script: str, setenv: Callable[[str, str], None]) -> None:
+    """Put a shell script before the simulated board's own tool, which it finds as $REAL."""
+    folder.mkdir(exist_ok=True)
+    real = shutil.which(name)
+    (folder / name).write_text(f"#!/bin/sh\nREAL={real}\n{script}\n")
+    (folder / name).chmod(0o755)
+    setenv("PATH", f"{folder}:{os.environ['PATH']}")
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:

@@ -263,9 +263,14 @@ def test_plugins_that_are_missing(packed: Path, tmp_path: Path) -> None:
 
 
 def test_graphs_that_do_not_fit(bundle: Path) -> None:
-    edit_manifest(bundle, lambda m: m["model"].update(n_layer=3))
+    edit_manifest(
+        bundle,
+        lambda m: m["interface"]["states"].append(
+            {**m["interface"]["states"][0], "name": "conv_state.2"}
+        ),
+    )
     assert_one_sentence(run(bundle), ["disagree about the tensor conv_state.2", "pack"])
-    edit_manifest(bundle, lambda m: m["model"].update(n_layer=2))
+    edit_manifest(bundle, lambda m: m["interface"]["states"].pop())
     (bundle / "model.onnx").write_bytes(b"no graph")
     assert_one_sentence(run(bundle), ["model.onnx", "copy the whole bundle again"])
     relist(bundle, "model.onnx")
@@ -290,6 +295,16 @@ def test_engine_shapes_that_are_none(packed: Path, tmp_path: Path, shapes: Any) 
     shutil.copy(packed / "fp16" / "bundle" / "manifest.json", bundle)
     edit_manifest(bundle, lambda m: m["target"].update(engine=shapes))
     with pytest.raises(BundleProblem, match=r"names no engine shapes .*--target"):
+        build.build(build.parse([], bundle))
+
+
+def test_a_bundle_for_a_cpu_has_no_engine(packed: Path, tmp_path: Path) -> None:
+    """Said at once, before TensorRT is looked for."""
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    shutil.copy(packed / "fp16" / "bundle" / "manifest.json", bundle)
+    edit_manifest(bundle, lambda m: m["target"].update(runtime="onnxruntime"))
+    with pytest.raises(BundleProblem, match=r"is for a CPU and has no TensorRT engine.*run_engine"):
         build.build(build.parse([], bundle))
 
 

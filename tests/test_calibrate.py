@@ -241,6 +241,8 @@ def direct_statistics(model: FloatModel, ids: Tensor) -> dict[str, Tensor]:
             "r": hadamard.transform(seen["r"]).abs().amax(),
             "x": x.abs().amax((0, 1)),
             "x_mean": x.abs().mean(1).amax(0),
+            "y": seen["y"].abs().amax(),
+            "out": hadamard.transform(seen["out"]).abs().amax(),
         }
         percentiles = [row.abs().quantile(PERCENTILE, interpolation="higher") for row in x]
         moving = percentiles[0]
@@ -296,6 +298,7 @@ def direct_statistics(model: FloatModel, ids: Tensor) -> dict[str, Tensor]:
     wide = residual.double()
     normed = wide / (wide.square().mean(-1, keepdim=True) + model.description.norm_eps).sqrt()
     found["norm_f"] = hadamard.transform(normed).abs().amax()
+    found["embedding"] = model.backbone.embedding.weight.double().norm(dim=1).amax()
     return found
 
 

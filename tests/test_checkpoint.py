@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,15 +19,14 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ssdi8_edge.checkpoints import checkpoint as checkpoint_module
-from ssdi8_edge.checkpoints.checkpoint import (
-    Checkpoint,
-    expected_shapes,
-    fetch_tokenizer,
-    open_checkpoint,
-)
+from ssdi8_edge.checkpoints import state_spaces
+from ssdi8_edge.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from ssdi8_edge.checkpoints.hub import TOKENIZER_FILES, fetch_tokenizer
+from ssdi8_edge.checkpoints.layout import expected_shapes
 from ssdi8_edge.ground.errors import CheckpointError
 from ssdi8_edge.models.description import Description
 from ssdi8_edge.models.float import FloatModel
+from ssdi8_edge.models.kinds.mamba2 import Mamba2
 
 MakeCheckpoint = Callable[..., Path]
 MakeConfig = Callable[..., Description]
@@ -123,23 +123,19 @@ def test_defaults_of_the_published_130m_config() -> None:
         "pad_vocab_size_multiple": 16,
         "tie_embeddings": True,
     }
-    sizes = checkpoint_module._state_spaces_sizes(published)
-    assert sizes == {
-        "d_model": 768,
-        "n_layer": 24,
-        "vocab_size": 50288,
-        "d_state": 128,
-        "d_conv": 4,
-        "expand": 2,
-        "headdim": 64,
-        "ngroups": 1,
-        "chunk_size": 256,
-        "dt_limit": (0.0, math.inf),
-        "norm_eps": 1e-5,
-        "tie_embeddings": True,
-    }
-    shapes = expected_shapes(checkpoint_module._description(sizes))
-    assert shapes["layers.23.in_proj.weight"] == (3352, 768)
+    block = Mamba2(
+        d_inner=1536,
+        d_state=128,
+        d_conv=4,
+        headdim=64,
+        ngroups=1,
+        chunk_size=256,
+        dt_limit=(0.0, math.inf),
+        norm_eps=1e-5,
+    )
+    model = state_spaces.describe(published)
+    assert model == Description(768, 50288, (block,) * 24, norm_eps=1e-5, tie_embeddings=True)
+    assert expected_shapes(model)["layers.23.in_proj.weight"] == (3352, 768)
 
 
 def test_nvidia_family(tiny_config: MakeConfig, tiny_checkpoint: MakeCheckpoint) -> None:
@@ -232,14 +228,6 @@ def test_fingerprint_follows_the_bytes(tiny_checkpoint: MakeCheckpoint, tmp_path
     second = open_checkpoint(copied).fingerprint()
     edit_tensors(copied, lambda t: t["backbone.norm_f.weight"].mul_(2.0))
     assert len({first, second, open_checkpoint(copied).fingerprint()}) == 3
-
-
-def test_redundant_tied_head_is_ignored(tiny_checkpoint: MakeCheckpoint) -> None:
-    folder = tiny_checkpoint()
-    edit_tensors(folder, lambda t: t.update({"lm_head.weight": torch.zeros(256, 64)}))
-    checkpoint = open_checkpoint(folder)
-    embedding = checkpoint.tensor("embedding.weight")
-    assert torch.equal(checkpoint.tensor("lm_head.weight"), embedding)
 
 
 def test_demo_is_the_shipped_folder(
@@ -475,6 +463,317 @@ def test_missing_files(tiny_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
+# The same model, written otherwise
+# ---------------------------------------------------------------------------------------------
+
+NAN, INF = float("nan"), float("inf")
+
+
+def rename(folder: Path, new_name: Callable[[str], str]) -> None:
+    edit_tensors(folder, lambda t: t.update({new_name(n): t.pop(n) for n in list(t)}))
+
+
+def without_backbone(name: str) -> str:
+    return name.removeprefix("backbone.")
+
+
+@pytest.mark.parametrize(
+    "new_name",
+    [
+        lambda n: f"_orig_mod.{n}",
+        lambda n: n.replace("layers.1.", "layers.1._orig_mod."),
+        lambda n: n.replace("mixer.", "mixer._orig_mod."),
+        lambda n: f"module.{n}",
+        lambda n: f"_forward_module.model._orig_mod.{n}",
+        lambda n: f"model.{n}",
+        lambda n: n.replace("mixer.", "_checkpoint_wrapped_module.mixer."),
+        without_backbone,
+        lambda n: f"_orig_mod.{without_backbone(n)}".replace("embedding.", "embeddings."),
+    ],
+    ids=["compiled", "layer", "inside", "ddp", "fabric", "lightning", "remat", "base", "base-hf"],
+)
+def test_names_of_wrapped_and_bare_models(
+    new_name: Callable[[str], str], tiny_checkpoint: MakeCheckpoint
+) -> None:
+    folder = tiny_checkpoint()
+    want = load_file(folder / "model.safetensors")
+    rename(folder, new_name)
+    checkpoint = open_checkpoint(folder)
+    assert all(torch.equal(checkpoint.tensor(name), want[name]) for name in want)
+    assert checkpoint.notes == []
+
+
+def test_base_model_whose_config_does_not_tie(tiny_checkpoint: MakeCheckpoint) -> None:
+    """It never had a head; what serves as one is said."""
+    folder = tiny_checkpoint()
+    edit_config(folder, tie_embeddings=False)
+    rename(folder, without_backbone)
+    checkpoint = open_checkpoint(folder)
+    assert torch.equal(
+        checkpoint.tensor("lm_head.weight"), checkpoint.tensor("backbone.embedding.weight")
+    )
+    assert len(checkpoint.notes) == 1 and "the embedding is used as its head" in checkpoint.notes[0]
+
+
+def test_tied_model_that_stores_only_its_head(tiny_checkpoint: MakeCheckpoint) -> None:
+    folder = tiny_checkpoint()
+    want = load_file(folder / "model.safetensors")["backbone.embedding.weight"]
+    rename(folder, lambda n: "lm_head.weight" if n == "backbone.embedding.weight" else n)
+    checkpoint = open_checkpoint(folder)
+    for name in ("backbone.embedding.weight", "lm_head.weight"):
+        assert torch.equal(checkpoint.tensor(name), want)
+    assert checkpoint.description.tie_embeddings and checkpoint.notes == []
+
+
+@pytest.mark.parametrize(
+    "head",
+    [lambda e: e.clone(), lambda e: e.bfloat16(), lambda e: e.double(), lambda e: e[:250].clone()],
+    ids=["equal", "rounded", "wider", "without-padding"],
+)
+def test_stored_head_that_is_the_embedding(
+    head: Callable[[Tensor], Tensor], tiny_checkpoint: MakeCheckpoint
+) -> None:
+    folder = tiny_checkpoint()
+    embedding = load_file(folder / "model.safetensors")["backbone.embedding.weight"]
+    edit_tensors(folder, lambda t: t.update({"lm_head.weight": head(embedding)}))
+    checkpoint = open_checkpoint(folder)
+    assert torch.equal(checkpoint.tensor("lm_head.weight"), embedding)
+    assert checkpoint.description.tie_embeddings and checkpoint.notes == []
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_stored_head_that_is_another_is_used(form: str, tiny_checkpoint: MakeCheckpoint) -> None:
+    """config.json ties, the weights do not: the weights are what was trained."""
+    folder = tiny_checkpoint()
+    head = torch.rand(256, 64)
+    edit_tensors(folder, lambda t: t.update({"lm_head.weight": head}))
+    if form == "bin":
+        save_as_bin(folder)
+    checkpoint = open_checkpoint(folder)
+    assert torch.equal(checkpoint.tensor("lm_head.weight"), head)
+    assert not checkpoint.description.tie_embeddings
+    assert len(checkpoint.notes) == 1 and "the stored one is used" in checkpoint.notes[0]
+    assert torch.equal(model_of(checkpoint).lm_head.weight, head)
+
+
+def test_stored_head_of_another_shape_is_named(tiny_checkpoint: MakeCheckpoint) -> None:
+    folder = tiny_checkpoint()
+    edit_tensors(folder, lambda t: t.update({"lm_head.weight": torch.rand(250, 64)}))
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight has shape \(250, 64\)"):
+        open_checkpoint(folder)
+
+
+def test_fp64(tiny_checkpoint: MakeCheckpoint) -> None:
+    folder = tiny_checkpoint()
+    want = load_file(folder / "model.safetensors")
+    edit_tensors(folder, lambda t: t.update({n: v.double() for n, v in t.items()}))
+    checkpoint = open_checkpoint(folder)
+    assert all(torch.equal(checkpoint.tensor(name), want[name]) for name in want)
+    assert checkpoint.parameter_bytes == 8 * sum(v.numel() for v in want.values())
+
+
+@pytest.mark.parametrize("wrap", [["state_dict"], ["model"], ["module"], ["model", "state_dict"]])
+def test_weights_inside_a_training_state(wrap: list[str], tiny_checkpoint: MakeCheckpoint) -> None:
+    folder = tiny_checkpoint()
+    want = load_file(folder / "model.safetensors")
+    held: dict[str, Any] = dict(want)
+    for key in wrap:
+        held = {key: held, "epoch": 3, "optimizer": {"state": {}}}
+    torch.save(held, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    checkpoint = open_checkpoint(folder)
+    assert all(torch.equal(checkpoint.tensor(name), want[name]) for name in want)
+
+
+@pytest.mark.parametrize("name", ["swish", "silu", "SiLU", "Swish"])
+def test_activation_has_two_names(
+    name: str, hugging_face_folder: Path, tiny_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    edit_config(hugging_face_folder, hidden_act=name)
+    open_checkpoint(hugging_face_folder)
+    other = tiny_checkpoint(seed=1)
+    edit_config(other, ssm_cfg={"activation": name})
+    open_checkpoint(other)
+
+
+def test_config_values_as_strings_and_floats(hugging_face_folder: Path) -> None:
+    """Command lines and some exporters write every value as a string."""
+    plain = open_checkpoint(hugging_face_folder).description
+    changes: dict[str, Any] = {
+        "hidden_size": "64",
+        "num_hidden_layers": 2.0,
+        "use_bias": "False",
+        "tie_word_embeddings": "true",
+        "layer_norm_epsilon": "1e-5",
+        "time_step_limit": ["0.0", "inf"],
+    }
+    edit_config(hugging_face_folder, **changes)
+    assert open_checkpoint(hugging_face_folder).description == plain
+    edit_config(hugging_face_folder, tie_word_embeddings="false")
+    with pytest.raises(CheckpointError, match=r"lacks the tensor lm_head\.weight"):
+        open_checkpoint(hugging_face_folder)
+
+
+@pytest.mark.parametrize(
+    "limit",
+    [
+        *("null", "[0, 1e999]", "[0, Infinity]", '["0", "inf"]', "[0.0, null]", "[null, null]"),
+        *("[-Infinity, Infinity]", '[0.0, {"__float__": "Infinity"}]'),
+    ],
+)
+def test_spellings_of_an_unlimited_step(limit: str, hugging_face_folder: Path) -> None:
+    path = hugging_face_folder / "config.json"
+    path.write_text(path.read_text()[:-1] + f', "time_step_limit": {limit}}}')
+    assert mamba(open_checkpoint(hugging_face_folder).description).dt_limit == (0.0, INF)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tie_word_embeddings": "perhaps"}, "sets tie_word_embeddings = 'perhaps'; expected true"),
+        ({"layer_norm_epsilon": [1]}, r"sets layer_norm_epsilon = \[1\]; expected a positive"),
+        ({"layer_norm_epsilon": "inf"}, "sets layer_norm_epsilon = inf; expected a positive"),
+        ({"hidden_size": "64.5"}, "sets hidden_size = 64.5; expected a positive integer"),
+        ({"time_step_limit": [0]}, "sets time_step_limit"),
+        ({"quantization_config": {"quant_method": "gptq"}}, r"already quantized \(gptq"),
+        ({"quantization_config": {"load_in_8bit": True}}, r"already quantized \(quantization_con"),
+        ({"recipe": {}, "model": {}}, "was written by `ssdi8-edge build`; give the floating-point"),
+    ],
+)
+def test_more_config_refusals(
+    changes: dict[str, Any], message: str, hugging_face_folder: Path
+) -> None:
+    edit_config(hugging_face_folder, **changes)
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(hugging_face_folder)
+    assert re.search(message, str(caught.value))
+
+
+# ---------------------------------------------------------------------------------------------
+# Refusals: what a tensor holds
+# ---------------------------------------------------------------------------------------------
+
+
+NAMES = [
+    *("backbone.embedding.weight", "backbone.norm_f.weight", "lm_head.weight"),
+    *(f"backbone.layers.1.mixer.{n}" for n in ("A_log", "D", "dt_bias", "in_proj.weight")),
+    *(f"backbone.layers.1.mixer.{n}" for n in ("conv1d.weight", "conv1d.bias", "norm.weight")),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "value"),
+    [
+        *((name, torch.bfloat16, NAN) for name in NAMES),
+        *(
+            ("lm_head.weight", dtype, value)
+            for dtype in (torch.float16, torch.float32, torch.float64)
+            for value in (NAN, INF, -INF)
+        ),
+    ],
+)
+def test_values_that_are_not_finite(
+    name: str,
+    dtype: torch.dtype,
+    value: float,
+    tiny_config: MakeConfig,
+    tiny_checkpoint: MakeCheckpoint,
+) -> None:
+    """Named with the tensor, how many, and where the first is, whatever the type."""
+    folder = tiny_checkpoint(tiny_config(tie_embeddings=False))
+
+    def spoil(tensors: dict[str, Tensor]) -> None:
+        tensors.update({n: v.to(dtype) for n, v in tensors.items()})
+        tensors[name].view(-1)[[3, 5]] = value
+
+    edit_tensors(folder, spoil)
+    checkpoint = open_checkpoint(folder)
+    first = r"\[0, 3\]" if name.endswith(("embedding.weight", "head.weight", "proj.weight")) else ""
+    first = r"\[0, 0, 3\]" if "conv1d.weight" in name else first or r"\[3\]"
+    pattern = (
+        rf"tensor {re.escape(name)} of \S+ holds 2 values of NaN, .* first at {first}: {value:g}"
+    )
+    for read in (lambda: checkpoint.tensor(name), checkpoint.require_finite):
+        with pytest.raises(CheckpointError, match=pattern):
+            read()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("D", 1e300, r"mixer\.D of .* holds 1 value .* beyond FP32, the first at \[2\]: 1e\+300"),
+        ("A_log", 100.0, r"exp\(backbone\.layers\.0\.mixer\.A_log\) of .* first at \[2\]: 2\.68"),
+    ],
+)
+def test_values_that_leave_fp32(
+    name: str, value: float, message: str, tiny_checkpoint: MakeCheckpoint
+) -> None:
+    folder = tiny_checkpoint()
+
+    def spoil(tensors: dict[str, Tensor]) -> None:
+        key = f"backbone.layers.0.mixer.{name}"
+        tensors[key] = tensors[key].double()
+        tensors[key][2] = value
+
+    edit_tensors(folder, spoil)
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(folder).require_finite()
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        ("base_model.model.backbone.x.lora_A.weight", "holds the adapter tensor .* merge it into"),
+        ("backbone.layers.0.mixer.in_proj.base_layer.weight", "holds the adapter tensor"),
+        ("backbone.layers.0.mixer.in_proj.qweight", "is already quantized: it holds the tensor"),
+        ("backbone.layers.0.mixer.in_proj.SCB", "is already quantized: it holds the tensor"),
+        ("module.backbone.norm_f.weight", "holds two different tensors backbone.norm_f.weight"),
+    ],
+)
+def test_tensors_of_other_kinds(stored: str, message: str, tiny_checkpoint: MakeCheckpoint) -> None:
+    folder = tiny_checkpoint()
+    edit_tensors(folder, lambda t: t.update({stored: torch.zeros(64)}))
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(folder)
+    assert re.search(message, str(caught.value))
+
+
+def test_adapter_folder(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="holds an adapter, not a model"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.bool])
+def test_types_that_are_not_read(dtype: torch.dtype, tiny_checkpoint: MakeCheckpoint) -> None:
+    """Also where two tensors have to be compared first."""
+    folder = tiny_checkpoint()
+    edit_tensors(folder, lambda t: t.update({"lm_head.weight": torch.zeros(256, 64).to(dtype)}))
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight has type \S+; give a floating-"):
+        open_checkpoint(folder)
+
+
+def test_empty_tensor(tiny_checkpoint: MakeCheckpoint) -> None:
+    folder = tiny_checkpoint()
+    edit_tensors(folder, lambda t: t.update({"backbone.norm_f.weight": torch.zeros(0)}))
+    with pytest.raises(CheckpointError, match=r"norm_f\.weight has shape \(0,\)"):
+        open_checkpoint(folder)
+
+
+def test_tensor_in_two_shards(tiny_checkpoint: MakeCheckpoint) -> None:
+    """The same bits are read; different ones leave open which is meant."""
+    folder = tiny_checkpoint()
+    shard(folder)
+    first, second = (folder / f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
+    name, value = next(iter(load_file(first).items()))
+    save_file({**load_file(second), name: value}, second)
+    open_checkpoint(folder)
+    save_file({**load_file(second), name: value + 1}, second)
+    with pytest.raises(CheckpointError, match=f"two different tensors {re.escape(name)}"):
+        open_checkpoint(folder)
+
+
+# ---------------------------------------------------------------------------------------------
 # Hub
 # ---------------------------------------------------------------------------------------------
 
@@ -490,6 +789,7 @@ def test_hub_fetches_one_form_of_the_weights(
 
     def snapshot_download(repository: str, allow_patterns: list[str]) -> str:
         assert repository == "some/model"
+        assert {"generation_config.json", *TOKENIZER_FILES} <= {*allow_patterns}
         asked.extend(p for p in allow_patterns if p.startswith(("model", "pytorch")))
         return str(folder)
 
@@ -510,20 +810,24 @@ def test_hub_errors_become_one_sentence(error: Exception, monkeypatch: pytest.Mo
 
 
 def test_tokenizer_of_a_hub_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only tokenizer.json is asked for; whatever goes wrong there is one sentence."""
-    asked: list[tuple[str, str]] = []
+    """No weights are asked for; whatever goes wrong there is one sentence."""
+    asked: list[str] = []
 
-    def download(repository: str, name: str) -> str:
-        asked.append((repository, name))
-        return str(tmp_path / name)
+    def download(repository: str, allow_patterns: list[str]) -> str:
+        assert repository == "org/name"
+        asked.extend(allow_patterns)
+        return str(tmp_path)
 
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    assert fetch_tokenizer("org/name") == tmp_path / "tokenizer.json"
-    assert asked == [("org/name", "tokenizer.json")]
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert fetch_tokenizer("org/name") == tmp_path
+    assert asked == [
+        *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+        *("tokenizer.model", "chat_template.jinja"),
+    ]
 
-    def refuse(repository: str, name: str) -> str:
+    def refuse(repository: str, allow_patterns: list[str]) -> str:
         raise OSError("no route\nsecond line")
 
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(CheckpointError, match=r"org/name .*no route\); check the spelling"):
         fetch_tokenizer("org/name")

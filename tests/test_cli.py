@@ -104,7 +104,7 @@ def test_help_of_every_command() -> None:
     """Help is on stdout and names the options that are promised."""
     promised = {
         "build": "target model method calibration tokenizer out until device host dry-run json",
-        "run": "prompt max-new-tokens temperature top-k seed",
+        "run": "prompt prompt-file interactive max-new-tokens top-p stop threads device json",
         "evaluate": "text tasks methods data limit long-context device save json",
         "inspect": "json",
         "verify": "help",
@@ -461,7 +461,7 @@ CASES: dict[str, tuple[Case, list[str]]] = {
     ),
     "run: other schema": (
         on_bundle("run", "BUNDLE", *GO, spoil=other_schema),
-        ["schema 99", "schema 1"],
+        ["schema 99", "schema 2"],
     ),
     "run: empty prompt": (on_bundle("run", "BUNDLE", "--prompt", ""), ["prompt is empty"]),
     "run: no tokens": (
@@ -484,7 +484,7 @@ CASES: dict[str, tuple[Case, list[str]]] = {
     ),
     "inspect: other schema": (
         on_bundle("inspect", "BUNDLE", spoil=other_schema),
-        ["schema 99", "schema 1"],
+        ["schema 99", "schema 2"],
     ),
     "inspect: no bundle": (on_bundle("inspect", "/nowhere"), ["/nowhere is not a bundle"]),
     "evaluate: no text": (
@@ -544,8 +544,8 @@ def test_what_does_not_fit_is_one_sentence(
     [
         (["build", "--nonsense"], "--nonsense"),
         (["bulid"], "bulid"),
-        (["run", "bundle"], "'--prompt'"),
-        (["run", "bundle", "--prompt", "a", "--max-new-tokens", "many"], "'--max-new-tokens'"),
+        (["run", "bundle"], "--prompt"),
+        (["run", "bundle", "--prompt", "a", "--max-new-tokens", "many"], "--max-new-tokens"),
         (["evaluate", "--text", "a.txt"], "models"),
     ],
     ids=" ".join,

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from test_cli import Result, ssdi8
 from test_evaluate_zero_shot import NO_HARNESS, write_data
 from test_pipeline import write_model, write_text
@@ -22,6 +21,7 @@ from ssdi8_edge.evaluate.table import markdown, require_writable, save_results, 
 from ssdi8_edge.evaluate.tasks import Accuracy
 from ssdi8_edge.evaluate.windows import Perplexity
 from ssdi8_edge.ground.artifacts import QUANTIZED
+from ssdi8_edge.ground.console import Console
 from ssdi8_edge.ground.errors import UsageError
 from ssdi8_edge.recipes.presets import METHODS
 
@@ -61,7 +61,7 @@ def rows() -> list[Evaluation]:
 
 
 def printed(rows: list[Evaluation], width: int) -> str:
-    console = Console(width=width, record=True, highlight=False)
+    console = Console(width=width, record=True)
     with console.capture() as captured:
         show(rows, console)
     return captured.get()
@@ -85,7 +85,7 @@ def test_markdown_is_one_table(rows: list[Evaluation]) -> None:
     assert "a\\|b [x].txt perplexity" in head and "hellaswag acc_norm" in head
     for cell in CELLS:
         assert f"| {cell} " in first + other
-    assert "- a|b [x].txt: 3 × 2048 tokens" in rest
+    assert "- a\\|b [x].txt: 3 × 2048 tokens" in rest
     assert any("items: lambada 400, hellaswag 100" in line for line in rest)
     assert any("the last 256 tokens of 3 windows" in line for line in rest)
 
@@ -232,7 +232,7 @@ CASES: dict[str, tuple[list[str], str]] = {
     "kind of file": (["TINY", "--text", "TEXT", "--save", "a.csv"], "cannot save results as a.csv"),
     "device": (["TINY", "--text", "TEXT", "--device", "tpu"], "unknown device 'tpu'"),
     "tokenizer": (["TINY", "--text", "TEXT", "--tokenizer", "/no.json"], "/no.json does not exist"),
-    "no text": (["TINY", "--text", "/absent.txt"], "cannot read /absent.txt"),
+    "no text": (["TINY", "--text", "/absent.txt"], "text /absent.txt does not exist"),
     "no data": (["TINY", "--tasks", "wikitext2", "--data", "/absent"], "/absent is not a folder"),
 }
 

@@ -8,6 +8,7 @@ import random
 import socket
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ import pytest
 import torch
 from conftest import mamba
 from test_pipeline import byte_tokenizer, one_thread, write_model, write_text
+from tokenizers.processors import TemplateProcessing
 
-from ssdi8_edge.checkpoints.checkpoint import DEMO_FOLDER, open_checkpoint, stored_name
+from ssdi8_edge.checkpoints.checkpoint import open_checkpoint
+from ssdi8_edge.checkpoints.state_spaces import stored_name
 from ssdi8_edge.compile.pipeline import Build, BuildRequest
 from ssdi8_edge.evaluate import open_subject, tasks
 from ssdi8_edge.evaluate.evaluation import evaluate, plan
@@ -234,13 +237,24 @@ def test_long_input_loses_its_beginning(
     assert long == likelihoods(harness, model, [(("ab" * 100)[-31:], "cd")])[0]
 
 
-def test_tokens_that_the_model_does_not_have(harness: Any, model: Path) -> None:
-    """A tokenizer of another model: also where only the last token, which is never fed, is odd."""
-    subject = open_subject(str(model), DEMO_FOLDER / "tokenizer.json")
-    lm = harness.SubjectLM(subject)
-    with pytest.raises(UsageError, match=r"gives token 256, but .* has 256; name .*--tokenizer"):
-        lm._loglikelihood_tokens([(("", ""), [1, 2], [256])])
-    assert lm.eot_token_id == lm.tok_encode("<|endoftext|>")[0]
+def test_texts_start_and_end_as_the_checkpoint_says(harness: Any, model: Path) -> None:
+    """The template's BOS stands before a context and for an empty one, never inside."""
+    subject = open_subject(str(model))
+    with_bos = subject.tokenizer.parent / "with_bos.json"
+    tokenizer = byte_tokenizer()
+    tokenizer.post_processor = TemplateProcessing(single="! $A", special_tokens=[("!", 0)])
+    tokenizer.save(str(with_bos))
+    lm = harness.SubjectLM(replace(subject, tokenizer=with_bos, end_ids=(7, 8)))
+    from lm_eval.api.instance import Instance
+
+    seen: list[Any] = []
+    lm._loglikelihood_tokens = lambda requests, **_: seen.extend(requests) or []
+    lm.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in (("ab", "c"), ("", "c"))])
+    plain = byte_tokenizer().encode("abc").ids
+    assert [request[1:] for request in seen] == [([0, *plain[:2]], plain[2:]), ([0], plain[2:])]
+    assert lm.eot_token_id == 7
+    lm = harness.SubjectLM(open_subject("demo"))
+    assert lm.eot_token_id == lm.prefix_token_id == lm.tok_encode("<|endoftext|>")[0]
 
 
 def test_empty_context_without_an_end_of_text(harness: Any, model: Path) -> None:
@@ -390,9 +404,7 @@ def hugging_face_lm(source: str) -> Any:
     network = transformers.Mamba2ForCausalLM(config).eval()
     network.load_state_dict(
         {
-            stored_name(n).replace(".embedding.", ".embeddings."): checkpoint.tensor(
-                n
-            ).float()
+            stored_name(n).replace(".embedding.", ".embeddings."): checkpoint.tensor(n).float()
             for n in checkpoint.names
         }
     )

@@ -31,8 +31,8 @@ from ssdi8_edge import __version__
 from ssdi8_edge.checkpoints.checkpoint import DEMO_FOLDER
 from ssdi8_edge.checkpoints.quantized import load_quantized
 from ssdi8_edge.compile.pipeline import STAGES, Build, BuildRequest, BuildResult
-from ssdi8_edge.ground.errors import Ssdi8Error, UsageError
 from ssdi8_edge.ground.board_runtime import open_checked_bundle
+from ssdi8_edge.ground.errors import Ssdi8Error, UsageError
 from ssdi8_edge.recipes.presets import METHODS
 from ssdi8_edge.targets import load_target
 
@@ -206,7 +206,7 @@ def test_manifest(ask: Ask, model: Path, tmp_path: Path) -> None:
     manifest = build(ask(out, command="ssdi8-edge build --method edge-w8a8")).manifest
     assert manifest is not None
     assert json.loads((out / "bundle" / "manifest.json").read_text()) == manifest
-    assert manifest["schema"] == 1 and manifest["name"] == "tiny--edge-w8a8--host-cpu"
+    assert manifest["schema"] == 2 and manifest["name"] == "tiny--edge-w8a8--host-cpu"
     on_disk = {p.relative_to(out / "bundle").as_posix() for p in (out / "bundle").rglob("*.*")}
     assert set(manifest["files"]) == {
         name for name in on_disk if (out / "bundle" / name).is_file()

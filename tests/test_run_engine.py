@@ -24,7 +24,7 @@ from runtime.backend import BackendOptions, open_backend
 from runtime.bundle import Bundle, BundleProblem, RunFailure, open_bundle, sha256
 from runtime.generate import Conversation, Timings, generate, prefill, prefill_pieces
 from runtime.onnxruntime_backend import UNWANTED_OPTIMIZERS, OnnxRuntimeBackend
-from runtime.sampling import Sampler
+from runtime.sampling import Sampler, settings
 from runtime.text import REPLACEMENT, TextCodec, TextStream
 from runtime.verify import relative_error
 from tiny_bundle import (
@@ -181,10 +181,10 @@ def test_a_conversation_goes_on_where_it_stopped(
         return int(logits.argmax())
 
     conversation = Conversation(backend, bundle)
-    steps = conversation.generate(first, sample, 10, None)
+    steps = conversation.generate(first, sample, 10, ())
     tokens = [next(steps).token for _ in range(4)]  # the fourth is sampled and not run yet
     steps.close()
-    next(conversation.generate(second, sample, 1, None))
+    next(conversation.generate(second, sample, 1, ()))
     whole = np.concatenate([first, np.array([tokens], np.int32), second], axis=1)
     expected, _ = prefill(backend, bundle, whole)
     assert relative_error(seen[-1], expected[0, -1]) < 1e-5
@@ -194,7 +194,7 @@ def test_a_conversation_goes_on_where_it_stopped(
 def test_generate_ends_after_the_end_token(backend: OnnxRuntimeBackend, bundle: Bundle) -> None:
     tokens = iter([5, 6, 0, 7])
     prompt = np.array([[1, 2]], np.int32)
-    steps = list(generate(backend, bundle, prompt, lambda _: next(tokens), 10, end_id=0))
+    steps = list(generate(backend, bundle, prompt, lambda _: next(tokens), 10, end_ids={0}))
     assert [step.token for step in steps] == [5, 6, 0]
     assert all(step.seconds > 0 for step in steps)
 
@@ -258,7 +258,8 @@ def test_stream_shows_bytes_that_are_no_text_and_goes_on(codec: TextCodec) -> No
     lead, space = codec.encode("é")[0].tolist()[0], codec.encode(" ")[0].tolist()[0]
     stream = TextStream(codec)
     assert [stream.add(token) for token in (lead, lead, space)] == ["", REPLACEMENT, "\ufffd "]
-    assert stream.add(lead) == ""  # an incomplete end stays unprinted
+    assert stream.add(lead) == ""  # an incomplete end waits
+    assert (stream.finish(), stream.finish()) == (REPLACEMENT, "")
 
 
 def test_sha256_is_checked_for_small_files_at_load_and_for_all_when_asked(copy: Path) -> None:
@@ -298,7 +299,7 @@ def test_text_goes_to_stdout_and_the_rest_to_stderr(packed: Path) -> None:
     result = run_engine(packed, "--prompt", CHAIN, "--max-new-tokens", "25", "--threads", "1")
     assert result.returncode == 0
     # Twenty-five bytes of the ten-byte chain: the last two are the first half of the face.
-    assert result.stdout.decode() == CHAIN * 2 + " é\n"
+    assert result.stdout.decode() == CHAIN * 2 + f" é{REPLACEMENT}\n"
     errors = result.stderr.decode()
     for word in ("10 prompt tokens, 25 new", "TTFT", "TPOT", "tokens/s", "cores", "onnxruntime"):
         assert word in errors
@@ -307,8 +308,8 @@ def test_text_goes_to_stdout_and_the_rest_to_stderr(packed: Path) -> None:
 def test_json_of_a_run(packed: Path) -> None:
     report = run_json(packed, "--prompt", CHAIN, "--max-new-tokens", "12", "--seed", "5")
     assert list(report) == [
-        "bundle", "recipe", "backend", "notes", "machine", "threads", "sampling", "prompt", "text",
-        "tokens", "finish", "prompt_tokens", "new_tokens", "load_s", "ttft_s", "tpot_s",
+        "bundle", "recipe", "backend", "notes", "machine", "threads", "sampling", "stop", "prompt",
+        "text", "tokens", "finish", "prompt_tokens", "new_tokens", "load_s", "ttft_s", "tpot_s",
         "tokens_per_s",
     ]  # fmt: skip
     assert report["bundle"] == "tiny--edge-w8a8--host-cpu"
@@ -316,9 +317,9 @@ def test_json_of_a_run(packed: Path) -> None:
     assert report["backend"] == f"onnxruntime {onnxruntime.__version__} (CPU)"
     assert set(report["machine"]) == {"kind", "platform", "cpu", "cores", "python", "board"}
     assert report["threads"] is None
-    sampling = {"max_new_tokens": 12, "temperature": 0, "top_k": 0, "top_p": 1, "seed": 5}
-    assert report["sampling"] == sampling
-    assert (report["prompt"], report["text"]) == (CHAIN, CHAIN + " ")
+    assert report["sampling"] == settings({"max_new_tokens": 12, "seed": 5})
+    assert report["stop"] == []
+    assert (report["prompt"], report["text"]) == (CHAIN, f"{CHAIN} {REPLACEMENT}")
     assert (report["prompt_tokens"], report["new_tokens"], len(report["tokens"])) == (10, 12, 12)
     assert report["finish"] == "length"
     assert report["ttft_s"] > 0 and report["tpot_s"] > 0 and report["load_s"] > 0
@@ -502,7 +503,7 @@ def test_info(packed: Path) -> None:
     for word in (
         "edge-w8a8",
         "host-cpu",
-        "n_layer 2",
+        "count 2, kind tiny",
         "weights.bin",
         "not run  engine: to be built",
     ):
@@ -545,20 +546,26 @@ BAD_BUNDLES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         ["no manifest.json", "name a bundle"],
     ),
     "manifest cut short": (
-        lambda f: (f / "manifest.json").write_text('{"schema": 1,'),
+        lambda f: (f / "manifest.json").write_text('{"schema": 2,'),
         ["not the manifest of a bundle", "copy"],
     ),
-    "another schema": (edit_manifest(lambda m: m.update(schema=2)), ["schema 2", "schema 1"]),
-    "no sizes": (edit_manifest(lambda m: m["model"].pop("d_conv")), ["d_conv", "pack"]),
+    "another schema": (
+        edit_manifest(lambda m: m.update(schema=1)),
+        ["schema 1", "schema 2", "pack the bundle again"],
+    ),
+    "no sizes": (
+        edit_manifest(lambda m: m["interface"].pop("prompt_multiple")),
+        ["prompt_multiple", "pack"],
+    ),
     "no files": (edit_manifest(lambda m: m.update(files={})), ["files", "pack"]),
     "a size of nothing": (
-        edit_manifest(lambda m: m["model"].update(headdim=0)),
+        edit_manifest(lambda m: m["interface"]["states"][0].update(shape=[3, 0])),
         ["not positive", "pack"],
     ),
     "a step is text": (edit_manifest(lambda m: m.update(steps=["x"])), ["a step is not a dict"]),
     "steps are text": (edit_manifest(lambda m: m.update(steps="x")), ["steps is not a list"]),
     "unknown state dtype": (
-        edit_manifest(lambda m: m["recipe"].update(state_dtype="int4")),
+        edit_manifest(lambda m: m["interface"]["states"][1].update(dtype="int4")),
         ["int4", "pack"],
     ),
     "unknown runtime": (
@@ -583,11 +590,23 @@ BAD_BUNDLES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "unreadable graph": (overwrite_and_pack("model.portable.onnx", b"x"), ["cannot load", "copy"]),
     "unreadable tokenizer": (overwrite_and_pack("tokenizer.json", b"{}"), ["cannot read", "pip"]),
     "one layer too many": (
-        edit_manifest(lambda m: m["model"].update(n_layer=3)),
+        edit_manifest(
+            lambda m: m["interface"]["states"].append(
+                {**m["interface"]["states"][0], "name": "conv_state.2"}
+            )
+        ),
         ["model.portable.onnx", "conv_state.2"],
     ),
+    "a state twice": (
+        edit_manifest(lambda m: m["interface"]["states"].append(m["interface"]["states"][0])),
+        ["stands there twice", "pack"],
+    ),
+    "a state that is updated in another way": (
+        edit_manifest(lambda m: m["interface"]["states"][0].update(update="append")),
+        ["does not know", "pack"],
+    ),
     "tokenizer of a larger model": (
-        edit_manifest(lambda m: m["model"].update(vocab_size=2)),
+        edit_manifest(lambda m: m["interface"].update(vocab_size=2)),
         ["the model has 2", "tokenizer"],
     ),
 }

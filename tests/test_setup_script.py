@@ -14,7 +14,7 @@ LIBRARY = "build/libssdi8_plugins.so"
 # What the script needs of any Linux. Nothing else is on its PATH.
 SYSTEM = (
     *("bash", "dirname", "sort", "head", "sed", "awk", "nproc", "mkdir", "cp", "touch", "cat"),
-    "basename",
+    *("basename", "rm"),
 )
 
 DPKG = """#!/bin/bash
@@ -85,10 +85,10 @@ class Jetson:
             (self.bin / name).chmod(0o755)
         self.record = root / "calls"
 
-    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def run(self, *arguments: str, shell: str = "bash") -> subprocess.CompletedProcess[str]:
         self.record.write_text("")
         return subprocess.run(
-            [str(self.bin / "bash"), str(self.bundle / "setup.sh"), *arguments],
+            [str(self.bin / shell), str(self.bundle / "setup.sh"), *arguments],
             capture_output=True,
             text=True,
             timeout=60,
@@ -187,6 +187,62 @@ def test_another_machine_compiles_for_its_own_gpu(jetson: Jetson) -> None:
     done = jetson.run()
     assert done.returncode == 0 and "this is no Jetson" in done.stdout
     assert "-DCMAKE_CUDA_ARCHITECTURES=native" in jetson.calls("cmake -S")[0]
+
+
+def test_another_machine_is_not_sent_to_jetpack(jetson: Jetson) -> None:
+    """What is missing there does not come with a package for Jetsons."""
+    (jetson.bin / "dpkg-query").write_text("#!/bin/bash\nexit 1\n")
+    (jetson.bin / "modules" / "tensorrt").unlink()
+    done = jetson.run()
+    assert done.returncode == 2 and "install NVIDIA's TensorRT" in done.stdout
+    (jetson.bin / "python3").unlink()
+    assert "Python 3.10 or newer: install it as python3" in jetson.run().stdout
+    assert "jetpack" not in done.stdout.lower() and jetson.made() == set()
+
+
+@pytest.mark.parametrize("arguments", [(), ("--check",)])
+def test_a_bundle_for_a_cpu_needs_no_plugins(jetson: Jetson, arguments: tuple[str, ...]) -> None:
+    """One sentence with what to do instead, whatever is installed; nothing is made."""
+    (jetson.bundle / "manifest.json").write_text(
+        '{\n  "target": {\n    "name": "host-cpu",\n    "runtime": "onnxruntime"\n  }\n}\n'
+    )
+    done = jetson.run(*arguments)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith(
+        "setup: this bundle is for a CPU"
+    )
+    assert "onnxruntime" in done.stderr and "run_engine.py" in done.stderr
+    assert jetson.made() == {"manifest.json"} and jetson.calls("") == []
+
+
+def test_a_bundle_without_its_plugins(jetson: Jetson) -> None:
+    (jetson.bundle / "manifest.json").write_text('{"target": {"runtime": "tensorrt"}}')
+    done = jetson.run()
+    assert done.returncode == 2 and "copy the whole bundle" in done.stderr
+    (jetson.bundle / "plugins").mkdir()
+    assert jetson.run().returncode == 0
+
+
+def test_sh_goes_on_as_bash(jetson: Jetson) -> None:
+    """`sh setup.sh`, where sh is dash, or bash itself."""
+    (jetson.bin / "sh").symlink_to("bash")
+    assert jetson.run(shell="sh").returncode == 0
+    dash = shutil.which("dash")
+    if dash is None:
+        pytest.skip("dash is not installed")
+    (jetson.bin / "dash").symlink_to(dash)
+    done = jetson.run("--check", shell="dash")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_bundle_that_was_moved_is_built_anew(jetson: Jetson) -> None:
+    """CMake refuses a build folder that was made for another place."""
+    assert jetson.run().returncode == 0
+    cache = jetson.bundle / "build/CMakeCache.txt"
+    cache.write_text("CMAKE_HOME_DIRECTORY:INTERNAL=/elsewhere/plugins\n")
+    assert jetson.run().returncode == 0 and not cache.exists()
+    cache.write_text(f"CMAKE_HOME_DIRECTORY:INTERNAL={jetson.bundle}/plugins\n")
+    assert jetson.run().returncode == 0 and cache.exists()
 
 
 def test_plugins_that_do_not_compile(jetson: Jetson) -> None:

@@ -27,6 +27,7 @@ from sweep_board import (
     Record,
     Rubbish,
     become_board,
+    fake_tool,
     is_running,
     lies_there,
     make_source,
@@ -40,6 +41,7 @@ from ssdi8_edge.boards.points import points
 from ssdi8_edge.boards.points.points import PointFile, PointId, open_points, read_points
 from ssdi8_edge.boards.sweep import board_sweep, measuring, sweep_commands
 from ssdi8_edge.boards.sweep.profile import profile
+from ssdi8_edge.boards.sweep.restored import AS_BEFORE
 from ssdi8_edge.ground.errors import BoardBusy, BoardError, LinkLost, Ssdi8Error, UsageError
 
 needs_sshd = pytest.mark.skipif(sshd_path() is None, reason="sshd is missing (openssh-server)")
@@ -238,11 +240,8 @@ def test_without_permission_nothing_is_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = become_board(tmp_path / "board", monkeypatch.setenv)
-    fakes = tmp_path / "fakes"
-    fakes.mkdir()
-    (fakes / "sudo").write_text("#!/bin/sh\necho 'sudo: a password is required' >&2\nexit 1\n")
-    (fakes / "sudo").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{fakes}:{os.environ['PATH']}")
+    refusal = "echo 'sudo: a password is required' >&2; exit 1"
+    fake_tool(tmp_path / "fakes", "sudo", refusal, monkeypatch.setenv)
     outcome = run_sweep(
         tmp_path / "out.jsonl",
         [make_source(tmp_path / "a")],
@@ -253,6 +252,167 @@ def test_without_permission_nothing_is_changed(
     assert [mode for _, mode, _ in outcome.failed] == ["edge-w8a8, 40W, 8 tokens"]
     assert "sudo visudo" in outcome.failed[0][2]
     assert outcome.measured == 1 and mode_of(root) == 0
+
+
+def test_a_mode_that_cannot_be_put_back_needs_a_flag(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """nvpmodel -q fails where none was ever set: said before anything changes; then the truth."""
+    root = become_board(tmp_path / "board", monkeypatch.setenv)
+    status = root / "var/lib/nvpmodel/status"
+    status.unlink()
+    source, out = make_source(tmp_path / "a"), tmp_path / "out.jsonl"
+    board, watcher = NamedBoard("toy", tmp_path / "store"), Record()
+    refused = run_sweep(out, [source], [board], lengths=(8,), modes=("25W",), watcher=watcher)
+    error = refused.errors["toy"]
+    assert isinstance(error, UsageError) and error.exit_code == 2
+    assert "toy does not tell its power mode" in str(error) and "NVPM ERROR" in str(error)
+    assert "sudo nvpmodel -m 4, for 40W" in str(error) and "--allow-unrestored" in str(error)
+    assert not status.exists() and refused.measured == 0 and watcher.said == []
+    # Measuring in the mode that it has changes nothing and needs no flag.
+    assert run_sweep(out, [source], [board], lengths=(8,), watcher=watcher).measured == 1
+    assert watcher.said == []
+    done = run_sweep(
+        out, [source], [board], lengths=(8,), modes=("25W",), watcher=watcher, allow_unrestored=True
+    )
+    assert done.measured == 1 and done.failed == [] and mode_of(root) == 3
+    assert "it cannot be put back" in watcher.said[0]
+    assert watcher.said[-1] == (
+        "the power mode is 25W, and what it was before is not known (sudo nvpmodel -m 4 sets the "
+        "board's default, 40W)"
+    )
+
+
+def test_clocks_that_cannot_be_stored_need_a_flag(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = become_board(tmp_path / "board", monkeypatch.setenv)
+    script = '[ "$1" = --store ] && { echo disk is full; exit 1; }; exec "$REAL" "$@"'
+    fake_tool(tmp_path / "fakes", "jetson_clocks", script, monkeypatch.setenv)
+    source, out = make_source(tmp_path / "a"), tmp_path / "out.jsonl"
+    board, watcher = NamedBoard("toy", tmp_path / "store"), Record()
+    outcome = run_sweep(out, [source], [board], lengths=(8,), modes=("40W",), watcher=watcher)
+    ((_, _, why),) = outcome.failed
+    assert why == "it could not be put back (disk is full); --allow-unrestored permits that"
+    assert mode_of(root) == 0
+    run_sweep(
+        out, [source], [board], lengths=(8,), modes=("40W",), watcher=watcher, allow_unrestored=True
+    )
+    assert len(ids_in(out)) == 1 and mode_of(root) == 0
+    assert watcher.said[-1] == AS_BEFORE
+
+
+@pytest.mark.parametrize(
+    ("tool", "script", "last"),
+    [
+        (  # says that it did, and did not
+            "nvpmodel",
+            '[ "$1 $2" = "-m 0" ] && exit 0; exec "$REAL" "$@"',
+            "the power mode is 40W and NOT MAXN_SUPER as before",
+        ),
+        (
+            "jetson_clocks",
+            '[ "$1" = --restore ] && exec "$REAL"; exec "$REAL" "$@"',
+            "the power mode is MAXN_SUPER as before; the clocks of GPU are NOT as before",
+        ),
+        (
+            "jetson_clocks",
+            '[ "$1" = --show ] && { echo broken; exit 1; }; exec "$REAL" "$@"',
+            "the power mode is MAXN_SUPER as before; the clocks cannot be compared",
+        ),
+        (
+            "nvpmodel",
+            '[ "$1 $2" = "-m 0" ] && touch "$0.off"; [ -e "$0.off" ] && exit 1; exec "$REAL" "$@"',
+            "the power mode cannot be read, it was MAXN_SUPER",
+        ),
+    ],
+)
+def test_the_last_sentence_is_what_was_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: str, script: str, last: str
+) -> None:
+    """Tools that fail without a word: not their exit status counts, but how the board is then."""
+    become_board(tmp_path / "board", monkeypatch.setenv)
+    fake_tool(tmp_path / "fakes", tool, script, monkeypatch.setenv)
+    watcher = Record()
+    outcome = run_sweep(
+        tmp_path / "out.jsonl",
+        [make_source(tmp_path / "a")],
+        [NamedBoard("toy", tmp_path / "store")],
+        lengths=(8,),
+        modes=("40W",),
+        settings=SETTINGS.model_copy(update={"pin_clocks": True}),
+        watcher=watcher,
+    )
+    assert outcome.measured == 1
+    assert watcher.said[-1].startswith(last), watcher.said
+    assert AS_BEFORE not in watcher.said
+
+
+def test_warnings_beside_the_mode_do_not_hide_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A query that warns and exits with 1, and no name: host and board read the same id."""
+    root = become_board(tmp_path / "board", monkeypatch.setenv)
+    script = (
+        '[ "$1" = -q ] || exec "$REAL" "$@"\n"$REAL" -q | sed "s/Mode: MAXN_SUPER/Mode: /"\n'
+        "echo 'NVPM ERROR: failed to read PARAM EMC'; echo 5 of 9; exit 1"
+    )
+    fake_tool(tmp_path / "fakes", "nvpmodel", script, monkeypatch.setenv)
+    out, watcher = tmp_path / "out.jsonl", Record()
+    outcome = run_sweep(
+        out,
+        [make_source(tmp_path / "a")],
+        [NamedBoard("toy", tmp_path / "store")],
+        lengths=(8,),
+        modes=("current", "40W"),
+        watcher=watcher,
+    )
+    assert outcome.errors == {} and outcome.failed == []
+    assert [p.mode for p in read_points(out)] == ["MAXN_SUPER", "40W"]
+    assert mode_of(root) == 0 and watcher.said[-1] == AS_BEFORE
+
+
+def test_a_mode_that_only_root_may_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = become_board(tmp_path / "board", monkeypatch.setenv)
+    hidden = '[ "$1$SSDI8_SIMULATED_SUDO" = -q ] && { echo NVPM ERROR: 13; exit 1; }'
+    fake_tool(tmp_path / "fakes", "nvpmodel", f'{hidden}; exec "$REAL" "$@"', monkeypatch.setenv)
+    watcher = Record()
+    outcome = run_sweep(
+        tmp_path / "out.jsonl",
+        [make_source(tmp_path / "a")],
+        [NamedBoard("toy", tmp_path / "store")],
+        lengths=(8,),
+        modes=("40W",),
+        watcher=watcher,
+    )
+    assert outcome.measured == 1 and mode_of(root) == 0 and watcher.said[-1] == AS_BEFORE
+
+
+def test_a_tool_that_never_ends_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it said counts; nothing waits for its pipes."""
+    from ssdi8_edge.boards.programs import measure
+
+    monkeypatch.setattr(measure, "TOOL_S", 0.3)
+    begin = time.monotonic()
+    status, text = measure.tool(["sh", "-c", "echo REBOOT REQUIRED; sleep 5 & sleep 5"])
+    assert status == 124 and "REBOOT REQUIRED" in text and time.monotonic() - begin < 3
+
+
+def test_a_board_that_is_lost_is_not_said_to_be_put_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The program there is killed in another mode: not known, and how to look."""
+    become_board(tmp_path / "board", monkeypatch.setenv)
+    board = NamedBoard("toy", tmp_path / "store")
+    source, out = make_source(tmp_path / "a", pace=0.25), tmp_path / "out.jsonl"
+
+    def kill_later(_: object) -> None:
+        threading.Timer(0.3, os.kill, (board.pids[-1], signal.SIGKILL)).start()
+
+    watcher = Record(kill_later)
+    run_sweep(out, [source], [board], modes=("40W",), watcher=watcher)
+    assert "is not known" in watcher.said[-1] and "the mode was MAXN_SUPER" in watcher.said[-1]
+    assert "sudo nvpmodel -q" in watcher.said[-1]
 
 
 def test_ctrl_c_puts_the_board_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,7 +437,7 @@ def test_ctrl_c_puts_the_board_back(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     finally:
         signal.signal(signal.SIGINT, handler)
     assert in_mode == [4] and mode_of(root) == 0 and gpu(root, "min_freq") == "306000000"
-    assert watcher.said[-1].endswith("power mode and clocks are as they were before")
+    assert watcher.said[-1] == AS_BEFORE
     assert len(ids_in(out)) == 1
     wait_for(lambda: not any(map(is_running, board.pids)))
 

@@ -22,7 +22,7 @@ import pytest
 from board_simulator.lab import Lab, needs_sshd
 from board_simulator.server import free_port
 
-from ssdi8_edge.boards.link import dial
+from ssdi8_edge.boards.link import dial, ssh_login
 from ssdi8_edge.boards.link.hosts import connect
 from ssdi8_edge.boards.link.ssh_link import SshChannel
 from ssdi8_edge.ground.errors import BoardError, LinkLost, UsageError
@@ -134,8 +134,8 @@ def test_own_known_hosts_and_alias_for_the_key(lab: Lab) -> None:
     ("config", "pattern"),
     [
         ("Host board\n  ProxyCommand touch hacked\n", "ProxyCommand, which is not run here"),
-        ("Host board\n  Port twenty\n", "cannot be read"),
-        ("Host board\n  ProxyJump board\n", "more than 8 jump hosts"),
+        ("Host board\n  Port twenty\n", "cannot be read|and not to a number"),
+        ("Host board\n  ProxyJump board\n", "jumphost loop via board|lies behind itself"),
         ("=\n", "cannot be read"),
     ],
 )
@@ -143,6 +143,53 @@ def test_a_configuration_that_does_not_fit(lab: Lab, config: str, pattern: str) 
     lab.config.write_text(config)
     with pytest.raises(UsageError, match=pattern):
         lab.connect("board").run(["true"])
+
+
+@pytest.mark.parametrize("known", ["with space", "second"])
+def test_several_known_hosts_files_with_quotes(lab: Lab, known: str) -> None:
+    """A key in any of them counts, also against one that would be let in as new."""
+    server = lab.serve("board", known=False, StrictHostKeyChecking="accept-new")
+    lab.add(f'    UserKnownHostsFile "~/.ssh/with space" {lab.home}/.ssh/second\n')
+    for name in ("with space", "second"):
+        (lab.home / ".ssh" / name).touch()
+    (lab.home / ".ssh" / known).write_text(server.known_host())
+    assert lab.connect("board").run(["true"]).exit == 0
+    server.stop()
+    server.new_key("host_key")
+    server.start()
+    assert_refused(lab, "board", f"not the one in .*{known}:1")
+
+
+def test_the_key_of_an_address_counts_where_the_configuration_says_so(lab: Lab) -> None:
+    server = lab.serve("board", known=False, HostName="localhost", CheckHostIP="Yes")
+    named = server.known_host().replace("127.0.0.1", "localhost")
+    lab.known_hosts.write_text(named + server.known_host())
+    lab.add("    AddressFamily inet\n    BindAddress 127.0.0.1\n")
+    assert lab.connect("board").run(["true"]).exit == 0
+    key = server.host_key.split()[1]
+    other = new_identity(lab.folder / "other").with_name("other.pub").read_text().split()[1]
+    lab.known_hosts.write_text(named + server.known_host().replace(key, other))
+    assert_refused(lab, "board", "not the one in .*known_hosts:2")
+
+
+@pytest.mark.parametrize("way", ["ssh://{user}@127.0.0.1:{gate},second", "gate,ssh://second"])
+def test_a_chain_of_jump_hosts(lab: Lab, way: str) -> None:
+    gate = lab.serve("gate")
+    # Only the first one's own ProxyJump counts.
+    lab.serve("second", ProxyJump="nowhere.invalid")
+    jump = way.format(user=getpass.getuser(), gate=gate.port)
+    board = lab.serve("board", ProxyJump=jump)
+    lab.add(f"Host 127.0.0.1\n    IdentityFile {gate.identity}\n")
+    connection = lab.connect("board")
+    seen = connection.run(["sh", "-c", "echo $SSH_CONNECTION"]).stdout.split()
+    assert seen[3] == str(board.port)
+    assert "Accepted publickey" in gate.log
+
+
+def test_a_circle_of_jump_hosts_is_found(lab: Lab) -> None:
+    lab.add("Host a\n  ProxyJump b\nHost b\n  ProxyJump c\nHost c\n  ProxyJump a\n")
+    with pytest.raises(UsageError, match=r"a lies behind itself \(a - b - c - a\)"):
+        lab.connect("a").run(["true"])
 
 
 def test_a_board_behind_a_jump_host_behind_another(lab: Lab) -> None:
@@ -200,20 +247,219 @@ def add_passphrase(identity: Path, phrase: str) -> None:
 def test_the_agent_holds_the_key(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also one that the configuration names and that has a passphrase on disk."""
     server = lab.serve("board")
-    monkeypatch.setenv("SSH_AUTH_SOCK", str(lab.folder / "agent"))
-    command = ["ssh-agent", "-D", "-a", str(lab.folder / "agent")]
+    with agent_with(lab, server.identity) as sock:
+        monkeypatch.setenv("SSH_AUTH_SOCK", str(sock))
+        add_passphrase(server.identity, "open sesame")
+        assert lab.connect("board").run(["true"]).exit == 0
+        lab.config.write_text(lab.config.read_text().replace("IdentitiesOnly yes", ""))
+        server.identity.unlink()
+        assert lab.connect("board").run(["true"]).exit == 0
+
+
+@contextmanager
+def agent_with(lab: Lab, *identities: Path) -> Iterator[Path]:
+    """An agent that holds keys, and its socket."""
+    sock = lab.folder / "agent.sock"
+    environment = {**os.environ, "SSH_AUTH_SOCK": str(sock)}
+    command = ["ssh-agent", "-D", "-a", str(sock)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as agent:
         try:
-            while not (lab.folder / "agent").exists():
+            while (
+                subprocess.run(["ssh-add", "-l"], env=environment, capture_output=True).returncode
+                > 1
+            ):
                 time.sleep(0.01)
-            subprocess.run(["ssh-add", "-q", server.identity], check=True)
-            add_passphrase(server.identity, "open sesame")
-            assert lab.connect("board").run(["true"]).exit == 0
-            lab.config.write_text(lab.config.read_text().replace("IdentitiesOnly yes", ""))
-            server.identity.unlink()
-            assert lab.connect("board").run(["true"]).exit == 0
+            for identity in identities:
+                subprocess.run(["ssh-add", "-q", identity], check=True, env=environment)
+            yield sock
         finally:
             agent.terminate()
+            agent.wait()
+            sock.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("setting", "works"),
+    [
+        ('IdentityAgent "{}" # mine', True),
+        ("IdentityAgent $LAB_SOCK", True),
+        ("IdentityAgent none", False),
+        ("IdentityAgent /nowhere", False),
+        ("# the agent of the login", False),
+    ],
+)
+def test_the_agent_that_the_configuration_names(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, setting: str, works: bool
+) -> None:
+    server = lab.serve("board")
+    with agent_with(lab, server.identity) as sock:
+        monkeypatch.setenv("LAB_SOCK", str(sock))
+        server.identity.unlink()
+        lab.add("    " + setting.format(sock) + "\n")
+        if works:
+            assert lab.connect("board").run(["true"]).exit == 0
+        else:
+            assert_refused(lab, "board", "0 keys were offered")
+        monkeypatch.setenv("SSH_AUTH_SOCK", str(sock))
+        if setting.startswith("#"):
+            assert lab.connect("board").run(["true"]).exit == 0
+        elif not works:
+            assert_refused(lab, "board", "0 keys were offered")
+
+
+class Asked:
+    """Stands for the terminal; answers in turn, and remembers the questions."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *answers: str) -> None:
+        self.questions: list[str] = []
+        self._answers = iter(answers)
+        monkeypatch.setattr(ssh_login, "_prompts", self)
+
+    def ask(self, question: str) -> str | None:
+        self.questions.append(question)
+        return next(self._answers, None)
+
+    def forget(self, question: str) -> None:
+        pass
+
+
+def new_identity(path: Path, *options: str, phrase: str = "") -> Path:
+    command = ["ssh-keygen", "-q", "-N", phrase, "-f", str(path), *(options or ["-t", "ed25519"])]
+    subprocess.run(command, check=True)
+    return path
+
+
+@pytest.mark.parametrize(("answers", "asked"), [(["sesame"], 1), (["wrong", "sesame"], 2)])
+@pytest.mark.parametrize("public_file", [True, False])
+def test_a_passphrase_is_asked_for_when_the_host_takes_the_key(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, answers: list[str], asked: int, public_file: bool
+) -> None:
+    server = lab.serve("board")
+    add_passphrase(server.identity, "sesame")
+    if not public_file:  # the private one holds its public half, too
+        server.identity.with_name("identity.pub").unlink()
+    terminal = Asked(monkeypatch, *answers)
+    assert lab.connect("board").run(["true"]).exit == 0
+    assert terminal.questions == [f"passphrase of {server.identity}"] * asked
+
+
+@pytest.mark.parametrize(
+    "options", [["-t", "ed25519"], ["-t", "rsa", "-b", "2048"], ["-t", "ecdsa", "-m", "PEM"]]
+)
+def test_no_passphrase_is_asked_for_a_key_that_the_host_does_not_want(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    server = lab.serve("board")
+    locked = new_identity(lab.folder / "locked", *options, phrase="secret")
+    text = lab.config.read_text()
+    lab.config.write_text(text.replace("IdentityFile", f"IdentityFile {locked}\n    IdentityFile"))
+    terminal = Asked(monkeypatch)
+    assert lab.connect("board").run(["true"]).exit == 0
+    locked.with_name("locked.pub").unlink()  # an old format then shows nothing of it
+    assert lab.connect("board").run(["true"]).exit == 0
+    server.new_key("identity")
+    said = assert_refused(lab, "board", "keys were offered|key was offered")
+    assert terminal.questions == []
+    assert ("ssh-keygen -y -f" in said) is ("PEM" in options)
+
+
+def test_a_passphrase_that_is_wrong_each_time(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = lab.serve("board", NumberOfPasswordPrompts="2")
+    add_passphrase(server.identity, "sesame")
+    terminal = Asked(monkeypatch, "a", "b", "c", "d")
+    assert_refused(
+        lab, "board", "identity cannot be opened: it has a passphrase, and what was typed"
+    )
+    assert len(terminal.questions) == 2
+
+
+def test_a_batch_is_asked_nothing(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = lab.serve("board", options=["PasswordAuthentication yes"], BatchMode="yes")
+    add_passphrase(server.identity, "sesame")
+    terminal = Asked(monkeypatch, "sesame", "sesame")
+    assert_refused(lab, "board", "the configuration forbids to ask")
+    assert terminal.questions == []
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["PasswordAuthentication no", "PreferredAuthentications publickey", "BatchMode Yes"],
+)
+def test_no_password_is_asked_for_where_the_configuration_forbids_it(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, setting: str
+) -> None:
+    server = lab.serve("board", options=["PasswordAuthentication yes"])
+    server.new_key("identity")
+    lab.add(f"    {setting}\n")
+    terminal = Asked(monkeypatch, "secret")
+    assert_refused(lab, "board", "1 key was offered")
+    assert terminal.questions == []
+
+
+def test_no_key_is_offered_where_the_configuration_forbids_it(lab: Lab) -> None:
+    lab.serve("board", PubkeyAuthentication="No")
+    assert_refused(lab, "board", "0 keys were offered, the configuration forbids publickey")
+
+
+@pytest.mark.parametrize(
+    ("place", "kind"), [("beside", "ed25519"), ("named", "rsa"), ("agent", "ecdsa")]
+)
+def test_a_certificate_lets_in(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, place: str, kind: str
+) -> None:
+    """Of a key with a passphrase, too, or one that the agent holds."""
+    authority = new_identity(lab.folder / "authority")
+    server = lab.serve("board", options=[f"TrustedUserCAKeys {authority}.pub"])
+    (server.folder / "authorized_keys").write_text("")
+    server.identity.unlink()
+    new_identity(server.identity, "-t", kind)
+    sign = ["ssh-keygen", "-q", "-s", str(authority), "-I", "me", "-n", getpass.getuser()]
+    subprocess.run([*sign, str(server.identity) + ".pub"], check=True, capture_output=True)
+    made = server.folder / "identity-cert.pub"
+    if place != "beside":
+        made.rename(lab.folder / "certificate")
+        lab.add(f"    CertificateFile {lab.folder}/certificate\n")
+    terminal = Asked(monkeypatch, "sesame")
+    with agent_with(lab, *([server.identity] if place == "agent" else [])) as sock:
+        lab.add(f"    IdentityAgent {sock}\n")
+        add_passphrase(server.identity, "sesame")
+        assert lab.connect("board").run(["true"]).exit == 0
+    assert len(terminal.questions) == (0 if place == "agent" else 1)
+
+
+def test_an_rsa_key_that_is_too_short_is_not_used(lab: Lab) -> None:
+    server = lab.serve("board", RequiredRSASize="3072")
+    server.identity.unlink()
+    new_identity(server.identity, "-t", "rsa", "-b", "2048")
+    (server.folder / "authorized_keys").write_text((server.folder / "identity.pub").read_text())
+    assert_refused(lab, "board", "an RSA key of 2048 bits is too short")
+    lab.config.write_text(lab.config.read_text().replace("3072", "2048"))
+    assert lab.connect("board").run(["true"]).exit == 0
+    lab.add("    PubkeyAcceptedAlgorithms ssh-ed25519\n")
+    assert_refused(lab, "board", "0 keys were offered")
+
+
+@pytest.mark.parametrize(
+    ("setting", "pattern"),
+    [
+        ("Ciphers aes256-ctr", None),
+        ("MACs hmac-sha2-512", None),
+        ("KexAlgorithms curve25519-sha256", None),
+        ("HostKeyAlgorithms ssh-ed25519", None),
+        ("Ciphers -aes*-gcm@openssh.com", None),
+        ("HostKeyAlgorithms ecdsa-sha2-nistp256", "no encryption in common"),
+        ("Ciphers chacha20-poly1305@openssh.com", "none of the ciphers that are known here"),
+        ("HostKeyAlgorithms sk-ssh-ed25519@openssh.com", "none of the keys"),
+    ],
+)
+def test_algorithms_of_the_configuration(lab: Lab, setting: str, pattern: str | None) -> None:
+    lab.serve("board")
+    lab.add(f"    {setting}\n")
+    if pattern is None:
+        assert lab.connect("board").run(["true"]).exit == 0
+        return
+    with pytest.raises((BoardError, UsageError), match=pattern):
+        lab.connect("board").run(["true"])
 
 
 class PasswordServer(paramiko.ServerInterface):

@@ -14,7 +14,10 @@ from ssdi8_edge.boards.facts import telemetry
 from ssdi8_edge.boards.facts.energy import NoEnergy, energy_j
 from ssdi8_edge.boards.facts.power_modes import (
     Mode,
+    clock_limits,
+    current_mode,
     needs_reboot,
+    offered_modes,
     parse_jetson_clocks,
     parse_nvpmodel_conf,
     parse_nvpmodel_query,
@@ -101,6 +104,9 @@ def test_jetpack_7_orin_nano_takes_the_first_of_three_values() -> None:
         ("GR3D_FREQ 12%", 12, ()),
         ("GR3D_FREQ @[1575,1574]", None, (1575, 1574)),
         ("GR3D_FREQ 61% @ [", 61, ()),
+        ("GR3D_FREQ 12 %@[1300, 1290]", 12, (1300, 1290)),
+        ("GR3D_FREQ @[0,0,0]", None, (0, 0, 0)),
+        ("GR3D_FREQ 0%@611 GR3D2_FREQ 0%@0", 0, (611, 0)),
     ],
 )
 def test_forms_of_the_gpu_field(text: str, load: float | None, clocks: tuple[float, ...]) -> None:
@@ -115,6 +121,31 @@ def test_memory_clock_without_a_load() -> None:
     assert line is not None
     assert (line.emc_load_percent, line.emc_mhz) == (None, 3199)
     assert line.rails_w == {"VDD_IN": 5.0}
+
+
+@pytest.mark.parametrize(
+    ("text", "rails"),
+    [
+        ("VDD_IN 5040mW/5040mW", {"VDD_IN": 5.04}),
+        ("VDD_IN 5040.5mW/5040mW", {"VDD_IN": 5.0405}),
+        ("VDD_IN 5W/5W", {"VDD_IN": 5.0}),
+        ("VDD_IN 5.25 W/5 W", {"VDD_IN": 5.25}),
+        ("VDD_SYS_GPU 182/182 VDD_IN 5290/5290", {"VDD_SYS_GPU": 0.182, "VDD_IN": 5.29}),
+        ("VDDQ_VDD2_1V8AO 700mW/690mW/700mW", {"VDDQ_VDD2_1V8AO": 0.7}),
+        ("NC 0mW/0mW NC 0/0", {}),
+        ("RAM 3200/7859MB SWAP 1600/12122MB IRAM 0/252kB", {}),
+        ("VDD_IN 5 VDD_SOC 5mV", {}),
+    ],
+)
+def test_forms_of_rails(text: str, rails: dict[str, float]) -> None:
+    """W, mW, and no unit, which was mW before JetPack 5; sizes of memory are no rails."""
+    line = parse_tegrastats(f"RAM 1/2MB (lfb 3x4MB) {text} cpu@40C cv0@-256C")
+    assert line is not None and line.rails_w == rails and line.temperatures_c == {"cpu": 40}
+
+
+def test_largest_block_in_kilobytes() -> None:
+    line = parse_tegrastats("RAM 1/2MB (lfb 7x512kB)")
+    assert line is not None and line.largest_block_mb == 0.512
 
 
 @pytest.mark.parametrize("text", ["", "\0", "Segmentation fault", "RAM x/yMB", "CPU", "mW 5"])
@@ -168,6 +199,10 @@ def test_rails_that_stand_for_the_module() -> None:
     assert telemetry.total_rails(nano) == (("VDD_IN",), True)
     assert telemetry.total_rails(agx) == (("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0"), False)
     assert telemetry.total_rails({"VDD_SOC": 1.0}) == ((), False)
+    thor = {"VDD_GPU": 4.0, "VDD_CPU_SOC_MSS": 3.0, "VIN_SYS_5V0": 5.0, "VIN": 20.0}
+    assert telemetry.total_rails(thor) == (("VIN",), True)
+    xavier = dict.fromkeys(("GPU", "CPU", "SOC", "CV", "VDDRQ", "SYS5V"), 1.0)
+    assert telemetry.total_rails(xavier) == (tuple(xavier), False)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -246,6 +281,31 @@ def test_modes_of_a_board() -> None:
     assert modes.named("40W") is None
 
 
+def test_commented_blocks_are_no_modes() -> None:
+    """Whole lines and ends of lines; odd spacing, case of letters and line ends are read."""
+    conf = (
+        "# < POWER_MODEL ID=id_num NAME=mode_name >\r\n<POWER_MODEL ID=3 NAME=15W>\r\n"
+        "#< POWER_MODEL ID=1 NAME=25W >\r\n#< PM_CONFIG DEFAULT=1 >\r\n"
+        "  #  < POWER_MODEL ID=4 NAME=30W >\r\n<  power_model  id = 7  name = MODE 50W  > # old\r\n"
+        "CPU_ONLINE CORE_0 1 # < POWER_MODEL ID=5 NAME=5W >\r\n<PM_CONFIG  DEFAULT = 7>\r\n"
+    )
+    modes = parse_nvpmodel_conf(conf)
+    assert modes.modes == (Mode(3, "15W"), Mode(7, "MODE 50W")) and modes.default == modes.modes[1]
+    listing = "NVPM VERB: POWER_MODEL: ID=0 NAME=MAXN\nNVPM VERB: POWER_MODEL: ID=1 NAME=10W\n"
+    assert offered_modes(conf, listing) == modes
+    assert offered_modes("# < POWER_MODEL ID=9 NAME=9W >", listing).modes == (
+        Mode(0, "MAXN"),
+        Mode(1, "10W"),
+    )
+
+
+def test_a_mode_without_a_name_has_that_of_the_file() -> None:
+    modes = parse_nvpmodel_conf("< POWER_MODEL ID=0 NAME=15W >")
+    assert parse_nvpmodel_query("NV Power Mode: \n0\n") == Mode(0, "")
+    assert current_mode("NV Power Mode: \n0\n", modes) == Mode(0, "15W")
+    assert current_mode("NV Power Mode: \n1\n", modes) is None
+
+
 def test_a_default_that_does_not_exist_is_none() -> None:
     modes = parse_nvpmodel_conf("< POWER_MODEL ID=0 NAME=15W >\n< PM_CONFIG DEFAULT=7 >")
     assert modes.default is None and len(modes.modes) == 1
@@ -258,6 +318,10 @@ def test_a_default_that_does_not_exist_is_none() -> None:
         ("NV Power Mode: 15W\n0\n", Mode(0, "15W")),
         ("NV Fan Mode:quiet\nNV Power Mode: MAXN_SUPER\n2\n", Mode(2, "MAXN_SUPER")),
         ("NVPM WARN: fan mode is not set!\nNV Power Mode: MODE_30W\n2", Mode(2, "MODE_30W")),
+        ("NV Power Mode: 5W\n1\nNVPM ERROR: Error opening /sys/x: 13\n", Mode(1, "5W")),
+        ("NV Power Mode: 25W\r\nNV Fan Mode:quiet\r\n1\r\n", Mode(1, "25W")),
+        ("NV Power Mode: MODE 15 W\nNVPM WARN: x\n2\n", Mode(2, "MODE 15 W")),
+        ("NVPM ERROR: Error opening /var/lib/nvpmodel/status: 2\n", None),
         ("NV Power Mode: 15W\n", None),
         ("0\nNV Power Mode:\n", None),
         ("sh: 1: nvpmodel: not found\n", None),
@@ -278,6 +342,12 @@ def test_clocks_and_powered_sms() -> None:
     clocks = parse_jetson_clocks((RECORDED / "jetson-clocks-orin-nano.txt").read_text())
     assert (clocks.gpu_min_mhz, clocks.gpu_max_mhz, clocks.sms) == (306, 918, 8)
     assert clocks.pinned is False
+    assert clock_limits((RECORDED / "jetson-clocks-orin-nano.txt").read_text()) == (
+        "cpu0 729600 1344000",
+        "GPU 306000000 918000000",
+        "EMC 204000000 3199000000",
+    )
+    assert clock_limits("Error: jetson_clocks must be run as root") is None
     held = parse_jetson_clocks("GPU MinFreq=918000000 MaxFreq=918000000 CurrentFreq=918000000\n")
     assert held.pinned is True and held.sms is None
     assert parse_jetson_clocks("jetson_clocks must be run as root").pinned is None

@@ -26,17 +26,7 @@ from runtime.bundle import sha256  # noqa: E402
 LAYERS, D_MODEL, VOCAB = 2, 8, 320
 NHEADS, HEADDIM, D_STATE, D_CONV, CONV_DIM = 2, 8, 4, 4, 24
 CHUNK, MAX_TOKENS = 4, 10
-SIZES = {
-    "d_model": D_MODEL,
-    "n_layer": LAYERS,
-    "vocab_size": VOCAB,
-    "d_state": D_STATE,
-    "d_conv": D_CONV,
-    "expand": 2,
-    "headdim": HEADDIM,
-    "ngroups": 1,
-    "chunk_size": CHUNK,
-}
+SIZES = {"d_model": D_MODEL, "vocab_size": VOCAB, "blocks": [{"count": LAYERS, "kind": "tiny"}]}
 # Ten bytes, all different, in five characters: the model repeats them for ever, one token a byte.
 CHAIN = " é🙂жZ"
 SENTENCE = "the board runs the model and the model runs the board"
@@ -153,6 +143,32 @@ def make_graph(tokenizer: tokenizers.Tokenizer, state_dtype: str, stops: bool) -
     return model
 
 
+def interface(state_dtype: str) -> dict[str, Any]:
+    """What the manifest says of the graph."""
+    shapes = {"conv_state": [D_CONV - 1, CONV_DIM], "ssm_state": [NHEADS, HEADDIM, D_STATE]}
+    suspects = {"conv_state": ["Linear (in_proj)"], "ssm_state": ["CausalConv1d", "ChunkState"]}
+    return {
+        "vocab_size": VOCAB,
+        "prompt_multiple": CHUNK,
+        "states": [
+            {
+                "name": f"{kind}.{i}",
+                "output": f"{kind}_out.{i}",
+                "shape": shape,
+                "dtype": "fp16" if kind == "conv_state" else state_dtype,
+                "update": "replace",
+                "suspects": [f"layers.{i}/{op}" for op in suspects[kind]],
+                "shallow": (kind, i) != ("ssm_state", 1),
+            }
+            for i in range(LAYERS)
+            for kind, shape in shapes.items()
+        ],
+        "logits_suspects": ["layers.1/ChunkScan", "head/Linear (lm_head)"],
+        "decode_suspects": ["the decode step of any layer"],
+        "ops": ["SsdScan", "CausalConv1d", "Linear", "Embedding"],
+    }
+
+
 def make_golden(folder: Path, state_dtype: str) -> None:
     """Golden vectors from onnxruntime itself: one prefill in one piece, then single steps."""
     session = onnxruntime.InferenceSession(
@@ -189,16 +205,20 @@ def make_golden(folder: Path, state_dtype: str) -> None:
 
 def pack(folder: Path, **changes: Any) -> None:
     """Write the manifest of what lies in `folder`; `changes` replace entries of its top level."""
+    recipe = {"name": "edge-w8a8", "weights": "int8", "state_dtype": "fp32"}
+    recipe = changes.get("recipe", recipe)
     left_out = {"__pycache__", "build", "engine"}
     files = sorted(f for f in folder.rglob("*") if f.is_file() and not left_out & {*f.parts})
     manifest = {
-        "schema": 1,
+        "schema": 2,
         "name": "tiny--edge-w8a8--host-cpu",
         "model": SIZES,
-        "recipe": {"name": "edge-w8a8", "weights": "int8", "state_dtype": "fp32"},
+        "interface": interface(str(recipe["state_dtype"])),
+        "recipe": recipe,
         "target": {"name": "host-cpu", "runtime": "onnxruntime", "max_tokens": MAX_TOKENS},
         "created": {"host": "bench", "versions": {"onnx": onnx.__version__}},
         "steps": [{"step": "export", "where": "bench", "seconds": 1.5}],
+        "text": {"end_ids": [0]},
         "not_run": ["engine: to be built on the board"],
         **changes,
     }

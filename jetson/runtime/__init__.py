@@ -3,7 +3,8 @@
 command_line   arguments and choice of a command      commands/      one file per command
 generate       prefill in pieces, decode, timings     bench          times and memory; its schema
 verify         golden vectors and suspected ops       layer_times    layers added up by module
-sampling       logits -> token id                     text           tokenizer, streamed text
+sampling       logits -> token id                     text           prompt, streamed text, ends
+tokenizer      tokenizer.json, for host and board alike
 bundle         manifest, files, sizes                 machine        name and state of this machine
 
 backend        the interface of an inference library, and the choice of one:

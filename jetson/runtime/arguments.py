@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -14,7 +15,10 @@ class Parser(argparse.ArgumentParser):
     """Reports a wrong option as every other problem is reported: one sentence, exit code 2."""
 
     def error(self, message: str) -> NoReturn:
-        raise BundleProblem(message, f"see {self.prog} --help")
+        hint = f"see {self.prog} --help"
+        if message.endswith("expected one argument"):
+            hint = f"a value that begins with - is written --option=-value, {hint}"
+        raise BundleProblem(message, hint)
 
 
 def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], Any]:
@@ -32,6 +36,26 @@ def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], 
         return value
 
     return parse
+
+
+def text(argument: str) -> str:
+    """An argparse type: text, which came as bytes that are UTF-8 or of the locale's encoding."""
+    try:
+        argument.encode("utf-8")
+    except UnicodeEncodeError:
+        # Bytes that the locale's encoding lacks arrive as lone surrogates.
+        try:
+            return os.fsencode(argument).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise argparse.ArgumentTypeError(f"the text is not UTF-8 ({error})") from error
+    return argument
+
+
+def text_to_find(argument: str) -> str:
+    """An argparse type: text of at least one character."""
+    if not argument:
+        raise argparse.ArgumentTypeError("the text is empty, give at least one character")
+    return text(argument)
 
 
 def numbers(text: str) -> list[int]:

@@ -123,7 +123,7 @@ def _run_once(
         step.seconds
         for step in generate(
             *(backend, bundle, prompt.astype(np.int32)),
-            *(lambda logits: int(logits.argmax()), new_tokens, None),
+            *(lambda logits: int(logits.argmax()), new_tokens, ()),
         )
     ]
     end = time.monotonic()

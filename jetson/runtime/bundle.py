@@ -23,6 +23,7 @@ PARTS = {
     "interface": dict,
     "recipe": dict,
     "target": dict,
+    "text": dict,
     "files": dict,
     "created": dict,
     "steps": list,
@@ -45,6 +46,10 @@ class BundleProblem(Exception):
 
     def __str__(self) -> str:
         return " ".join(f"{self.message}; {self.hint}.".split())
+
+
+class MemoryRanOut(BundleProblem):
+    """There is not enough memory; the message says for what."""
 
 
 class RunFailure(BundleProblem):
@@ -122,6 +127,7 @@ class Bundle:
     target: str
     runtime: str
     max_tokens: int  # longest prefill piece
+    end_ids: frozenset[int]  # tokens that end a text
 
     @property
     def files(self) -> Mapping[str, Mapping[str, Any]]:
@@ -204,6 +210,7 @@ def open_bundle(root: Path) -> Bundle:
             target=str(manifest["target"]["name"]),
             runtime=manifest["target"]["runtime"],
             max_tokens=int(manifest["target"]["max_tokens"]),
+            end_ids=frozenset(map(_token, manifest["text"]["end_ids"])),
         )
         if not bundle.files or not all({"sha256", "bytes"} <= {*f} for f in bundle.files.values()):
             raise ValueError("files")
@@ -226,6 +233,12 @@ def open_bundle(root: Path) -> Bundle:
     return bundle
 
 
+def _token(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"end_ids has {value!r}, which is no token id")
+    return value
+
+
 def _read_manifest(root: Path) -> dict[str, Any]:
     path = root / MANIFEST
     if not path.is_file():
@@ -243,7 +256,7 @@ def _read_manifest(root: Path) -> dict[str, Any]:
     if schema != SCHEMA:
         raise BundleProblem(
             f"{path} has schema {schema!r} and this script reads schema {SCHEMA}",
-            "use the run_engine.py that came with the bundle, or pack it again",
+            "pack the bundle again, or use the run_engine.py that came with it",
         )
     return manifest
 

@@ -6,17 +6,20 @@ What was asked for goes to stdout, timings and problems to stderr.
 from __future__ import annotations
 
 import argparse
-import errno
 import importlib
 import io
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TextIO
 
+from runtime import options as shared
 from runtime.arguments import Parser, number, numbers
 from runtime.backend import BACKENDS
-from runtime.bundle import BundleProblem, open_bundle
+from runtime.bundle import BundleProblem, MemoryRanOut, open_bundle
+from runtime.console import visible
+from runtime.failures import during, explain, out_of_memory, show_traceback
 
 # option -> file in runtime/commands
 COMMANDS = {
@@ -26,6 +29,7 @@ COMMANDS = {
     "profile": "profile",
     "interactive": "chat",
 }
+DOING = {"verify": "verifying the bundle", "bench": "measuring", "profile": "measuring layers"}
 PIPE_CLOSED = 141  # what a shell reports for a program whose reader went away
 
 
@@ -42,29 +46,34 @@ def run_build(arguments: Sequence[str], default_bundle: Path) -> int:
 
 
 def _guarded(program: str, command: Callable[[], int]) -> int:
+    # None where the program was started with it closed, which input() does not take.
+    sys.stdout = sys.stdout or _nobody()
+    sys.stderr = sys.stderr or _nobody()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a console without UTF-8 shall not end a run
     try:
-        return command()
-    except BundleProblem as problem:
-        print(f"{program}: {problem}", file=sys.stderr)
-        return problem.exit_code
+        code = command()
+        sys.stdout.flush()
+        return code
     except BrokenPipeError:
         # Python flushes stdout once more at exit, which would complain again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
-    except MemoryError as error:
-        print(
-            f"{program}: memory ran out ({error}); end other programs, or ask for fewer tokens.",
-            file=sys.stderr,
-        )
-        return 2
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "free some space" if full else "check that this user may read and write there"
-        print(f"{program}: {error}; {remedy}.", file=sys.stderr)
-        return 2
+    except Exception as error:
+        show_traceback(error)
+        if isinstance(error, MemoryRanOut) or (
+            isinstance(error, BundleProblem) and out_of_memory(error, BundleProblem) is None
+        ):
+            print(f"{program}: {visible(str(error))}", file=sys.stderr)
+            return error.exit_code
+        failure = explain(error, "running", BundleProblem)
+        print(f"{program}: {visible(failure.sentence)}", file=sys.stderr)
+        return failure.exit_code
+
+
+def _nobody() -> TextIO:
+    return open(os.devnull, "w", encoding="utf-8")
 
 
 def _run(arguments: Sequence[str], default_bundle: Path) -> int:
@@ -80,7 +89,8 @@ def _run(arguments: Sequence[str], default_bundle: Path) -> int:
             " or --info",
         )
     # Imported here: one command does not need what another does.
-    return importlib.import_module(f"runtime.commands.{asked[0]}").run(bundle, options)
+    with during(DOING.get(asked[0], "running the model")):
+        return importlib.import_module(f"runtime.commands.{asked[0]}").run(bundle, options)
 
 
 def _parse(arguments: Sequence[str], default_bundle: Path) -> argparse.Namespace:
@@ -98,28 +108,22 @@ def _parse(arguments: Sequence[str], default_bundle: Path) -> argparse.Namespace
         help="its folder (default: the folder of this script)",
     )
     _add_commands(parser)
-    _add_sampling(parser)
+    shared.add(parser.add_argument_group("with --prompt and --interactive"), shared.GENERATING)
     _add_measuring(parser)
-    add = parser.add_argument_group("where and how it runs").add_argument
+    where = parser.add_argument_group("where and how it runs")
+    add = where.add_argument
     add("--backend", choices=tuple(BACKENDS), help="(default: the one that the bundle is for)")
-    add("--threads", type=number(int, 1, 1024), metavar="N", help="(default: one per core)")
     add("--engine", type=Path, metavar="DIR", help="--out of build_engine.py")
     add("--plugins", type=Path, metavar="LIB", help="(default: the one the engine was built with)")
-    add("--json", action="store_true", help="JSON on stdout")
+    shared.add(where, shared.RUNNING)
+    add("--debug", action="store_true", help="show where a failure happened")
     return parser.parse_args(arguments)
 
 
 def _add_commands(parser: argparse.ArgumentParser) -> None:
-    add = (
-        parser.add_argument_group("what to do, one of").add_mutually_exclusive_group().add_argument
-    )
-    add("--prompt", metavar="TEXT", help="text to continue")
-    add(
-        "--prompt-file",
-        metavar="FILE",
-        help="read it from a file, - for stdin; one final newline is dropped",
-    )
-    add("--interactive", action="store_true", help="continue each line that you type")
+    group = parser.add_argument_group("what to do, one of").add_mutually_exclusive_group()
+    shared.add(group, shared.PROMPTS)
+    add = group.add_argument
     add("--bench", action="store_true", help="times and memory, one JSON line per length")
     add("--profile", action="store_true", help="time of each layer and module")
     add(
@@ -128,28 +132,6 @@ def _add_commands(parser: argparse.ArgumentParser) -> None:
         help="check all hashes, then compare with the golden vectors; exit code 0 or 1",
     )
     add("--info", action="store_true", help="describe the bundle")
-
-
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("with --prompt and --interactive").add_argument
-    whole = number(int, 0)
-    add("--max-new-tokens", type=number(int, 1), default=64, metavar="N", help="(default: 64)")
-    add(
-        "--temperature",
-        type=number(float, 0),
-        default=0.0,
-        metavar="T",
-        help="0, the default, always takes the likeliest token",
-    )
-    add("--top-k", type=whole, default=0, metavar="K", help="sample among K tokens (default: all)")
-    add(
-        "--top-p",
-        type=number(float, 0, 1),
-        default=1.0,
-        metavar="P",
-        help="sample among the likeliest that together have this probability (default: 1)",
-    )
-    add("--seed", type=whole, default=0, metavar="S", help="of the sampling (default: 0)")
 
 
 def _add_measuring(parser: argparse.ArgumentParser) -> None:

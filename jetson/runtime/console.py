@@ -1,10 +1,28 @@
-"""How results are shown: JSON, sizes, rows of names and values."""
+"""The console: what is read from stdin, and how results are shown."""
 
 from __future__ import annotations
 
 import json
+import sys
+import unicodedata
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TextIO
+
+from runtime.bundle import BundleProblem
+
+
+def stdin() -> TextIO:
+    """sys.stdin; Python has none when a program is started with it closed.
+
+    Raises:
+        BundleProblem: it is closed.
+    """
+    if sys.stdin is None:
+        raise BundleProblem("stdin is closed", "pipe text into it, or use a terminal")
+    return sys.stdin
+
+
+_DIRECTIONS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 
 
 def print_json(report: Mapping[str, Any], indent: int | None = 2) -> None:
@@ -12,12 +30,36 @@ def print_json(report: Mapping[str, Any], indent: int | None = 2) -> None:
     print(json.dumps(report, indent=indent, allow_nan=False), flush=True)
 
 
+def visible(text: str, keep: str = "") -> str:
+    """`text` with escapes for what would steer a terminal, or is no character at all.
+
+    That is control characters, marks that turn the direction of writing, other ends of line, and
+    bytes of a file name that are not UTF-8. `keep` holds characters that pass.
+    """
+    return "".join(c if c in keep or not _steers(c) else _escaped(c) for c in text)
+
+
+def _steers(c: str) -> bool:
+    kind = unicodedata.category(c)
+    return kind in ("Cc", "Cs", "Zl", "Zp") or unicodedata.bidirectional(c) in _DIRECTIONS
+
+
+def _escaped(c: str) -> str:
+    # A byte that is not UTF-8 comes as a lone surrogate.
+    return f"\\x{ord(c) - 0xDC00:02x}" if "\udc80" <= c <= "\udcff" else ascii(c)[1:-1]
+
+
 def pairs(values: Mapping[str, Any]) -> str:
-    """{"a": 1, "b": {"c": 2}} -> a 1, b (c 2)"""
-    return ", ".join(
-        f"{key} ({pairs(value)})" if isinstance(value, Mapping) else f"{key} {value}"
-        for key, value in values.items()
-    )
+    """{"a": 1, "b": {"c": 2}, "d": [{"e": 3}]} -> a 1, b (c 2), d (e 3)"""
+    return ", ".join(f"{key} {_plain(value)}" for key, value in values.items())
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"({pairs(value)})"
+    if isinstance(value, list) and value and all(isinstance(each, Mapping) for each in value):
+        return " ".join(map(_plain, value))
+    return str(value)
 
 
 def size(count: float) -> str:

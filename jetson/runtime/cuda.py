@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.bundle import BundleProblem, RunFailure
+from runtime.bundle import BundleProblem, MemoryRanOut, RunFailure
 from runtime.libcuda import Graph
 
 
@@ -50,7 +50,7 @@ class Gpu:
             self.close()
             if not isinstance(error, driver.Error):
                 raise
-            raise BundleProblem(
+            raise MemoryRanOut(
                 f"the GPU has no room for a stream ({error})", "end other programs that use it"
             ) from error
 
@@ -72,7 +72,7 @@ class Gpu:
         try:
             allocation = self._driver.mem_alloc(max(1, nbytes))
         except self._driver.Error as error:
-            raise BundleProblem(
+            raise MemoryRanOut(
                 f"the GPU has no {nbytes / 2**20:.0f} MiB left ({error})",
                 "end other programs, or pack the bundle for a smaller batch",
             ) from error
@@ -84,7 +84,7 @@ class Gpu:
         try:
             array = self._driver.pagelocked_empty(shape, dtype)
         except self._driver.Error as error:
-            raise BundleProblem(
+            raise MemoryRanOut(
                 f"there is no page-locked memory left ({error})", "end other programs"
             ) from error
         self._pinned.append(array)

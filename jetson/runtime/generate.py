@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,9 +91,9 @@ class Conversation:
         prompt: np.ndarray,
         sample: Callable[[np.ndarray], int],
         max_new_tokens: int,
-        end_id: int | None,
+        end_ids: Collection[int],
     ) -> Iterator[Step]:
-        """Go on after `prompt` (1, l) int32 until `end_id`, yielded too, or `max_new_tokens`.
+        """Go on after `prompt` (1, l) int32 to one of `end_ids`, yielded too, or `max_new_tokens`.
 
         The caller may stop at any token and come back with the next prompt.
         """
@@ -105,7 +105,7 @@ class Conversation:
             token = sample(logits[0, -1])
             self._pending = [token]
             yield Step(token, time.perf_counter() - started)
-            if token == end_id or not remaining:
+            if token in end_ids or not remaining:
                 return
             started = time.perf_counter()
             step = np.array([[token]], np.int32)
@@ -118,7 +118,7 @@ def generate(
     prompt: np.ndarray,
     sample: Callable[[np.ndarray], int],
     max_new_tokens: int,
-    end_id: int | None,
+    end_ids: Collection[int],
 ) -> Iterator[Step]:
-    """Continue `prompt` (1, l) int32 until `end_id`, which is yielded too, or `max_new_tokens`."""
-    return Conversation(backend, bundle).generate(prompt, sample, max_new_tokens, end_id)
+    """Continue `prompt` (1, l) int32 until one of `end_ids`, yielded too, or `max_new_tokens`."""
+    return Conversation(backend, bundle).generate(prompt, sample, max_new_tokens, end_ids)

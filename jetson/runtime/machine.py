@@ -99,7 +99,7 @@ def _board(root: Path, model: str) -> Board:
 
 
 def _power_mode() -> str | None:
-    """What `nvpmodel -q` says; asking needs no root."""
+    """What `nvpmodel -q` says, whatever it warns of beside it; asking needs no root."""
     try:
         done = subprocess.run(
             ["nvpmodel", "-q"],
@@ -112,7 +112,7 @@ def _power_mode() -> str | None:
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    found = re.search(r"NV Power Mode:\s*(\S+)", done.stdout)
+    found = re.search(r"(?im)^[ \t]*NV Power Mode:[ \t]*(\S[^\r\n]{0,63}?)\s*$", done.stdout)
     return found.group(1) if found else None
 
 

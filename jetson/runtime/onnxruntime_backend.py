@@ -16,7 +16,8 @@ from runtime.backend import LayerTimes, States
 from runtime.bundle import Bundle, BundleProblem, RunFailure
 
 GRAPH = "model.portable.onnx"
-ERRORS_ONLY = 3  # onnxruntime's warnings speak to those who export a graph, not to those who run it
+# Its warnings speak to those who export a graph, and its errors come as exceptions, too.
+SILENT = 4
 # Up to 1.23, the last for Python 3.10, it makes an op for FP64 that onnxruntime does not have.
 UNWANTED_OPTIMIZERS = ["MatmulTransposeFusion"]
 MICROSECOND = 1e-6
@@ -33,7 +34,7 @@ class OnnxRuntimeBackend:
 
     def __init__(self, bundle: Bundle, threads: int | None = None, profiling: bool = False) -> None:
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = ERRORS_ONLY
+        options.log_severity_level = SILENT
         if threads is not None:
             options.intra_op_num_threads = threads
         self._trace = Path(tempfile.mkdtemp(prefix="run_engine.")) if profiling else None

@@ -1,7 +1,7 @@
 // What C++ has no word for: PTX instructions, one inline function each and nothing more; the
 // dynamic shared memory of a block; the launch of a kernel. Nothing here needs more than sm_80.
 //
-// tests/emulator/gpu.cuh is the twin of this file that lets the kernels run on a CPU.
+// tests/support/emulator/gpu.cuh is the twin of this file that lets the kernels run on a CPU.
 
 #ifndef SSDI8_GPU_CUH_
 #define SSDI8_GPU_CUH_

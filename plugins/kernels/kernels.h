@@ -36,7 +36,7 @@ extern "C" {
 enum { SSDI8_OK = 0, SSDI8_UNSUPPORTED = 1, SSDI8_CUDA_ERROR = 2 };
 
 // int8.py: half_even saturates to [-128, 127], half_away to [-127, 127].
-enum { SSDI8_HALF_EVEN = 0, SSDI8_HALF_AWAY = 1 };
+enum { SSDI8_ROUNDING_HALF_EVEN = 0, SSDI8_ROUNDING_HALF_AWAY = 1 };
 
 // Where the scales of INT8 tensors come from: inputs, or the tensors themselves. NONE: there are
 // none. Inputs "static only" are read with STATIC alone and may else be null.

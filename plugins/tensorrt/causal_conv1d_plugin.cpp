@@ -2,7 +2,6 @@
 // output, with carried state; B and C quantized.
 
 #include "choices.h"
-#include "creators.h"
 #include "plugin.h"
 
 namespace ssdi8::plugin {
@@ -52,11 +51,7 @@ Description<P> describe() {
   return op;
 }
 
+const Registration registration(creator<describe>);
+
 }  // namespace
-
-nvinfer1::IPluginCreatorInterface* causal_conv1d_creator() {
-  static Creator<P> creator(describe());
-  return &creator;
-}
-
 }  // namespace ssdi8::plugin

@@ -8,7 +8,8 @@
 
 namespace ssdi8::plugin {
 
-inline const Choices kRoundings = {{"half_even", SSDI8_HALF_EVEN}, {"half_away", SSDI8_HALF_AWAY}};
+inline const Choices kRoundings = {{"half_even", SSDI8_ROUNDING_HALF_EVEN},
+                                   {"half_away", SSDI8_ROUNDING_HALF_AWAY}};
 inline const Choices kRotations = {{"none", SSDI8_ROTATION_NONE},
                                    {"hadamard", SSDI8_ROTATION_HADAMARD}};
 inline const Choices kGates = {{"fp32", SSDI8_GATE_FP32}, {"q0.7", SSDI8_GATE_Q0_7}};

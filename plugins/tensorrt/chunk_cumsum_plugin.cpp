@@ -1,6 +1,5 @@
 // Ssdi8ChunkCumsum: time steps and the decay summed up inside each chunk.
 
-#include "creators.h"
 #include "plugin.h"
 #include "ssd.h"
 
@@ -38,11 +37,7 @@ Description<P> describe() {
   return op;
 }
 
+const Registration registration(creator<describe>);
+
 }  // namespace
-
-nvinfer1::IPluginCreatorInterface* chunk_cumsum_creator() {
-  static Creator<P> creator(describe());
-  return &creator;
-}
-
 }  // namespace ssdi8::plugin

@@ -1,6 +1,5 @@
 // Ssdi8ChunkScan: outputs from the inputs of a chunk and the state that enters it.
 
-#include "creators.h"
 #include "plugin.h"
 #include "ssd.h"
 
@@ -42,11 +41,7 @@ Description<P> describe() {
   return op;
 }
 
+const Registration registration(creator<describe>);
+
 }  // namespace
-
-nvinfer1::IPluginCreatorInterface* chunk_scan_creator() {
-  static Creator<P> creator(describe());
-  return &creator;
-}
-
 }  // namespace ssdi8::plugin

@@ -2,13 +2,16 @@
 
 #include <NvInferRuntime.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdarg>
 #include <cstdint>
 #include <cstdio>
+#include <cstring>
+#include <vector>
 
-#include "creators.h"
 #include "log.h"
+#include "registry.h"
 
 namespace ssdi8::plugin {
 namespace {
@@ -40,6 +43,18 @@ void log(Severity severity, const char* format, va_list arguments) noexcept {
   }
 }
 
+// Of every op that registered, in the order of their names.
+std::vector<nvinfer1::IPluginCreatorInterface*> creators_by_name() {
+  std::vector<nvinfer1::IPluginCreatorV3One*> found;
+  for (const Registration* r = Registration::first(); r != nullptr; r = r->next()) {
+    found.push_back(r->creator());
+  }
+  std::sort(found.begin(), found.end(), [](const auto* a, const auto* b) {
+    return std::strcmp(a->getPluginName(), b->getPluginName()) < 0;
+  });
+  return {found.begin(), found.end()};
+}
+
 }  // namespace
 
 bool log_error(const char* format, ...) noexcept {
@@ -65,13 +80,8 @@ SSDI8_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) {
 }
 
 SSDI8_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
-  using namespace ssdi8::plugin;
-  static nvinfer1::IPluginCreatorInterface* const creators[] = {
-      rms_norm_creator(),      linear_creator(),         linear_w4_creator(),
-      causal_conv1d_creator(), rms_norm_gated_creator(), chunk_cumsum_creator(),
-      chunk_state_creator(),   state_passing_creator(),  chunk_scan_creator(),
-      ssd_scan_creator(),
-  };
-  count = sizeof(creators) / sizeof(creators[0]);
-  return creators;
+  static const std::vector<nvinfer1::IPluginCreatorInterface*> creators =
+      ssdi8::plugin::creators_by_name();
+  count = static_cast<int32_t>(creators.size());
+  return creators.data();
 }

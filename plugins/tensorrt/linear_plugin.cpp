@@ -1,6 +1,5 @@
 // Ssdi8Linear and Ssdi8LinearW4: y = FP16(FP32(x . weight^T) * scale * token_scale + bias).
 
-#include "creators.h"
 #include "plugin.h"
 
 namespace ssdi8::plugin {
@@ -51,16 +50,8 @@ Description<P4> describe_w4() {
   return op;
 }
 
+const Registration registration(creator<describe>);
+const Registration w4_registration(creator<describe_w4>);
+
 }  // namespace
-
-nvinfer1::IPluginCreatorInterface* linear_creator() {
-  static Creator<P> creator(describe());
-  return &creator;
-}
-
-nvinfer1::IPluginCreatorInterface* linear_w4_creator() {
-  static Creator<P4> creator(describe_w4());
-  return &creator;
-}
-
 }  // namespace ssdi8::plugin

@@ -20,6 +20,7 @@
 #include "fields.h"
 #include "kernels.h"
 #include "log.h"
+#include "registry.h"
 #include "shapes.h"
 
 #if NV_TENSORRT_MAJOR < 10 || (NV_TENSORRT_MAJOR == 10 && NV_TENSORRT_MINOR < 3)
@@ -234,6 +235,13 @@ class Creator final : public nvinfer1::IPluginCreatorV3One {
   std::vector<nvinfer1::PluginField> fields_;
   nvinfer1::PluginFieldCollection collection_{};
 };
+
+// The creator of the op that the function `kDescribe` describes: an op's file registers this.
+template <auto kDescribe>
+nvinfer1::IPluginCreatorV3One* creator() {
+  static Creator creator(kDescribe());
+  return &creator;
+}
 
 }  // namespace ssdi8::plugin
 

@@ -1,7 +1,6 @@
 // Ssdi8RmsNorm: residual add, RMSNorm, quantize.
 
 #include "choices.h"
-#include "creators.h"
 #include "plugin.h"
 
 namespace ssdi8::plugin {
@@ -34,11 +33,7 @@ Description<P> describe() {
   return op;
 }
 
+const Registration registration(creator<describe>);
+
 }  // namespace
-
-nvinfer1::IPluginCreatorInterface* rms_norm_creator() {
-  static Creator<P> creator(describe());
-  return &creator;
-}
-
 }  // namespace ssdi8::plugin

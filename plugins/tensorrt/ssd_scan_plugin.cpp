@@ -1,6 +1,5 @@
 // Ssdi8SsdScan: all of SSD in one op; for one token the plain recurrence.
 
-#include "creators.h"
 #include "plugin.h"
 #include "ssd.h"
 
@@ -53,11 +52,7 @@ Description<P> describe() {
   return op;
 }
 
+const Registration registration(creator<describe>);
+
 }  // namespace
-
-nvinfer1::IPluginCreatorInterface* ssd_scan_creator() {
-  static Creator<P> creator(describe());
-  return &creator;
-}
-
 }  // namespace ssdi8::plugin

@@ -1,6 +1,5 @@
 // Ssdi8StatePassing: the recurrence between chunks.
 
-#include "creators.h"
 #include "plugin.h"
 #include "ssd.h"
 
@@ -40,11 +39,7 @@ Description<P> describe() {
   return op;
 }
 
+const Registration registration(creator<describe>);
+
 }  // namespace
-
-nvinfer1::IPluginCreatorInterface* state_passing_creator() {
-  static Creator<P> creator(describe());
-  return &creator;
-}
-
 }  // namespace ssdi8::plugin

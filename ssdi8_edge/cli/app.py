@@ -6,7 +6,7 @@ not fit, 3 a board cannot be reached, 130 stopped by Ctrl-C.
 
 from __future__ import annotations
 
-import json
+import os
 import shlex
 import signal
 import sys
@@ -16,15 +16,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from ssdi8_edge.cli import boards as board_commands
 from ssdi8_edge.cli import measure as measure_commands
 from ssdi8_edge.cli import report as report_command
 from ssdi8_edge.ground.allocator import keep_freed_memory
 from ssdi8_edge.ground.artifacts import TOKENIZER
+from ssdi8_edge.ground.console import human, results, table, visible
+from ssdi8_edge.ground.decimals import percent
 from ssdi8_edge.ground.errors import Interrupted, Ssdi8Error, UsageError
+from ssdi8_edge.ground.failures import as_ours, show_traceback
+from ssdi8_edge.ground.inputs import expanded
+from ssdi8_edge.ground.json_text import to_json
 
 if TYPE_CHECKING:
     from ssdi8_edge.compile.pipeline import BuildResult
@@ -34,10 +37,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Quantize Mamba-2 with SSDi8 and run it on NVIDIA Jetson Orin.",
 )
-human = Console(stderr=True, highlight=False)
 
 # A loop that has not run this long shows no bar.
 QUIET_SECONDS = 2.0
+PIPE_CLOSED = 141  # what a shell reports for a program whose reader went away
 
 Source = Annotated[str, typer.Argument(help="Bundle, run folder or checkpoint.")]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda or cuda:INDEX.")]
@@ -62,14 +65,14 @@ def progress(items: Sequence[Any], label: str) -> Iterable[Any]:
     )
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
     )
     bar = Progress(*columns, console=human, transient=True)
-    task = bar.add_task(label, total=len(items))
+    task = bar.add_task(visible(label), total=len(items))
     begin = time.monotonic()
     started = False
     try:
@@ -82,6 +85,16 @@ def progress(items: Sequence[Any], label: str) -> Iterable[Any]:
     finally:
         if started:
             bar.stop()
+
+
+@app.callback()
+def _common(
+    debug: Annotated[
+        bool,
+        typer.Option("--debug", help="Show where a failure happened; also after the command."),
+    ] = False,
+) -> None:
+    """`__main__` takes --debug from wherever it stands; here it is told by --help."""
 
 
 @app.command()
@@ -123,7 +136,7 @@ def build(
         model=model,
         recipe=recipe,
         target=chosen_target,
-        out=out or Path("runs") / run_name(model, method, chosen_target.name),
+        out=expanded(out or Path("runs") / run_name(model, method, chosen_target.name)),
         calibration=calibration,
         tokenizer=tokenizer,
         until=until,
@@ -176,28 +189,21 @@ def _report(result: BuildResult, as_json: bool, host: str | None) -> None:
     _data(summary, as_json, lambda: None)
 
 
-@app.command()
-def run(
-    bundle: Annotated[Path, typer.Argument(help="Bundle or run folder.")],
-    prompt: Annotated[str, typer.Option(help="Text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(help="How many tokens to generate.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
-    top_k: Annotated[Optional[int], typer.Option(help="Sample among so many.")] = None,  # noqa: UP045
-    seed: Annotated[int, typer.Option(help="Of the sampler.")] = 0,
-    device: DeviceOption = "cpu",
-    as_json: JsonOption = False,
-) -> None:
-    """Generate text on this machine, with the script that runs on boards.
+# The runtime's own parser reads what follows the name, so that both command lines take the same.
+@app.command(
+    add_help_option=False,
+    context_settings={
+        "allow_extra_args": True,
+        "allow_interspersed_args": False,
+        "ignore_unknown_options": True,
+    },
+)
+def run(context: typer.Context) -> None:
+    """Generate text on this machine, with the script that runs on boards."""
+    from ssdi8_edge.ground.board_runtime import parse_run
 
-    On the CPU by onnxruntime from the bundle, on a GPU by the CUDA kernels from the run folder.
-    """
-    arguments = [f"--prompt={prompt}", f"--max-new-tokens={max_new_tokens}"]
-    arguments += [f"--temperature={temperature}", f"--seed={seed}"]
-    if top_k is not None:
-        arguments.append(f"--top-k={top_k}")
-    if as_json:
-        arguments.append("--json")
-    _run_engine(bundle, arguments, device)
+    asked = parse_run(context.args)
+    _run_engine(asked.bundle, asked.arguments, asked.device)
 
 
 @app.command()
@@ -284,7 +290,7 @@ def evaluate(
         if not recipes:
             raise UsageError("--methods names none;", "see `ssdi8-edge methods`.")
         folders = quantize_by(
-            *(recipes, model, runs, calibration, tokenizer, device, progress, _say_of)
+            *(recipes, model, expanded(runs), calibration, tokenizer, device, progress, _say_of)
         )
         subjects = [open_subject(model, folders[0] / TOKENIZER, device)]
         subjects += [open_subject(str(folder), None, device) for folder in folders]
@@ -295,10 +301,14 @@ def evaluate(
 
         named = None if tokenizer is None else named_tokenizer(tokenizer)
         subjects = [open_subject(model, named, device) for model in models]
+    # Where models were quantized here, their builds have said it.
+    for note in [] if methods else dict.fromkeys(note for each in subjects for note in each.notes):
+        human.print(f"note: {note}", markup=False)
     rows = measure(subjects, measures, progress)
-    save_results(rows, save or [])
     records = [record for row in rows for record in row.records()]
-    _data(records, as_json, lambda: show(rows, Console(highlight=False)))
+    # First, so that a disk that is full by now does not cost them.
+    _data(records, as_json, lambda: show(rows, results))
+    save_results(rows, save or [])
 
 
 def _names(listed: str) -> list[str]:
@@ -317,32 +327,33 @@ def inspect(
     """Sizes, scales, saturation counters and what ran where; checks every file."""
     from ssdi8_edge.compile.inspection import inspect_bundle
 
-    found = inspect_bundle(bundle)
+    found = inspect_bundle(expanded(bundle))
     _data(found, as_json, lambda: _show_bundle(found))
 
 
 def _show_bundle(found: dict[str, Any]) -> None:
-    out = Console(highlight=False)
     recipe, target = found["recipe"], found["target"]
-    out.print(f"{found['name']}  {found['bytes'] / 1e6:.1f} MB")
-    out.print(f"recipe {recipe['name']}: {recipe['about']}")
-    out.print(f"target {target['name']}: {target['about']} ({target['runtime']})")
-    files = Table("file", "MB")
+    results.print(f"{found['name']}  {found['bytes'] / 1e6:.1f} MB")
+    results.print(f"recipe {recipe['name']}: {recipe['about']}")
+    results.print(f"target {target['name']}: {target['about']} ({target['runtime']})")
+    files = table("file", "MB")
     for name, size in sorted(found["files"].items(), key=lambda item: -item[1])[:8]:
         files.add_row(name, f"{size / 1e6:.2f}")
-    out.print(files)
+    results.print(files)
     if any(layer["scales"] for layer in found["layers"]):
         names = [name.removesuffix("_scale") for name in found["layers"][0]["scales"]]
-        scales = Table("scales", *names, "worst saturation", title="largest scale per layer")
+        scales = table("scales", *names, "worst saturation", title="largest scale per layer")
         for i, layer in enumerate(found["layers"]):
             cells = [f"{high:.1g}" for _, high in layer["scales"].values()]
             site, fraction = max(layer["saturation"].items(), key=lambda item: item[1])
-            scales.add_row(str(i), *cells, f"{site} {fraction:.4%}")
-        out.print(scales)
+            scales.add_row(str(i), *cells, f"{site} {percent(fraction, 4)}")
+        results.print(scales)
+    for note in found["checkpoint"].get("notes", ()):
+        results.print(f"note: {note}")
     for step in found["steps"]:
-        out.print(f"ran on {step['where']}: {step['step']} ({step['seconds']} s)")
+        results.print(f"ran on {step['where']}: {step['step']} ({step['seconds']} s)")
     for line in found["not_run"]:
-        out.print(f"not run: {line}")
+        results.print(f"not run: {line}")
 
 
 @app.command()
@@ -353,11 +364,11 @@ def targets(as_json: JsonOption = False) -> None:
     found = [load_target(name) for name in target_names()]
 
     def show() -> None:
-        table = Table("target", "what", "runs by", "where", "memory")
+        rows = table("target", "what", "runs by", "where", "memory")
         for target in found:
             memory = f"{target.board.memory_gb:g} GB" if target.board else ""
-            table.add_row(target.name, target.about, target.runtime, target.where, memory)
-        Console(highlight=False).print(table)
+            rows.add_row(target.name, target.about, target.runtime, target.where, memory)
+        results.print(rows)
 
     _data([target.to_dict() for target in found], as_json, show)
 
@@ -368,10 +379,10 @@ def methods(as_json: JsonOption = False) -> None:
     from ssdi8_edge.recipes.presets import METHODS
 
     def show() -> None:
-        table = Table("method", "what")
+        rows = table("method", "what")
         for config in METHODS.values():
-            table.add_row(config.name, config.about)
-        Console(highlight=False).print(table)
+            rows.add_row(config.name, config.about)
+        results.print(rows)
 
     _data([config.to_dict() for config in METHODS.values()], as_json, show)
 
@@ -385,13 +396,13 @@ app.command()(report_command.report)
 
 def _data(value: Any, as_json: bool, show: Any) -> None:
     if as_json:
-        print(json.dumps(value, indent=2))
+        print(to_json(value))
     else:
         show()
 
 
 def main() -> None:
-    """Entry point: errors of ours become one sentence and their exit code."""
+    """Entry point: every exception becomes one sentence and its exit code."""
     stopped: list[Interrupted] = []
 
     def interrupted(number: int, frame: object) -> NoReturn:
@@ -399,22 +410,34 @@ def main() -> None:
         stopped.append(Interrupted("stopped; what was finished is kept."))
         raise stopped[-1]
 
-    signal.signal(signal.SIGINT, interrupted)
     if len(sys.argv) == 1:
         sys.argv.append("--help")
     try:
-        sys.exit(app(standalone_mode=False))
-    except (Ssdi8Error, Interrupted) as error:
+        signal.signal(signal.SIGINT, interrupted)
+        code = app(standalone_mode=False)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        sys.exit(code)
+    except Interrupted as error:
         _end(error)
+    except (KeyboardInterrupt, typer.Abort):
+        _end(Interrupted("stopped; what was finished is kept."))
+    except BrokenPipeError:
+        # Python flushes stdout once more at exit, which would complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(PIPE_CLOSED)
     except Exception as error:
         if stopped:  # while a library was loading, which made an error of its own of it
             _end(stopped[-1])
         # typer's own usage errors, wherever the installed version keeps their class
-        if not hasattr(error, "format_message"):
-            raise
-        _end(UsageError(error.format_message().rstrip("."), "see --help."))
+        if hasattr(error, "format_message"):
+            _end(UsageError(error.format_message().rstrip("."), "see --help."))
+        show_traceback(error)
+        _end(as_ours(error, f"running {sys.argv[1]}"))
 
 
 def _end(error: Ssdi8Error | Interrupted) -> NoReturn:
-    human.print(f"ssdi8-edge: {error}", markup=False, soft_wrap=True)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # for a second Ctrl-C, while this is said
+    human.print(f"ssdi8-edge: {error}")
     sys.exit(error.exit_code)

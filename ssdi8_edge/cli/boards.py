@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
-from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from ssdi8_edge.boards.link.connection import DEFAULT_STORE
 from ssdi8_edge.boards.link.hosts import THIS_MACHINE, connect
+from ssdi8_edge.ground.console import human, results
 from ssdi8_edge.ground.errors import UsageError
+from ssdi8_edge.ground.json_text import to_json
 
 if TYPE_CHECKING:
     from ssdi8_edge.boards.link.connection import Connection
     from ssdi8_edge.boards.store.deploy import Deployed
     from ssdi8_edge.boards.store.upload import OnBytes
-
-human = Console(stderr=True, highlight=False)
 
 HostOption = Annotated[
     str, typer.Option(help="user@board[:port], an alias of ~/.ssh/config, or this-machine.")
@@ -60,24 +58,23 @@ def doctor(
     if print_profile:
         print(profile_toml(facts), end="")
     elif as_json:
-        print(json.dumps(found, indent=2))
+        print(to_json(found))
     else:
         _show(found)
 
 
 def _show(found: dict[str, Any]) -> None:
-    out = Console(highlight=False, markup=False)
     if found["simulated"]:
-        out.print("SIMULATED BOARD: nothing below was measured")
-    table = Table(show_header=False)
+        results.print("SIMULATED BOARD: nothing below was measured")
+    rows = Table(Column(), Column(overflow="fold"), show_header=False)
     for name, value in _rows(found):
-        table.add_row(name, value)
-    out.print(table)
+        rows.add_row(name, value)
+    results.print(rows)
     for runtime, runs in found["runs"].items():
-        out.print(f"{runtime} bundles {'can run' if runs else 'cannot run yet'}")
+        results.print(f"{runtime} bundles {'can run' if runs else 'cannot run yet'}")
     for finding in found["findings"]:
-        out.print(f"for {finding['needed_for']}: {finding['what']}")
-        out.print(f"    {finding['remedy']}", soft_wrap=True)
+        results.print(f"for {finding['needed_for']}: {finding['what']}")
+        results.print(f"    {finding['remedy']}")
 
 
 def _rows(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -147,7 +144,7 @@ def deploy(
             _say(f"removed {len(removed)} bundles from {host}, {freed / 1e6:.1f} MB")
             result |= {"removed": removed, "freed_bytes": freed}
     if as_json:
-        print(json.dumps(result, indent=2))
+        print(to_json(result))
 
 
 def check_reachable(host: str, until: str) -> None:
@@ -180,7 +177,7 @@ def _bring(connection: Connection, bundle: Path, verify: bool) -> Deployed:
             connection,
             bundle,
             say=_say,
-            on_line=lambda line: human.print(f"  {line}", markup=False, soft_wrap=True),
+            on_line=lambda line: human.print(f"  {line}"),
             on_bytes=on_bytes,
             verify=verify,
         )
@@ -189,7 +186,7 @@ def _bring(connection: Connection, bundle: Path, verify: bool) -> Deployed:
 
 
 def _say(sentence: str) -> None:
-    human.print(sentence, markup=False, soft_wrap=True)
+    human.print(sentence)
 
 
 @contextmanager

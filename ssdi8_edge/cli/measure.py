@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
-from rich.console import Console
 
 from ssdi8_edge.boards.link.connection import DEFAULT_STORE
 from ssdi8_edge.boards.link.hosts import THIS_MACHINE, connect
 from ssdi8_edge.cli.boards import AcceptOption, JsonOption, PythonOption, StoreOption
+from ssdi8_edge.ground.console import human, results, table
 from ssdi8_edge.ground.errors import Ssdi8Error, UsageError
+from ssdi8_edge.ground.failures import as_ours
+from ssdi8_edge.ground.json_text import to_json
 
 if TYPE_CHECKING:
     from ssdi8_edge.boards.link.connection import Connection, Say
     from ssdi8_edge.boards.points.records import Profile
     from ssdi8_edge.boards.sweep.sweep import Outcome
     from ssdi8_edge.boards.sweep.sweep_commands import Installed
-
-human = Console(stderr=True, highlight=False)
 
 LENGTHS = "256,512,1024,2048"
 WARMUP = 1
@@ -50,6 +49,13 @@ def sweep(
     allow_reboot: Annotated[
         bool, typer.Option("--allow-reboot", help="Reboot boards where a power mode needs it.")
     ] = False,
+    allow_unrestored: Annotated[
+        bool,
+        typer.Option(
+            "--allow-unrestored",
+            help="Change power mode and clocks also where the board cannot put them back.",
+        ),
+    ] = False,
     out: Annotated[
         Path, typer.Option("--out", "-o", help="File of points; what it has is not repeated.")
     ] = Path("runs/sweep.jsonl"),
@@ -61,7 +67,8 @@ def sweep(
     """Measure bundles on boards, at every prompt length and power mode; repeat it to go on.
 
     Speed and memory come from one pass, power from another. Bundles are deployed where they are
-    missing. Power modes and clocks are put back at the end, also after Ctrl-C.
+    missing. Power modes and clocks are put back at the end, also after Ctrl-C, and read again; what
+    cannot be put back is not changed without --allow-unrestored.
     """
     lengths = _lengths(seq_lens)
     modes = [name.strip() for name in power_modes.split(",") if name.strip()]
@@ -82,7 +89,9 @@ def sweep(
         pin_clocks=pin_clocks,
         power_seconds=power_seconds,
     )
-    request = SweepRequest(list(found.values()), lengths, modes, settings, allow_reboot)
+    request = SweepRequest(
+        list(found.values()), lengths, modes, settings, allow_reboot, allow_unrestored
+    )
     connections = [
         connect(name, accept_new_host_key=accept_new_host_key, store=store, python=python)
         for name in dict.fromkeys(host or [THIS_MACHINE])
@@ -93,29 +102,28 @@ def sweep(
 
 
 def _summarize(outcome: Outcome, out: Path, as_json: bool) -> None:
+    errors = {board: as_ours(error, "measuring") for board, error in outcome.errors.items()}
     for board, point, why in outcome.failed:
         _say(f"{board}: {point} is not measured: {why}")
     _say(f"measured {outcome.measured} points, {outcome.kept} were there before; they lie in {out}")
     if as_json:
         print(
-            json.dumps(
+            to_json(
                 {
                     "out": str(out),
                     "measured": outcome.measured,
                     "kept": outcome.kept,
                     "failed": outcome.failed,
-                    "boards": {board: str(error) for board, error in outcome.errors.items()},
-                },
-                indent=2,
+                    "boards": {board: str(error) for board, error in errors.items()},
+                }
             )
         )
-    if not outcome.errors and not outcome.failed:
+    if not errors and not outcome.failed:
         return
-    errors = list(outcome.errors.values())
-    for error in errors[1:]:
+    for error in list(errors.values())[1:]:
         _say(f"ssdi8-edge: {error}")
     if errors:
-        raise errors[0]
+        raise next(iter(errors.values()))
     raise Ssdi8Error(
         f"{len(outcome.failed)} points are not measured;", "repeat the command to try them again."
     )
@@ -156,26 +164,23 @@ def profile(
     with whole_or_absent(path) as scratch:
         write_json(scratch, found.to_json())
     if as_json:
-        print(json.dumps(found.to_json(), indent=2))
+        print(to_json(found.to_json()))
     else:
         _show(found)
     _say(f"the profile lies in {path}")
 
 
 def _show(found: Profile) -> None:
-    from rich.table import Table
-
-    out = Console(highlight=False, markup=False)
     mode = f", {found.mode}" if found.mode else ""
     mark = "SIMULATED BOARD, " if found.simulated else ""
     for phase in found.phases:
         whole = sum(module.seconds for module in phase.modules) or 1.0
         title = f"{mark}{phase.phase}, {phase.tokens} tokens, {found.board}{mode}"
-        table = Table("module", "layers", "ms", "share", title=title)
+        shown = table("module", "layers", "ms", "share", title=title)
         for module in phase.modules:
             share = f"{module.seconds / whole:.1%}"
-            table.add_row(module.module, str(module.layers), f"{module.seconds * 1e3:.3f}", share)
-        out.print(table)
+            shown.add_row(module.module, str(module.layers), f"{module.seconds * 1e3:.3f}", share)
+        results.print(shown)
 
 
 def _lengths(listed: str) -> list[int]:
@@ -199,4 +204,4 @@ def _install(connection: Connection, folder: Path, say: Say) -> Installed:
 
 
 def _say(sentence: str) -> None:
-    human.print(sentence, markup=False, soft_wrap=True)
+    human.print(sentence)

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
-from rich.console import Console
+
+from ssdi8_edge.ground.console import human
+from ssdi8_edge.ground.inputs import expanded
 
 
 def report(
@@ -34,14 +36,13 @@ def report(
     from ssdi8_edge.report.page import render
     from ssdi8_edge.report.sources import load
 
-    data = load(runs)
+    data = load(map(expanded, runs))
     texts = {out: render(data)}
     if csv is not None:
         texts[csv] = to_csv(data)
     if markdown is not None:
         texts[markdown] = to_markdown(data)
-    human = Console(stderr=True, highlight=False)
     for path, text in texts.items():
-        with whole_or_absent(path) as scratch:
+        with whole_or_absent(expanded(path)) as scratch:
             scratch.write_text(text, encoding="utf-8")
-        human.print(f"wrote {path}", markup=False, soft_wrap=True)
+        human.print(f"wrote {path}")

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import shutil
+import signal
 import time
-from collections import deque
-from contextlib import AbstractContextManager, nullcontext
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ssdi8_edge import __version__
 from ssdi8_edge.checkpoints.quantized import load_quantized, read_config
+from ssdi8_edge.compile.golden import golden_vectors
 from ssdi8_edge.compile.interface import interface
 from ssdi8_edge.ground.artifacts import (
     BUNDLE_SCHEMA,
@@ -32,61 +32,14 @@ from ssdi8_edge.ground.artifacts import (
     shipped,
     write_json,
 )
+from ssdi8_edge.ground.board_runtime import run_engine
 from ssdi8_edge.ground.errors import Ssdi8Error
+from ssdi8_edge.ground.failures import during, killed_for_memory
 from ssdi8_edge.ground.progress import Track, silent
-from ssdi8_edge.ground.board_runtime import run_engine, runtime_module
-from ssdi8_edge.models.block import States
-from ssdi8_edge.models.network import QuantizedModel
 from ssdi8_edge.targets import Target
 
-DECODE_STEPS = 4
-GOLDEN_LOGITS = 4
 PACKAGES = ("torch", "numpy", "onnx", "onnxruntime", "onnx-graphsurgeon", "safetensors")
 _JUNK = {"__pycache__", "build"}
-
-
-def golden_vectors(
-    model: QuantizedModel, ids: Tensor, max_tokens: int, track: Track = silent
-) -> dict[str, np.ndarray]:
-    """What every runtime must reproduce, from the torch reference.
-
-    A prefill over two chunks and three tokens more, the states behind it layer by layer, and a few
-    decode steps.
-
-    Args:
-        ids: (tokens,) real text; used cyclically where it is short.
-        max_tokens: the most that a call takes; a longer prefill goes in the runtime's pieces, since
-            the states between them are rounded to their type.
-    """
-    multiple = model.description.prompt_multiple
-    length = 2 * multiple + 3
-    repeats = -(-(length + DECODE_STEPS) // len(ids))
-    ids = ids.repeat(repeats)[: length + DECODE_STEPS].to(torch.int32)[None]
-    prompt, following = ids[:, :length], ids[:, length:]
-    pieces = runtime_module("generate").prefill_pieces(length, max_tokens, multiple)
-    layers = iter(track(range(model.description.n_layer * len(pieces) + 1), "golden vectors"))
-
-    def layer_begins(_: str) -> AbstractContextManager[None]:
-        next(layers, None)
-        return nullcontext()
-
-    states: list[States] | None = None
-    last_logits = []
-    for start, end in pieces:
-        keep = min(GOLDEN_LOGITS, end - start)
-        logits, states = model.forward(prompt[:, start:end], states, keep, layer_begins)
-        last_logits.append(logits)
-    deque(layers, maxlen=0)  # ends the bar
-    assert states is not None
-    logits = torch.cat(last_logits, 1)[:, -GOLDEN_LOGITS:]
-    golden = {"input_ids": prompt, "logits": logits, "decode_ids": following}
-    golden |= model.named_states(states)
-    steps = []
-    for step in range(DECODE_STEPS):
-        logits, states = model.forward(following[:, step : step + 1], states)
-        steps.append(logits[0, 0])
-    golden["decode_logits"] = torch.stack(steps)
-    return {name: tensor.numpy() for name, tensor in golden.items()}
 
 
 def pack(
@@ -124,8 +77,11 @@ def pack(
         shutil.copyfile(run_folder / QUANTIZED / TOKENIZER, folder / TOKENIZER)
     for source, inside in ((shipped("jetson"), folder), (shipped("plugins"), folder / "plugins")):
         _copy_sources(source, inside)
-    model = load_quantized(run_folder / QUANTIZED)
-    golden = golden_vectors(model, golden_ids, target.max_tokens, track)
+    with during("the golden vectors of the bundle were made", "end other programs"):
+        model = load_quantized(run_folder / QUANTIZED)
+        golden = golden_vectors(model, golden_ids, target.max_tokens, track)
+    said = interface(model.description, model.recipe)
+    del model  # the process that verifies needs the memory
     np.savez(folder / GOLDEN, **golden)  # type: ignore[arg-type]
 
     manifest: dict[str, Any] = {
@@ -133,9 +89,10 @@ def pack(
         "name": f"{config['name']}--{config['recipe']['name']}--{target.name}",
         "key": key,
         "model": config["model"],
-        "interface": interface(model.description, model.recipe),
+        "interface": said,
         "recipe": config["recipe"],
         "target": target.to_dict(),
+        "text": config["text"],
         "created": {
             "ssdi8_edge": __version__,
             "command": command,
@@ -191,10 +148,33 @@ def _not_run(target: Target) -> list[str]:
 
 
 def _verify(folder: Path) -> None:
-    done = run_engine(folder, ["--verify", "--backend", "onnxruntime"])
-    if done.returncode != 0:
-        reason = (done.stderr or done.stdout).strip().splitlines()
+    """The new bundle in a process of its own, as it will run elsewhere.
+
+    Raises:
+        Ssdi8Error: what happened there; only other numbers are worth a report.
+    """
+    done = run_engine(folder, ["--verify", "--json", "--backend", "onnxruntime"])
+    if done.returncode == 0:
+        return
+    try:
+        report = json.loads(done.stdout)
+    except ValueError:
+        report = {}
+    if report.get("comparisons"):
         raise Ssdi8Error(
-            f"the new bundle does not reproduce its golden vectors: {reason[-1] if reason else ''}",
+            f"the new bundle does not reproduce its golden vectors: {report['problem']}",
             "the old bundle was kept; please report this.",
         )
+    said = report.get("problem") or done.stderr.strip().rpartition("\n")[2]
+    reason = said.removeprefix("run_engine: ").rstrip(".")
+    memory = killed_for_memory(done.returncode, done.stderr)
+    if memory:
+        reason = "it was killed, most likely because memory ran out"
+    elif done.returncode < 0:
+        reason = f"it was ended by {signal.Signals(-done.returncode).name}"
+    failure = Ssdi8Error(
+        f"verifying the new bundle failed: {reason};",
+        f"{'end other programs; ' if memory else ''}the stages before it are kept.",
+    )
+    failure.exit_code = 2 if memory or done.returncode == 2 else 1
+    raise failure

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from ssdi8_edge.checkpoints.checkpoint import Checkpoint
+from ssdi8_edge.checkpoints.layout import EMBEDDING
 from ssdi8_edge.ground.allocator import return_freed_memory
 from ssdi8_edge.ground.errors import CheckpointError
 from ssdi8_edge.ground.progress import Track, silent
 from ssdi8_edge.ground.stream import batches, open_spool
 from ssdi8_edge.models.float import load_block
 from ssdi8_edge.models.rewrites import rotate_embedding, rotate_layer
+from ssdi8_edge.numerics.fp16_range import IN_FP32, LARGEST
 from ssdi8_edge.recipes.recipe import QuantConfig
 
 
@@ -28,16 +30,21 @@ def fp32_layer(checkpoint: Checkpoint, index: int, device: str) -> dict[str, Ten
     return {k: tensor.to(device).float() for k, tensor in checkpoint.layer(index).items()}
 
 
-def embed(checkpoint: Checkpoint, ids: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of the rotated embedding, batch by batch, without rotating the whole table."""
-    table = checkpoint.tensor("embedding.weight")
+def embed(
+    checkpoint: Checkpoint, ids: Tensor, scale: float = 1.0
+) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of the rotated embedding times `scale`, batch by batch, without rotating all of it."""
+    table = checkpoint.tensor(EMBEDDING)
     for part in batches(ids):
-        yield part, rotate_embedding(table[ids[part]].float())
+        yield part, rotate_embedding(table[ids[part]].float()) * scale
 
 
 # Goes into the key of the statistics: raised when what is observed changes, so that those of an
 # earlier state of this file are made again.
-STATISTICS = 4
+STATISTICS = 6
+
+# Of the embedding, handled at once.
+TABLE_ROWS = 8192
 
 
 def calibrate(
@@ -53,12 +60,14 @@ def calibrate(
     `scratch` is a folder on the disk that holds the residual stream meanwhile.
 
     Returns:
-        `layers.{i}.<name>` -> FP32 absolute maximum: u, r, and in_proj.<part>, its output: (); what
-        the kind of block adds. `<name>_mse`: the range of least squared error. `norm_f`: (), the
-        rotated input of lm_head.
+        `layers.{i}.<name>` -> FP32 absolute maximum: u, r, and in_proj.<part>, its output: (); out,
+        the output of the rotated out_proj: (); what the kind of block adds. `<name>_mse`: the range
+        of least squared error. `norm_f`: (), the rotated input of lm_head. `embedding`: (), the
+        largest norm of a row, which no rotated value exceeds.
 
     Raises:
-        CheckpointError: the model computes something that is not a number.
+        CheckpointError: the model computes something that is not a number, or that FP16 cannot hold
+            where every method needs it to.
     """
     model = checkpoint.description.adapted(recipe)
     shape = (*ids.shape, model.d_model)
@@ -67,6 +76,9 @@ def calibrate(
         torch.inference_mode(),
         open_spool(shape, torch.float32, device, scratch) as stream,
     ):
+        table = checkpoint.tensor(EMBEDDING)
+        norms = [rows.float().norm(dim=1).amax() for rows in table.split(TABLE_ROWS)]
+        statistics["embedding"] = torch.stack(norms).amax()
         for part, rows in embed(checkpoint, ids):
             stream[part] = rows
         for i in track(range(model.n_layer), "calibrate"):
@@ -79,6 +91,7 @@ def calibrate(
             seen = observers.statistics()
             statistics |= {f"layers.{i}.{k}": v.cpu() for k, v in seen.items()}
             _require_numbers(checkpoint, i, observers.absmax)
+            _require_fp16_range(checkpoint, i, recipe, observers.absmax)
             return_freed_memory()
         norm_f = torch.zeros((), device=device)
         for part in batches(ids):
@@ -95,4 +108,17 @@ def _require_numbers(checkpoint: Checkpoint, index: int, absmax: dict[str, Tenso
             raise CheckpointError(
                 f"layers.{index} of {checkpoint.folder} computes {name} that is not a number",
                 "the checkpoint is damaged, fetch it again.",
+            )
+
+
+def _require_fp16_range(
+    checkpoint: Checkpoint, index: int, recipe: QuantConfig, absmax: dict[str, Tensor]
+) -> None:
+    for name, words in checkpoint.description.blocks[index].kept_in_fp16(recipe).items():
+        largest = absmax[name].amax().item()
+        if largest > LARGEST:
+            raise CheckpointError(
+                f"layers.{index} of {checkpoint.folder}: {words} reaches {largest:.3g} on the "
+                f"calibration text, and FP16, in which every method keeps it, ends at {LARGEST:g}",
+                IN_FP32,
             )

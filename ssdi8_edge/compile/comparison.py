@@ -10,6 +10,7 @@ from ssdi8_edge.checkpoints.quantized import is_quantized_checkpoint
 from ssdi8_edge.compile.pipeline import Build, BuildRequest, run_name
 from ssdi8_edge.ground.artifacts import QUANTIZED
 from ssdi8_edge.ground.errors import UsageError
+from ssdi8_edge.ground.inputs import expanded
 from ssdi8_edge.ground.progress import Track, silent
 from ssdi8_edge.recipes.recipe import QuantConfig
 from ssdi8_edge.targets import load_target
@@ -38,7 +39,7 @@ def quantize_by(
         UsageError: a model that is quantized already.
     """
     target = load_target("host-cpu")
-    source = Path(model).expanduser()
+    source = expanded(model)
     if is_quantized_checkpoint(source) or is_quantized_checkpoint(source / QUANTIZED):
         raise UsageError(
             f"{source} is quantized already;",
@@ -54,6 +55,7 @@ def quantize_by(
             calibration=calibration,
             tokenizer=tokenizer,
             until="quantize",
+            out_option="--runs",
             device=device,
         )
         build = Build(request, track, partial(say, recipe.name))

@@ -28,15 +28,15 @@ from ssdi8_edge import __version__
 from ssdi8_edge.checkpoints.checkpoint import (
     DEMO_FOLDER,
     Checkpoint,
-    fetch_tokenizer,
     open_checkpoint,
 )
-from ssdi8_edge.checkpoints.quantized import CONFIG
+from ssdi8_edge.checkpoints.hub import fetch_tokenizer
+from ssdi8_edge.checkpoints.quantized import CONFIG, read_config
 from ssdi8_edge.compile.bundle import pack
 from ssdi8_edge.compile.calibrate import STATISTICS, calibrate
 from ssdi8_edge.compile.export import export_model
 from ssdi8_edge.compile.lowering import lower
-from ssdi8_edge.compile.quantize import quantize
+from ssdi8_edge.compile.quantize import quantize, quantized_description
 from ssdi8_edge.compile.quantize.gptq import require_groups
 from ssdi8_edge.compile.safetensors_writer import SafetensorsWriter
 from ssdi8_edge.ground.artifacts import (
@@ -63,8 +63,17 @@ from ssdi8_edge.ground.artifacts import (
 )
 from ssdi8_edge.ground.device import require_device
 from ssdi8_edge.ground.errors import UsageError
+from ssdi8_edge.ground.failures import during
+from ssdi8_edge.ground.inputs import expanded, text_input
 from ssdi8_edge.ground.progress import Track, silent
-from ssdi8_edge.ground.stream import open_tokenizer, read_tokens, require_vocabulary
+from ssdi8_edge.ground.stream import read_tokens
+from ssdi8_edge.ground.tokens import (
+    converted,
+    end_ids,
+    open_tokenizer,
+    require_fitting,
+    tokenizer_in,
+)
 from ssdi8_edge.models.description import Description
 from ssdi8_edge.numerics import hadamard
 from ssdi8_edge.ops.kernel_library import references_only
@@ -96,6 +105,7 @@ class BuildRequest:
         device: where calibrate and quantize compute. Sums in another order round differently, so
             what a GPU made is not taken for what a CPU would make.
         command: as recorded in the manifest.
+        out_option: that `out` came from, for messages.
     """
 
     model: str
@@ -107,6 +117,7 @@ class BuildRequest:
     until: str = "bundle"
     device: str = "cpu"
     command: str = "build"
+    out_option: str = "--out"
 
 
 @dataclass
@@ -129,7 +140,9 @@ class Build:
         self.checkpoint = open_checkpoint(request.model)
         self.model = self.checkpoint.description.adapted(request.recipe)
         self.tokenizer = _find_tokenizer(request, self.checkpoint)
-        self.text = request.calibration or DEMO_CALIBRATION
+        require_fitting(self.tokenizer, request.model, self.model.vocab_size)
+        self._end_ids = end_ids(self.checkpoint.folder, self.tokenizer, self.model.vocab_size)
+        self.text = text_input(request.calibration or DEMO_CALIBRATION, "calibration text")
         if request.until not in STAGES:
             raise UsageError(f"unknown stage {request.until!r};", f"known: {', '.join(STAGES)}.")
         if request.until in ("export", "bundle"):
@@ -141,9 +154,9 @@ class Build:
                 "raise engine.tokens in its profile.",
             )
         _require_sizes(request, self.model)
-        if not self.text.is_file():
-            raise UsageError(f"calibration text {self.text} does not exist;", "name a text file.")
         self._steps = self._noted_steps()
+        for note in self.checkpoint.notes:
+            say(f"note: {note}")
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -168,7 +181,14 @@ class Build:
                 **({} if self.request.device == "cpu" else {"device": "cuda"}),
             }
         )
-        keys["quantize"] = key_of({"calibrate": keys["calibrate"], "recipe": recipe.to_dict()})
+        keys["quantize"] = key_of(
+            {
+                "calibrate": keys["calibrate"],
+                "recipe": recipe.to_dict(),
+                "tied": self.model.tie_embeddings,
+                "end_ids": self._end_ids,
+            }
+        )
         keys["export"] = key_of({"quantize": keys["quantize"]})
         sources = {
             path.relative_to(shipped(name)).as_posix(): sha256_file(path)
@@ -221,18 +241,21 @@ class Build:
             "export": self._export,
             "bundle": self._bundle,
         }
-        with _exclusive(self.request.out):
+        with _exclusive(self.request):
             for name in (CALIBRATION, QUANTIZED, ONNX, BUNDLE, STEPS):
                 remove_leftovers(self.request.out / name)
-            keys = self.keys
-            for stage, action in self.plan().items():
+            keys, plan = self.keys, self.plan()
+            if "run" in (plan["calibrate"], plan.get("quantize")):
+                self.checkpoint.require_finite(self._track)
+            for stage, action in plan.items():
                 if action == "reuse":
                     result.reused.append(stage)
                     self._say(f"{stage}: up to date")
                     continue
                 begin = time.perf_counter()
                 try:
-                    stages[stage](keys[stage])
+                    with during(f"the stage {stage} ran", self._lower()):
+                        stages[stage](keys[stage])
                     self._note_step(stage, keys[stage], begin)
                 except OSError as error:
                     if error.errno in DISK_ERRORS:
@@ -244,6 +267,11 @@ class Build:
         if self.request.until == "bundle":
             result.manifest = read_json(manifest)
         return result
+
+    def _lower(self) -> str:
+        """What takes less memory."""
+        cpu = "" if self.request.device == "cpu" else ", give --device cpu"
+        return f"end other programs{cpu}, or take a smaller model"
 
     def _noted_steps(self) -> dict[str, dict[str, Any]]:
         try:
@@ -267,16 +295,14 @@ class Build:
 
     def _windows(self) -> Tensor:
         recipe = self.request.recipe
-        tokens = read_tokens(
+        return read_tokens(
             self.text, self.tokenizer, recipe.calibration_tokens, recipe.calibration_samples
         )
-        require_vocabulary(tokens, self.tokenizer, self.request.model, self.model.vocab_size)
-        return tokens
 
     def adopt_calibration(self, other: Build) -> None:
         """Take the statistics of a build that made them from the same, unless ours are there."""
         if self.plan()["calibrate"] == "run" and self.keys["calibrate"] == other.keys["calibrate"]:
-            with _exclusive(self.request.out):
+            with _exclusive(self.request):
                 with whole_or_absent(self.request.out / CALIBRATION) as path:
                     shutil.copyfile(other.request.out / CALIBRATION, path)
                 shared = {
@@ -321,12 +347,14 @@ class Build:
                 {
                     "key": key,
                     "name": _model_name(self.request.model),
-                    "model": self.model.to_dict(),
+                    "model": quantized_description(self.checkpoint, recipe, statistics).to_dict(),
                     "recipe": recipe.to_dict(),
+                    "text": {"end_ids": self._end_ids},
                     "checkpoint": {
                         "source": self.checkpoint.folder.name,
                         "sha256": self.fingerprint,
                         "bytes": self.checkpoint.parameter_bytes,
+                        "notes": self.checkpoint.notes,
                     },
                     "saturation": saturation,
                     "files": listing(folder, CONFIG),
@@ -334,14 +362,15 @@ class Build:
             )
 
     def _export(self, key: str) -> None:
-        weights = self.request.out / QUANTIZED / WEIGHTS
-        recipe = self.request.recipe
+        folder = self.request.out / QUANTIZED
+        weights, recipe = folder / WEIGHTS, self.request.recipe
+        model = Description.from_dict(read_config(folder)["model"])
         with whole_or_absent(self.request.out / ONNX) as folder:
             # The graphs refer to the weights by name; the bundle puts them side by side.
             folder.mkdir()
-            portable = export_model(weights, self.model, recipe, "cpu")
+            portable = export_model(weights, model, recipe, "cpu")
             onnx.save(portable, folder / PORTABLE_MODEL)
-            tensorrt = lower(export_model(weights, self.model, recipe, "tensorrt"))
+            tensorrt = lower(export_model(weights, model, recipe, "tensorrt"))
             onnx.save(tensorrt, folder / TENSORRT_MODEL)
             write_json(folder / EXPORT, {"key": key, "files": listing(folder, EXPORT)})
 
@@ -374,13 +403,18 @@ def run_name(model: str, method: str, target: str) -> str:
 def named_tokenizer(name: str) -> Path:
     """The tokenizer.json that `name` stands for: a file, a folder or a hub id.
 
+    A sentencepiece model, named or in the folder, stands for what it is converted to.
+
     Raises:
         UsageError: there is none.
     """
-    path = Path(name).expanduser()
-    path = path / TOKENIZER if path.is_dir() else path
+    path = expanded(name)
     if not path.exists() and HUB_NAME.fullmatch(name):
         path = fetch_tokenizer(name)
+    if path.is_dir():
+        path = tokenizer_in(path) or path / TOKENIZER
+    elif path.suffix == ".model" and path.is_file():
+        path = converted(path)
     open_tokenizer(path)
     return path
 
@@ -393,9 +427,9 @@ def _find_tokenizer(request: BuildRequest, checkpoint: Checkpoint) -> Path:
     """
     if request.tokenizer is not None:
         return named_tokenizer(request.tokenizer)
-    if checkpoint.tokenizer_path is not None:
-        open_tokenizer(checkpoint.tokenizer_path)
-        return checkpoint.tokenizer_path
+    found = tokenizer_in(checkpoint.folder)
+    if found is not None:
+        return found
     raise UsageError(
         f"{checkpoint.folder} has no tokenizer.json;",
         f"name one (the published models use --tokenizer {PUBLISHED_TOKENIZER}).",
@@ -412,33 +446,35 @@ def _require_sizes(request: BuildRequest, model: Description) -> None:
     if not recipe.quantized:
         return
 
-    def check(width: int) -> None:
-        hadamard.factors(width)
+    def check(name: str, width: int) -> None:
+        hadamard.require(name, width, "use --method fp16.")
         if recipe.linear == "w4":
             require_groups(width, recipe.group_size)
 
-    check(model.d_model)
+    check("d_model", model.d_model)
     for block in model.blocks:
         block.check_widths(check)
+        block.require_rotations(recipe)
     if target.runtime == "tensorrt":
         require_kernels(model.misfit(), target.name, "give --method fp16, or --target host-cpu.")
 
 
 @contextmanager
-def _exclusive(out: Path) -> Iterator[None]:
+def _exclusive(request: BuildRequest) -> Iterator[None]:
     """One build at a time per run folder; the lock dies with its holder."""
+    out, option = request.out, request.out_option
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = (out / ".lock").open("w")
     except OSError as error:
         raise UsageError(
-            f"cannot write to {out}: {error.strerror};", "choose another --out folder."
+            f"cannot write to {out}: {error.strerror};", f"choose another {option} folder."
         ) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UsageError(
-                f"another build is writing to {out};", "wait for it or choose another --out."
+                f"another build is writing to {out};", f"wait for it or choose another {option}."
             ) from error
         yield

@@ -19,7 +19,6 @@ from ssdi8_edge.evaluate.subject import Subject
 from ssdi8_edge.evaluate.texts import Text
 from ssdi8_edge.ground.errors import UsageError
 from ssdi8_edge.ground.progress import Track, silent
-from ssdi8_edge.ground.stream import require_vocabulary
 
 # Positions whose logits are held at once; a multiple of the usual chunk sizes, so that prefill in
 # such pieces is prefill in one go.
@@ -106,12 +105,11 @@ def decodings(
     """Decode the first `tokens` tokens of `text` by each model, the first being compared with.
 
     Raises:
-        UsageError: the text is shorter, or a tokenizer belongs to another model.
+        UsageError: the text is shorter.
     """
     runs = []
     for subject in subjects:
         ids = text.windows(subject.tokenizer, tokens, 1)[0]
-        require_vocabulary(ids, subject.tokenizer, subject.source, subject.vocabulary)
         if len(ids) < tokens:
             raise UsageError(
                 f"{text.name} holds {len(ids)} tokens;", f"--decode {tokens} needs as many."

@@ -12,7 +12,7 @@ from ssdi8_edge.evaluate.local_data import Row
 from ssdi8_edge.evaluate.subject import Subject
 from ssdi8_edge.evaluate.tasks import TASKS, Accuracy, Task, require_lm_eval
 from ssdi8_edge.evaluate.texts import WIKITEXT2, Text, text_file, wikitext2
-from ssdi8_edge.evaluate.windows import Perplexity, long_context, perplexities
+from ssdi8_edge.evaluate.windows import Perplexity, long_context, perplexities, require_contexts
 from ssdi8_edge.ground.errors import UsageError
 from ssdi8_edge.ground.progress import Track, silent
 
@@ -73,7 +73,7 @@ class Evaluation:
         )
 
     def records(self) -> list[dict[str, Any]]:
-        """Every figure with its name, JSON-safe."""
+        """Every figure with its name; a number may be infinite or NaN, see `json_text`."""
         average = self.average
         measured: list[tuple[str, Perplexity | Accuracy | Average]] = [
             *(("perplexity", each) for each in self.perplexities),
@@ -130,6 +130,8 @@ def evaluate(
     subjects: Sequence[Subject], measures: Measures, track: Track = silent
 ) -> list[Evaluation]:
     """Measure every model, the first being the one that the others are compared with."""
+    for text in measures.texts if measures.long_context else ():
+        require_contexts(subjects, text)
     rows = [Evaluation(each.source, each.name, each.engine) for each in subjects]
     for text in measures.texts:
         found = perplexities(subjects, text, measures.limit, track)

@@ -29,19 +29,15 @@ from ssdi8_edge.evaluate.local_data import Row
 from ssdi8_edge.evaluate.subject import Subject
 from ssdi8_edge.evaluate.tasks import Accuracy, Task
 from ssdi8_edge.ground.errors import UsageError
+from ssdi8_edge.ground.failures import during
 from ssdi8_edge.ground.progress import Track, silent
-from ssdi8_edge.ground.stream import (
-    GPU_TOKENS_PER_BATCH,
-    TOKENS_PER_BATCH,
-    open_tokenizer,
-    require_vocabulary,
-)
+from ssdi8_edge.ground.stream import GPU_TOKENS_PER_BATCH, TOKENS_PER_BATCH
+from ssdi8_edge.ground.tokens import CUSTOMARY_ENDS, open_tokenizer
 
 # docs/method.md §11.2: longer inputs lose their beginning.
 MAX_TOKENS = 2048
 # What a short sequence counts for: the torch references pad it to a whole chunk.
 CHUNK = 256
-END_OF_TEXT = "<|endoftext|>"
 
 # Of lm-eval: the texts, the tokens of the context, the tokens of the continuation.
 Request = tuple[tuple[str, str], list[int], list[int]]
@@ -71,29 +67,34 @@ class SubjectLM(TemplateLM):
         super().__init__()
         self._subject, self._track = subject, track
         self._encoder = open_tokenizer(subject.tokenizer)
-        self._encoder.no_truncation()
-        self._encoder.no_padding()
 
     @property
     def eot_token_id(self) -> int:
-        """Stands for an empty context.
+        """Ends a text, and stands for an empty context where no special token starts a text.
 
         Raises:
-            UsageError: the tokenizer has no end of text.
+            UsageError: nothing says what ends a text.
         """
-        token = self._encoder.token_to_id(END_OF_TEXT)
-        if token is None:
+        if not self._subject.end_ids:
             raise UsageError(
-                f"{self._subject.tokenizer} has no {END_OF_TEXT}, which an empty context needs;",
+                f"{self._subject.source} names no end of text and its tokenizer has no "
+                f"{CUSTOMARY_ENDS[0]}, which an empty context needs;",
                 "name the model's own --tokenizer.",
             )
-        return int(token)
+        return self._subject.end_ids[0]
+
+    @property
+    def prefix_token_id(self) -> int:
+        """Stands for an empty context."""
+        start: list[int] = self._encoder.start_ids("a")
+        return start[-1] if start else self.eot_token_id
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        ids: list[int] = self._encoder.encode(string, add_special_tokens=False).ids
-        return ids
+        ids: list[int] = self._encoder.encode(string)
+        start = 0 if add_special_tokens is not False else len(self._encoder.start_ids(string))
+        return ids[start:]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[Answer]:
         answers: list[Answer] = super().loglikelihood(requests, disable_tqdm=True)
@@ -107,20 +108,18 @@ class SubjectLM(TemplateLM):
 
     def _loglikelihood_tokens(self, requests: Sequence[Request], **kwargs: Any) -> list[Answer]:
         """(log-likelihood in nats, whether it is the greedy continuation) of each request."""
-        top = max(max(context + continuation) for _, context, continuation in requests)
-        subject = self._subject
-        require_vocabulary(
-            torch.tensor([top]), subject.tokenizer, subject.source, subject.vocabulary
-        )
         by_input: dict[tuple[int, ...], list[int]] = {}
         for number, (_, context, continuation) in enumerate(requests):
             given = tuple((context + continuation)[-(MAX_TOKENS + 1) : -1])
             by_input.setdefault(given, []).append(number)
         answers: dict[int, Answer] = {}
-        label = f"zero-shot {self._subject.name}"
+        label = f"evaluating {self._subject.name} zero-shot"
+        lower = "end other programs, or name fewer models at once"
         for batch in self._track(self._batches(list(by_input)), label):
             wanted = [[requests[number][2] for number in by_input[tokens]] for tokens in batch]
-            for tokens, found in zip(batch, self._score(batch, wanted), strict=True):
+            with during(label, lower):
+                scored = self._score(batch, wanted)
+            for tokens, found in zip(batch, scored, strict=True):
                 answers.update(zip(by_input[tokens], found, strict=True))
         return [answers[number] for number in range(len(requests))]
 

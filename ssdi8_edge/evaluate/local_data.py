@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ssdi8_edge.ground.errors import UsageError
+from ssdi8_edge.ground.inputs import expanded
 
 Row = dict[str, Any]
 
@@ -20,6 +21,7 @@ def find_file(folder: Path, name: str) -> Path:
     Raises:
         UsageError: there is none, or more than one.
     """
+    folder = expanded(folder)
     if not folder.is_dir():
         raise UsageError(
             f"{folder} is not a folder;", "name the folder of the data sets by --data."
@@ -45,7 +47,7 @@ def read_rows(path: Path, valid: Callable[[Row], bool], form: str) -> list[Row]:
                 rows.append(json.loads(line))
                 if not _holds(valid, rows[-1]):
                     raise UsageError(f"{path}, line {number}, has not the form {form};", AGAIN)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"cannot read {path} as JSON lines ({error});", AGAIN) from error
     if not rows:
         raise UsageError(f"{path} is empty;", AGAIN)

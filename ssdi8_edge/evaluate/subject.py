@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -13,15 +13,17 @@ import torch
 from torch import Tensor
 
 from ssdi8_edge.checkpoints.checkpoint import open_checkpoint
-from ssdi8_edge.checkpoints.quantized import is_quantized_checkpoint, load_quantized
+from ssdi8_edge.checkpoints.quantized import is_quantized_checkpoint, load_quantized, read_config
 from ssdi8_edge.ground.artifacts import QUANTIZED, TOKENIZER
+from ssdi8_edge.ground.board_runtime import bundle_folder, open_checked_bundle, runtime_module
 from ssdi8_edge.ground.device import require_device
 from ssdi8_edge.ground.errors import UsageError
-from ssdi8_edge.ground.stream import open_tokenizer
-from ssdi8_edge.ground.board_runtime import bundle_folder, open_checked_bundle, runtime_module
+from ssdi8_edge.ground.failures import during
+from ssdi8_edge.ground.inputs import expanded
+from ssdi8_edge.ground.tokens import end_ids, require_fitting, tokenizer_in
 from ssdi8_edge.models.block import States
 from ssdi8_edge.models.float import FloatModel
-from ssdi8_edge.models.network import Scope
+from ssdi8_edge.models.network import Scope, watched_model
 from ssdi8_edge.numerics import int8
 from ssdi8_edge.ops import kernel_library
 
@@ -39,7 +41,7 @@ class Forward(Protocol):
     def __call__(self, ids: Tensor, keep: int, scope: Scope) -> Tensor: ...
 
 
-class Sequence(Protocol):
+class Running(Protocol):
     """One sequence that grows: tokens (1, L) INT64 -> logits (1, L, V) FP32 of all of them."""
 
     def __call__(self, ids: Tensor) -> Tensor: ...
@@ -57,17 +59,23 @@ class Subject:
         sequence: starts a sequence.
         device: where ids are taken from and logits are left.
         counts_saturation: whether every INT8 rounding goes through `int8.round_to_int8`.
+        notes: of its checkpoint.
+        beyond_fp16: sentences about tensors that left FP16 so far, of an engine that looks.
+        end_ids: the tokens that end a text, the model's own one first.
     """
 
     source: str
     name: str
     engine: str
     forward: Forward
-    sequence: Callable[[], Sequence]
+    sequence: Callable[[], Running]
     tokenizer: Path
     vocabulary: int
     device: str = "cpu"
     counts_saturation: bool = False
+    notes: tuple[str, ...] = ()
+    beyond_fp16: list[str] = field(default_factory=list)
+    end_ids: tuple[int, ...] = ()
 
     def logits(self, ids: Tensor, keep: int | None = None) -> Tensor:
         """ids (B, L) -> logits (B, keep, V) FP32 of the last `keep` positions; None keeps all."""
@@ -95,20 +103,23 @@ def open_subject(source: str, tokenizer: Path | None = None, device: str = "cpu"
     """What `source` names: a bundle or run folder, a quantized checkpoint, an FP checkpoint.
 
     Raises:
-        UsageError: it is none of these, has no tokenizer, or cannot run on `device`.
+        UsageError: it is none of these, has no tokenizer or that of another model, or cannot run
+            on `device`.
     """
     require_device(device)
-    folder = Path(source).expanduser()
+    with during(f"loading {source}", "end other programs, or name fewer models at once"):
+        return _open_subject(source, tokenizer, device)
+
+
+def _open_subject(source: str, tokenizer: Path | None, device: str) -> Subject:
+    folder = expanded(source)
     if device != "cpu" and is_quantized_checkpoint(folder / QUANTIZED):
         return _quantized_subject(source, folder / QUANTIZED, tokenizer, device)
     if (bundle_folder(folder) / "manifest.json").is_file():
-        subject = _bundle_subject(source, folder, device)
-    elif is_quantized_checkpoint(folder):
-        subject = _quantized_subject(source, folder, tokenizer, device)
-    else:
-        subject = _float_subject(source, tokenizer, device)
-    open_tokenizer(subject.tokenizer)
-    return subject
+        return _bundle_subject(source, folder, device)
+    if is_quantized_checkpoint(folder):
+        return _quantized_subject(source, folder, tokenizer, device)
+    return _float_subject(source, tokenizer, device)
 
 
 def _bundle_subject(source: str, folder: Path, device: str) -> Subject:
@@ -118,6 +129,7 @@ def _bundle_subject(source: str, folder: Path, device: str) -> Subject:
             "name the quantized/ folder of its build, or give --device cpu.",
         )
     bundle = open_checked_bundle(folder)
+    require_fitting(bundle.path(TOKENIZER), source, bundle.model.vocab_size)
     backend = runtime_module("onnxruntime_backend").OnnxRuntimeBackend(bundle)
     prefill = runtime_module("generate").prefill
 
@@ -125,7 +137,7 @@ def _bundle_subject(source: str, folder: Path, device: str) -> Subject:
         logits, _ = prefill(backend, bundle, ids.numpy().astype(np.int32), keep)
         return torch.from_numpy(logits)
 
-    def sequence() -> Sequence:
+    def sequence() -> Running:
         states = None
 
         def feed(ids: Tensor) -> Tensor:
@@ -144,25 +156,37 @@ def _bundle_subject(source: str, folder: Path, device: str) -> Subject:
         sequence,
         bundle.path(TOKENIZER),
         bundle.model.vocab_size,
+        end_ids=tuple(sorted(bundle.end_ids)),
     )
 
 
 def _quantized_subject(source: str, folder: Path, tokenizer: Path | None, device: str) -> Subject:
+    config = read_config(folder)
+    tokenizer = tokenizer or folder / TOKENIZER
+    require_fitting(tokenizer, source, config["model"]["vocab_size"])
     model = load_quantized(folder, device)
     kernels = device != "cpu" and kernel_library.available()
     if model.recipe.quantized:
         kernels = kernels and model.description.misfit() is None
 
+    beyond_fp16: list[str] = []
+
+    @contextmanager
+    def watching() -> Iterator[None]:
+        references = nullcontext() if kernels else kernel_library.references_only()
+        with watched_model(model, beyond_fp16.append), references:
+            yield
+
     def forward(ids: Tensor, keep: int, scope: Scope) -> Tensor:
-        with nullcontext() if kernels else kernel_library.references_only():
+        with watching():
             return model.forward(ids, None, keep, scope)[0]
 
-    def sequence() -> Sequence:
+    def sequence() -> Running:
         states: list[States] | None = None
 
         def feed(ids: Tensor) -> Tensor:
             nonlocal states
-            with nullcontext() if kernels else kernel_library.references_only():
+            with watching():
                 logits, states = model.forward(ids, states, ids.shape[1])
             return logits
 
@@ -174,18 +198,23 @@ def _quantized_subject(source: str, folder: Path, tokenizer: Path | None, device
         _engine("CUDA kernels" if kernels else "torch reference", device),
         forward,
         sequence,
-        tokenizer or folder / TOKENIZER,
+        tokenizer,
         model.description.vocab_size,
         device,
         counts_saturation=model.recipe.quantized and not kernels,
+        beyond_fp16=beyond_fp16,
+        end_ids=tuple(config.get("text", {}).get("end_ids", ())),
     )
 
 
 def _float_subject(source: str, tokenizer: Path | None, device: str) -> Subject:
     checkpoint = open_checkpoint(source)
-    found = tokenizer or checkpoint.tokenizer_path
+    found = tokenizer or tokenizer_in(checkpoint.folder)
     if found is None:
         raise UsageError(f"{source} has no tokenizer.json;", "name one with --tokenizer.")
+    vocabulary = checkpoint.description.vocab_size
+    require_fitting(found, source, vocabulary)
+    ends = end_ids(checkpoint.folder, found, vocabulary)
     model = FloatModel(checkpoint.description).eval()
     model.load_state_dict({name: checkpoint.tensor(name).float() for name in checkpoint.names})
     model = model.to(device)
@@ -194,7 +223,7 @@ def _float_subject(source: str, tokenizer: Path | None, device: str) -> Subject:
         logits: Tensor = model(ids, None, keep)[0]
         return logits
 
-    def sequence() -> Sequence:
+    def sequence() -> Running:
         states: list[States] | None = None
 
         def feed(ids: Tensor) -> Tensor:
@@ -213,6 +242,8 @@ def _float_subject(source: str, tokenizer: Path | None, device: str) -> Subject:
         found,
         model.description.vocab_size,
         device,
+        notes=tuple(checkpoint.notes),
+        end_ids=tuple(ends),
     )
 
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import json
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from ssdi8_edge.evaluate.evaluation import Evaluation
 from ssdi8_edge.evaluate.windows import Perplexity
 from ssdi8_edge.ground.artifacts import whole_or_absent
+from ssdi8_edge.ground.console import Console, table
+from ssdi8_edge.ground.decimals import change, fixed, percent
 from ssdi8_edge.ground.errors import UsageError
+from ssdi8_edge.ground.inputs import expanded
+from ssdi8_edge.ground.json_text import to_json
 
 ANY_WIDTH = 10_000
 
@@ -61,8 +63,12 @@ def _text_columns(of_text: Sequence[Perplexity], alone: bool) -> list[Column]:
     prefix = "" if alone else f"{first.text}\n"
     found = [Column(f"{first.text}\nperplexity", [_with_change(each, first) for each in of_text])]
     if any(each.kl is not None for each in of_text):
-        agreement = [_optional(each.top1_agreement, "{:.2%}") for each in of_text]
-        found.append(Column(f"{prefix}KL", [_optional(each.kl, "{:.3g}") for each in of_text]))
+        distance = ["" if each.kl is None else f"{each.kl:.3g}" for each in of_text]
+        agreement = [
+            "" if each.top1_agreement is None else percent(each.top1_agreement, 2)
+            for each in of_text
+        ]
+        found.append(Column(f"{prefix}KL", distance))
         found.append(Column(f"{prefix}top-1", agreement))
     if any(each.saturation for each in of_text):
         worst = [_worst(each.saturation) for each in of_text]
@@ -72,24 +78,23 @@ def _text_columns(of_text: Sequence[Perplexity], alone: bool) -> list[Column]:
 
 def _with_change(result: Perplexity, first: Perplexity) -> str:
     if result is first:
-        return f"{result.perplexity:.4f}"
-    error = _optional(result.change_stderr, " ± {:.2%}")
-    return f"{result.perplexity:.4f} ({result.perplexity / first.perplexity - 1:+.2%}{error})"
-
-
-def _optional(value: float | None, form: str) -> str:
-    return "" if value is None else form.format(value)
+        return fixed(result.perplexity, 4)
+    relative = change(result.perplexity, first.perplexity)
+    if relative is None:
+        return fixed(result.perplexity, 4)
+    error = "" if result.change_stderr is None else f" ± {percent(result.change_stderr, 2)}"
+    return f"{fixed(result.perplexity, 4)} ({percent(relative, 2, sign=True)}{error})"
 
 
 def _worst(saturation: dict[str, float]) -> str:
     if not saturation:
         return ""
     site, fraction = max(saturation.items(), key=lambda item: item[1])
-    return f"{fraction:.3%} {site}"
+    return f"{percent(fraction, 3)} {site}"
 
 
 def _percent(accuracy: float, stderr: float) -> str:
-    return f"{accuracy:.1%} ± {stderr:.1%}".replace("%", "")
+    return f"{fixed(accuracy * 100, 1)} ± {fixed(stderr * 100, 1)}"
 
 
 def notes(rows: Sequence[Evaluation]) -> list[str]:
@@ -98,6 +103,8 @@ def notes(rows: Sequence[Evaluation]) -> list[str]:
     found = [
         f"{each.text}: {each.windows} × {each.window_tokens} tokens" for each in first.perplexities
     ]
+    reasons = [each.reason for row in rows for each in (*row.perplexities, *row.long_context)]
+    found += dict.fromkeys(reason for reason in reasons if reason)
     if len(rows) > 1:
         found.append(
             f"change of perplexity (± standard error over windows), KL (nats per token) and top-1 "
@@ -124,24 +131,32 @@ def require_writable(paths: Sequence[Path]) -> None:
         UsageError: an unknown kind of file, or no place for it.
     """
     for path in paths:
+        path = expanded(path)
         if path.suffix not in FORMATS:
             raise UsageError(
                 f"cannot save results as {path};", f"give a name in {' or '.join(FORMATS)}."
             )
         if path.is_dir() or not path.parent.is_dir():
             raise UsageError(f"cannot write {path};", "name a file in a folder that exists.")
+        try:
+            tempfile.TemporaryFile(dir=path.parent).close()
+        except OSError as error:
+            raise UsageError(
+                f"cannot write {path}: {error.strerror};",
+                "name a file in another folder by --save.",
+            ) from error
 
 
 def save_results(rows: Sequence[Evaluation], paths: Sequence[Path]) -> None:
     """Write each file in the form that its suffix names."""
-    for path in paths:
+    for path in map(expanded, paths):
         with whole_or_absent(path) as scratch:
             scratch.write_text(FORMATS[path.suffix](rows), encoding="utf-8")
 
 
 def records(rows: Sequence[Evaluation]) -> str:
     """Every figure with its name, as JSON."""
-    return json.dumps([record for row in rows for record in row.records()], indent=2) + "\n"
+    return to_json([record for row in rows for record in row.records()]) + "\n"
 
 
 def markdown(rows: Sequence[Evaluation]) -> str:
@@ -152,8 +167,8 @@ def markdown(rows: Sequence[Evaluation]) -> str:
         ["---"] * len(found),
         *([column.cells[i] for column in found] for i in range(len(rows))),
     ]
-    table = "\n".join(f"| {' | '.join(map(_escape, line))} |" for line in lines)
-    return f"{table}\n\n" + "".join(f"- {note}\n" for note in notes(rows))
+    lined = "\n".join(f"| {' | '.join(map(_escape, line))} |" for line in lines)
+    return f"{lined}\n\n" + "".join(f"- {_escape(note)}\n" for note in notes(rows))
 
 
 def _escape(cell: str) -> str:
@@ -175,7 +190,7 @@ def show(rows: Sequence[Evaluation], console: Console) -> None:
         part = wider
     console.print(_rich(part))
     for note in notes(rows):
-        console.print(note, markup=False)
+        console.print(note, soft_wrap=False)
 
 
 def _width(part: Sequence[Column], console: Console) -> int:
@@ -184,7 +199,7 @@ def _width(part: Sequence[Column], console: Console) -> int:
 
 
 def _rich(part: Sequence[Column]) -> Table:
-    table = Table(*(escape(column.heading) for column in part))
+    found = table(*(column.heading for column in part))
     for cells in zip(*(column.cells for column in part), strict=True):
-        table.add_row(*map(escape, cells))
-    return table
+        found.add_row(*cells)
+    return found

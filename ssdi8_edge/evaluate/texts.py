@@ -12,8 +12,11 @@ from torch import Tensor
 
 from ssdi8_edge.evaluate.local_data import AGAIN, find_file
 from ssdi8_edge.ground.errors import UsageError
-from ssdi8_edge.ground.stream import open_tokenizer, read_tokens
+from ssdi8_edge.ground.inputs import text_input
+from ssdi8_edge.ground.stream import read_tokens, require_tokens
+from ssdi8_edge.ground.tokens import open_tokenizer
 
+PURPOSE = "evaluating"
 WIKITEXT2 = "wikitext2"
 WIKITEXT2_FILE = "wiki.test.raw"
 WIKITEXT2_HUB = ("Salesforce/wikitext", "wikitext-2-raw-v1")
@@ -33,11 +36,8 @@ def text_file(path: Path) -> Text:
     Raises:
         UsageError: it cannot be read.
     """
-    try:
-        path.open("rb").close()
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror};", "name a text file.") from error
-    return Text(path.name, partial(read_tokens, path))
+    path = text_input(path, "text")
+    return Text(path.name, partial(read_tokens, path, purpose=PURPOSE))
 
 
 def wikitext2(data: Path | None) -> Text:
@@ -70,9 +70,8 @@ def join_lines(lines: list[str]) -> str:
 
 
 def _windows(text: str, tokenizer: Path, tokens: int, samples: int) -> Tensor:
-    encoder = open_tokenizer(tokenizer)
-    encoder.no_truncation()
-    ids = torch.tensor(encoder.encode(text, add_special_tokens=False).ids)
+    ids = torch.tensor(open_tokenizer(tokenizer).encode(text))
+    require_tokens(len(ids), WIKITEXT2, PURPOSE)
     tokens = min(tokens, len(ids))
     samples = min(samples, len(ids) // tokens)
     return ids[: samples * tokens].reshape(samples, tokens)

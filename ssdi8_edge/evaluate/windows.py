@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import stdev
 
 import torch
 from torch import Tensor
@@ -16,8 +16,9 @@ from ssdi8_edge.evaluate.subject import Subject
 from ssdi8_edge.evaluate.texts import Text, text_file
 from ssdi8_edge.ground.artifacts import sha256_file
 from ssdi8_edge.ground.errors import UsageError
+from ssdi8_edge.ground.failures import during
 from ssdi8_edge.ground.progress import Track, silent
-from ssdi8_edge.ground.stream import GPU_TOKENS_PER_BATCH, require_vocabulary
+from ssdi8_edge.ground.stream import GPU_TOKENS_PER_BATCH
 
 # docs/method.md §11.1: non-overlapping blocks of 2048 tokens.
 WINDOW = 2048
@@ -47,6 +48,8 @@ class Perplexity:
             of the mean over windows of the difference in their losses. None for one window.
         saturation: site -> fraction of INT8 values at the end of their range, in the worst layer;
             empty where nothing is INT8 or the engine does not count.
+        loss: the mean negative log-likelihood itself; finite where its exponential may not be.
+        reason: why figures are infinite or no numbers, in a sentence.
     """
 
     model: str
@@ -60,6 +63,16 @@ class Perplexity:
     top1_agreement: float | None = None
     change_stderr: float | None = None
     saturation: dict[str, float] = field(default_factory=dict)
+    loss: float | None = None
+    reason: str | None = None
+
+
+def _exp(loss: float) -> float:
+    """Infinite where the result is beyond a float: from 709.8 nats on."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 class _Tally:
@@ -72,6 +85,7 @@ class _Tally:
         self.kl = 0.0
         self.same_top = 0
         self.saturation: defaultdict[str, float] = defaultdict(float)
+        self.beyond_fp16: list[str] = []
 
     def add(self, logits: Tensor, targets: Tensor, reference: Tensor | None) -> None:
         """logits and reference (S, T, V) FP32 of S windows predict targets (S, T)."""
@@ -90,7 +104,9 @@ class _Tally:
             log_r = reference[part].double().log_softmax(-1)
             self.compared += len(log_r)
             self.kl += (log_r.exp() * (log_r - log_p)).sum().item()
-            self.same_top += int((log_r.argmax(-1) == log_p.argmax(-1)).sum())
+            # A row with a NaN is NaN throughout, and its likeliest token is none.
+            known = ~(log_r[:, 0] + log_p[:, 0]).isnan()
+            self.same_top += int((known & (log_r.argmax(-1) == log_p.argmax(-1))).sum())
         self.losses.append(nll / len(targets))
 
     def add_saturation(self, fractions: dict[str, float], windows: int) -> None:
@@ -111,11 +127,15 @@ class _Tally:
         if not self.compared or len(self.losses) < 2:
             return None
         changes = [ours - theirs for ours, theirs in zip(self.losses, first.losses, strict=True)]
+        if not all(map(math.isfinite, changes)):
+            return math.nan
         return stdev(changes) / math.sqrt(len(changes))
 
     def result(
         self, subject: Subject, text: Text, window: int, scored: int, first: _Tally
     ) -> Perplexity:
+        # Not fmean, which refuses infinite values of both signs.
+        loss = sum(self.losses) / len(self.losses)
         return Perplexity(
             model=subject.name,
             engine=subject.engine,
@@ -123,12 +143,23 @@ class _Tally:
             windows=len(self.losses),
             window_tokens=window,
             scored_tokens=scored,
-            perplexity=math.exp(fmean(self.losses)),
+            perplexity=_exp(loss),
+            loss=loss,
             kl=self.kl / self.compared if self.compared else None,
             top1_agreement=self.same_top / self.compared if self.compared else None,
             change_stderr=self.change_stderr(first),
             saturation=self.worst_saturation(),
+            reason=self._reason(subject, loss),
         )
+
+    def _reason(self, subject: Subject, loss: float) -> str | None:
+        if self.beyond_fp16:
+            return self.beyond_fp16[0]
+        if not math.isfinite(loss):
+            return f"{subject.source} ({subject.name}) computes logits that are not numbers."
+        if not math.isfinite(_exp(loss)):
+            return f"{subject.source} ({subject.name}) loses {loss:.0f} nats per token."
+        return None
 
 
 def perplexity(
@@ -169,19 +200,28 @@ def long_context(
     """
     # The text as windows of one token: no more of it than the windows take.
     tokens = CONTEXTS[-1] + (limit - 1) * SPACING if limit else None
+    require_contexts(subjects, text)
     ids = [each.flatten() for each in _windows(subjects, text, 1, tokens)]
-    found = min(map(len, ids))
-    if found < CONTEXTS[-1]:
-        raise UsageError(
-            f"{text.name} holds {found} tokens;",
-            f"the long-context table needs a text of at least {CONTEXTS[-1]}.",
-        )
     windows = [each.unfold(0, CONTEXTS[-1], SPACING) for each in ids]
     by_length = [
         _measure(subjects, text, [each[:, -length:] for each in windows], track, LAST)
         for length in CONTEXTS
     ]
     return [list(of_model) for of_model in zip(*by_length, strict=True)]
+
+
+def require_contexts(subjects: Sequence[Subject], text: Text) -> None:
+    """Refuse a text that `long_context` would refuse, before anything is measured.
+
+    Raises:
+        UsageError: it is shorter than the longest window.
+    """
+    found = min(len(each) for each in _windows(subjects, text, 1, CONTEXTS[-1]))
+    if found < CONTEXTS[-1]:
+        raise UsageError(
+            f"{text.name} holds {found} tokens;",
+            f"the long-context table needs a text of at least {CONTEXTS[-1]}.",
+        )
 
 
 def _windows(
@@ -194,7 +234,6 @@ def _windows(
         key = sha256_file(subject.tokenizer)
         if key not in read:
             read[key] = text.windows(subject.tokenizer, tokens, limit or ALL)
-        require_vocabulary(read[key], subject.tokenizer, subject.source, subject.vocabulary)
         found.append(read[key])
     return found
 
@@ -223,16 +262,31 @@ def _measure(
         if not len(ids):
             continue
         count = scored or ids.shape[1] - 1
-        logits, fractions = subjects[n].counted_logits(ids, count + 1)
-        predicting = logits[:, :-1]
-        comparable = subjects[n].vocabulary == first.vocabulary and torch.equal(
-            windows[n], windows[0]
-        )
-        tallies[n].add(predicting, ids[:, -count:], reference if n and comparable else None)
-        tallies[n].add_saturation(fractions, len(ids))
+        with during(f"evaluating {subjects[n].name} on {text.name}", _lower(subjects, longest)):
+            subjects[n].beyond_fp16.clear()
+            logits, fractions = subjects[n].counted_logits(ids, count + 1)
+            tallies[n].beyond_fp16 += subjects[n].beyond_fp16[:1]
+            predicting = logits[:, :-1]
+            comparable = subjects[n].vocabulary == first.vocabulary and torch.equal(
+                windows[n], windows[0]
+            )
+            tallies[n].add(predicting, ids[:, -count:], reference if n and comparable else None)
+            tallies[n].add_saturation(fractions, len(ids))
         if n == 0:
             reference = predicting
     return [
         tally.result(subject, text, own.shape[1], scored or own.shape[1] - 1, tallies[0])
         for tally, subject, own in zip(tallies, subjects, windows, strict=True)
     ]
+
+
+def _lower(subjects: Sequence[Subject], window: int) -> str:
+    """What takes less memory."""
+    ways = ["end other programs"]
+    if len(subjects) > 1:
+        ways.append("name fewer models at once")
+    if window > WINDOW:
+        ways.append("leave out --long-context")
+    if any(subject.device != "cpu" for subject in subjects):
+        ways.append("give --device cpu")
+    return ", or ".join(ways)

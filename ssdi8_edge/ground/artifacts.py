@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ssdi8_edge.ground.errors import Ssdi8Error
+from ssdi8_edge.ground.json_text import to_json
 
 CALIBRATION = "calibration.safetensors"
 QUANTIZED = "quantized"
@@ -145,7 +146,7 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=False) + "\n", encoding="utf-8")
+    path.write_text(to_json(value) + "\n", encoding="utf-8")
 
 
 def listing(folder: Path, without: str) -> dict[str, dict[str, Any]]:

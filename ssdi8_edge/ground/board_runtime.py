@@ -6,16 +6,19 @@ from a bundle that may come from elsewhere.
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
 from ssdi8_edge.ground.artifacts import shipped
-from ssdi8_edge.ground.errors import BundleError
+from ssdi8_edge.ground.errors import BundleError, UsageError
 
 
 def runtime_module(name: str) -> ModuleType:
@@ -47,6 +50,56 @@ def bundle_folder(folder: Path) -> Path:
     return inner if (inner / "manifest.json").is_file() else folder
 
 
+@dataclass(frozen=True)
+class RunRequest:
+    """What `ssdi8-edge run` was asked for; `arguments` are run_engine.py's."""
+
+    bundle: Path
+    device: str
+    arguments: list[str]
+
+
+def parse_run(words: Sequence[str]) -> RunRequest:
+    """The command line of `ssdi8-edge run`; --help prints and exits.
+
+    Its options and their help are the board runtime's own (`runtime.options`).
+
+    Raises:
+        UsageError: an option is unknown, or its value out of range.
+    """
+    shared = runtime_module("options")
+    parser = runtime_module("arguments").Parser(
+        prog="ssdi8-edge run",
+        description="Generate text on this machine, with the script that runs on boards: on the"
+        " CPU by onnxruntime from the bundle, on a GPU by the CUDA kernels from the run folder.",
+    )
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="bundle or run folder")
+    what = parser.add_argument_group("what to do, one of")
+    shared.add(what.add_mutually_exclusive_group(required=True), shared.PROMPTS)
+    shared.add(parser.add_argument_group("with --prompt and --interactive"), shared.GENERATING)
+    where = parser.add_argument_group("where and how it runs")
+    where.add_argument("--device", default="cpu", help="cpu, cuda or cuda:INDEX (default: cpu)")
+    shared.add(where, shared.RUNNING)
+    try:
+        asked = parser.parse_args(words)
+    except runtime_module("bundle").BundleProblem as problem:
+        raise UsageError(f"{problem.message};", f"{problem.hint}.") from problem
+    flags = (*shared.PROMPTS, *shared.GENERATING, *shared.RUNNING)
+    return RunRequest(asked.bundle, asked.device, _written(flags, asked))
+
+
+def _written(flags: Iterable[str], asked: argparse.Namespace) -> list[str]:
+    """The words that say what was parsed."""
+    words = []
+    for flag in flags:
+        value = getattr(asked, flag.removeprefix("--").replace("-", "_"))
+        if value is True:
+            words.append(flag)
+        elif value is not None and value is not False:
+            words += [f"{flag}={each}" for each in (value if isinstance(value, list) else [value])]
+    return words
+
+
 def _command(folder: Path, arguments: list[str]) -> list[str]:
     script = shipped("jetson") / "run_engine.py"
     return [sys.executable, str(script), str(bundle_folder(folder)), *arguments]
@@ -59,5 +112,12 @@ def run_engine(folder: Path, arguments: list[str]) -> subprocess.CompletedProces
 
 def become_engine(folder: Path, arguments: list[str]) -> NoReturn:
     """Turn this process into run_engine.py: its output, signals and exit code are the command's."""
-    command = _command(folder, arguments)
+    command = [_as_bytes(word) for word in _command(folder, arguments)]
     os.execv(command[0], command)
+
+
+def _as_bytes(word: str) -> bytes:
+    try:
+        return os.fsencode(word)
+    except UnicodeEncodeError:  # text of which the locale's encoding has no letters
+        return word.encode("utf-8")

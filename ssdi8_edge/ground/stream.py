@@ -6,13 +6,14 @@ import contextlib
 import math
 import tempfile
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ssdi8_edge.ground.errors import UsageError
+from ssdi8_edge.ground.tokens import open_tokenizer
 
 # Sequences go through a layer together up to this many tokens.
 TOKENS_PER_BATCH = 2048
@@ -101,17 +102,24 @@ class DeviceSpool:
         self._memory = None
 
 
-def read_tokens(text: Path, tokenizer: Path, tokens: int, samples: int) -> Tensor:
+def read_tokens(
+    text: Path, tokenizer: Path, tokens: int, samples: int, purpose: str = "calibration"
+) -> Tensor:
     """The first `samples` windows of `tokens` tokens of a UTF-8 text: (S, T) INT64.
+
+    The text begins as a prompt does, with the special tokens that the tokenizer puts there. They
+    are not repeated: a window from the middle of the text begins in its middle.
 
     The file is read line by line, so that it may be larger than memory. A text shorter than one
     window gives one shorter sample; fewer windows than asked are all used.
+
+    Args:
+        purpose: what needs the tokens, for the message.
 
     Raises:
         UsageError: a file is missing, the text is not UTF-8 or holds fewer than 16 tokens.
     """
     encoder = open_tokenizer(tokenizer)
-    encoder.no_truncation()
     ids: list[int] = []
     try:
         with text.open(encoding="utf-8") as lines:
@@ -122,52 +130,29 @@ def read_tokens(text: Path, tokenizer: Path, tokens: int, samples: int) -> Tenso
                 block.append(line)
                 size += len(line)
                 if size >= 1 << 16:
-                    ids += encoder.encode("".join(block), add_special_tokens=False).ids
+                    ids += encoder.encode("".join(block), continues=bool(ids))
                     block, size = [], 0
                     if len(ids) >= tokens * samples:
                         break
-            ids += encoder.encode("".join(block), add_special_tokens=False).ids
+            ids += encoder.encode("".join(block), continues=bool(ids))
     except UnicodeDecodeError as error:
         raise UsageError(f"{text} is not UTF-8 text;", "give a plain text file.") from error
     except OSError as error:
         raise UsageError(f"cannot read {text}: {error.strerror};", "name a text file.") from error
-    if len(ids) < 16:
-        raise UsageError(f"{text} holds {len(ids)} tokens;", "calibration needs at least 16.")
+    require_tokens(len(ids), text, purpose)
     tokens = min(tokens, len(ids))
     samples = min(samples, len(ids) // tokens)
     return torch.tensor(ids[: samples * tokens]).reshape(samples, tokens)
 
 
-def open_tokenizer(path: Path) -> Any:
-    """The tokenizer in a tokenizer.json.
+def require_tokens(count: int, text: Path | str, purpose: str) -> None:
+    """Refuse a text that is too short to say anything.
 
     Raises:
-        UsageError: the file is missing or is something else.
+        UsageError: it holds fewer than 16 tokens.
     """
-    from tokenizers import Tokenizer
-
-    if not path.is_file():
-        raise UsageError(f"tokenizer {path} does not exist", "name the model's tokenizer.json.")
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise UsageError(
-            f"{path} is not a tokenizer file ({error})", "name the model's tokenizer.json."
-        ) from error
-
-
-def require_vocabulary(ids: Tensor, tokenizer: Path, model: str, size: int) -> None:
-    """Refuse token ids that the embedding of `model` does not have.
-
-    Raises:
-        UsageError: the tokenizer belongs to another model.
-    """
-    top = int(ids.max())
-    if top >= size:
-        raise UsageError(
-            f"{tokenizer} gives token {top}, but {model} has {size}",
-            "name the model's own --tokenizer.",
-        )
+    if count < 16:
+        raise UsageError(f"{text} holds {count} tokens;", f"{purpose} needs at least 16.")
 
 
 def batches(ids: Tensor) -> list[slice]:

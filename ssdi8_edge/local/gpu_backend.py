@@ -6,6 +6,7 @@ benchmarking and verifying are the code that boards run.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,9 @@ from torch import Tensor
 
 from ssdi8_edge.checkpoints.quantized import is_quantized_checkpoint, load_quantized
 from ssdi8_edge.ground.artifacts import QUANTIZED
-from ssdi8_edge.ground.device import require_device
-from ssdi8_edge.ground.errors import UsageError
 from ssdi8_edge.ground.board_runtime import bundle_folder, runtime_module
+from ssdi8_edge.ground.device import require_device
+from ssdi8_edge.ground.errors import Interrupted, UsageError
 from ssdi8_edge.models.block import States
 from ssdi8_edge.models.network import QuantizedModel
 from ssdi8_edge.ops import kernel_library
@@ -145,6 +146,7 @@ def run_on_gpu(run: Path, arguments: list[str], device: str) -> int:
 
     Raises:
         UsageError: there is no such GPU, no kernel library, or the run folder has no checkpoint.
+        Interrupted: Ctrl-C where the runtime does not answer it.
     """
     require_device(device)
     if not is_quantized_checkpoint(run / QUANTIZED):
@@ -157,7 +159,14 @@ def run_on_gpu(run: Path, arguments: list[str], device: str) -> int:
         load_quantized(run / QUANTIZED, device), device
     )
     command = [str(bundle_folder(run)), "--backend", GpuBackend.runtime, *arguments]
-    code: int = runtime_module("command_line").run(command, run)
+    # The runtime answers Ctrl-C itself, which comes to it as in a process of its own.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        code: int = runtime_module("command_line").run(command, run)
+    except KeyboardInterrupt as stopped:
+        raise Interrupted("stopped.") from stopped
+    finally:
+        signal.signal(signal.SIGINT, before)
     return code
 
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ssdi8_edge.ground.errors import CheckpointError
+from ssdi8_edge.numerics.fp16_range import see
 from ssdi8_edge.ops.linear import LINEAR, LINEAR_W4
 from ssdi8_edge.ops.rms_norm import RMS_NORM
 from ssdi8_edge.recipes.recipe import QuantConfig
@@ -90,12 +91,13 @@ class Context:
     """What all blocks of a model have in common when they run.
 
     Attributes:
+        residual_eps: of the norms that read the residual stream.
         linear: what computes in_proj and out_proj of a quantized block: `linear`, but for
             benchmarks that compare it with another.
     """
 
     recipe: QuantConfig
-    norm_eps: float
+    residual_eps: float
     linear: Linear
 
 
@@ -158,9 +160,17 @@ class Block(ABC):
         """The first size that has no INT8 kernel, and those that have; None: all have."""
         return None
 
-    def check_widths(self, check: Callable[[int], Any]) -> None:
-        """Call `check` with every width that a recipe rotates; it raises where it cannot."""
-        check(self.width)
+    def check_widths(self, check: Callable[[str, int], Any]) -> None:
+        """Call `check` with name and size of every width of its linear layers."""
+        check("width", self.width)
+
+    def require_rotations(self, recipe: QuantConfig) -> None:
+        """Raises UsageError where the recipe rotates something that has no rotation here."""
+        return None
+
+    def kept_in_fp16(self, recipe: QuantConfig) -> dict[str, str]:
+        """Statistics of what the ops of every quantized method pass on in FP16 -> words for it."""
+        return {f"in_proj.{part}": f"the {part} that in_proj gives" for part in self.parts}
 
     # --- in floating point ---
 
@@ -271,7 +281,7 @@ def norm(
     """residual' and the INT8 input of the linear behind; `scale` names its static scale."""
     residual, *u = RMS_NORM(
         *(hidden, residual, *static(p, scale)),
-        eps=context.norm_eps,
+        eps=context.residual_eps,
         rounding="half_even",
         scaling=context.recipe.input_scaling,
     )
@@ -283,8 +293,10 @@ def linear(p: Parameters, name: str, x: Int8Input, recipe: QuantConfig) -> Any:
     scale, bias = p[f"{name}.scale"], p[f"{name}.bias"]
     if f"{name}.packed" in p:
         packed, group_scale = p[f"{name}.packed"], p[f"{name}.group_scale"]
-        return LINEAR_W4(*x, packed, group_scale, scale, bias, group_size=recipe.group_size)
-    return LINEAR(*x, p[f"{name}.weight"], scale, bias)
+        y = LINEAR_W4(*x, packed, group_scale, scale, bias, group_size=recipe.group_size)
+    else:
+        y = LINEAR(*x, p[f"{name}.weight"], scale, bias)
+    return see(f"the output of {name}", y)
 
 
 def require_sizes(owner: Any, *names: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,9 @@ class Description:
         vocab_size: rows of the embedding, padding included.
         blocks: in their order.
         norm_eps: of the norms before the blocks and of the last one.
+        residual_scale: a power of two, the unit that the residual stream is kept in: what is added
+            to it is stored times this, and the norms that read it take eps times its square, which
+            computes the same.
 
     Raises CheckpointError when the sizes do not fit together.
     """
@@ -32,18 +36,24 @@ class Description:
     blocks: tuple[Block, ...]
     norm_eps: float = 1e-5
     tie_embeddings: bool = True
+    residual_scale: float = 1.0
 
     def __post_init__(self) -> None:
         require_sizes(self, "d_model", "vocab_size")
         if not self.blocks:
             raise CheckpointError("n_layer must be a positive integer, not 0.")
-        if not self.norm_eps > 0.0:
+        if not 0.0 < self.norm_eps < math.inf:
             raise CheckpointError(f"norm_eps must be positive, not {self.norm_eps!r}.")
 
     @property
     def n_layer(self) -> int:
         """Number of blocks."""
         return len(self.blocks)
+
+    @property
+    def residual_eps(self) -> float:
+        """Of the norms that read the residual stream."""
+        return self.norm_eps * self.residual_scale**2
 
     @property
     def prompt_multiple(self) -> int:
@@ -74,6 +84,7 @@ class Description:
             "vocab_size": self.vocab_size,
             "norm_eps": self.norm_eps,
             "tie_embeddings": self.tie_embeddings,
+            "residual_scale": self.residual_scale,
             "blocks": [{"count": count, **block.to_dict()} for block, count in runs],
         }
 

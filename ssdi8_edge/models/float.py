@@ -18,9 +18,9 @@ class FloatModel(nn.Module):
         d_model, vocab_size = description.d_model, description.vocab_size
         self.embedding = nn.Embedding(vocab_size, d_model)
         self.layers = nn.ModuleList(
-            block.float_block(d_model, description.norm_eps) for block in description.blocks
+            block.float_block(d_model, description.residual_eps) for block in description.blocks
         )
-        self.norm_f = RMSNorm(d_model, description.norm_eps)
+        self.norm_f = RMSNorm(d_model, description.residual_eps)
         self.lm_head = nn.Linear(d_model, vocab_size, bias=False)
         nn.init.normal_(self.embedding.weight, std=0.02)
         if description.tie_embeddings:
@@ -54,6 +54,6 @@ class FloatModel(nn.Module):
 def load_block(description: Description, index: int, layer: Layer) -> FloatBlock:
     """Block `index` of the model, sharing the given FP32 tensors."""
     with torch.device("meta"):
-        block = description.blocks[index].float_block(description.d_model, description.norm_eps)
+        block = description.blocks[index].float_block(description.d_model, description.residual_eps)
     block.load_state_dict(layer, assign=True)
     return block.eval().requires_grad_(False)

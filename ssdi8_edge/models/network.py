@@ -28,8 +28,11 @@ from ssdi8_edge.models.block import (
     norm,
 )
 from ssdi8_edge.models.description import Description
-from ssdi8_edge.ops import fp16
+from ssdi8_edge.numerics.fp16_range import IN_FP32, RangeWatch, enter, see, watched
+from ssdi8_edge.ops import baseline
+from ssdi8_edge.ops.glue import EMBEDDING, LAST_POSITIONS, LOGITS
 from ssdi8_edge.ops.linear import LINEAR
+from ssdi8_edge.recipes.presets import DEFAULT_METHOD
 from ssdi8_edge.recipes.recipe import QuantConfig
 
 Scope = Callable[[str], AbstractContextManager[Any]]
@@ -41,9 +44,13 @@ def run_block(
     """One block: hidden (B, L, D) FP16 and residual (B, L, D) FP32 in, their successors out."""
     recipe = context.recipe
     if not recipe.quantized:
-        residual, u = fp16.RMS_NORM(hidden, residual, p[NORM], eps=context.norm_eps)
-        r, states = block.inner(p, context, fp16.LINEAR(u, p[IN_PROJ]), states)
-        return fp16.LINEAR(r, p[OUT_PROJ]), residual, states
+        residual, u = baseline.RMS_NORM(hidden, residual, p[NORM], eps=context.residual_eps)
+        see("the input of in_proj", u)
+        projected = see("the output of in_proj", baseline.LINEAR(u, p[IN_PROJ]))
+        r, states = block.inner(p, context, projected, states)
+        see("the input of out_proj", r)
+        out = see("the output of out_proj", baseline.LINEAR(r, p[OUT_PROJ]))
+        return out, residual, states
     residual, r, states = run_to_out_proj(block, p, context, hidden, residual, states)
     return context.linear(p, "out_proj", r, recipe), residual, states
 
@@ -60,10 +67,15 @@ def run_to_out_proj(
 def run_head(p: Parameters, context: Context, hidden: Any, residual: Any) -> Any:
     """Final norm and lm_head: logits (B, L, V) FP32."""
     if context.recipe.lm_head == "fp16":
-        _, normed = fp16.RMS_NORM(hidden, residual, p["norm_f.weight"], eps=context.norm_eps)
-        return fp16.LOGITS(fp16.LINEAR(normed, p["lm_head.weight"]))
-    _, u = norm(p, "norm_f.scale", context, hidden, residual)
-    return fp16.LOGITS(LINEAR(*u, p["lm_head.weight"], p["lm_head.scale"], p["lm_head.bias"]))
+        _, normed = baseline.RMS_NORM(
+            hidden, residual, p["norm_f.weight"], eps=context.residual_eps
+        )
+        see("the input of lm_head", normed)
+        logits = baseline.LINEAR(normed, p["lm_head.weight"])
+    else:
+        _, u = norm(p, "norm_f.scale", context, hidden, residual)
+        logits = LINEAR(*u, p["lm_head.weight"], p["lm_head.scale"], p["lm_head.bias"])
+    return LOGITS(see("the logits", logits))
 
 
 def run_model(
@@ -80,16 +92,18 @@ def run_model(
 
     `layer(i)` gives the parameters of block i; `top` those outside the blocks.
     """
-    hidden, residual = fp16.EMBEDDING(top["embedding.weight"], input_ids)
+    hidden, residual = EMBEDDING(top["embedding.weight"], input_ids)
     new_states = []
     for i, (block, carried) in enumerate(zip(blocks, states, strict=True)):
+        enter(f"layers.{i}")
         with scope(f"layers.{i}"):
             hidden, residual, carried = run_block(
                 block, layer(i), context, hidden, residual, carried
             )
         new_states.append(carried)
+    enter("head")
     with scope("head"):
-        hidden, residual = fp16.LAST_POSITIONS(hidden, residual, keep)
+        hidden, residual = LAST_POSITIONS(hidden, residual, keep)
         logits = run_head(top, context, hidden, residual)
     return logits, new_states
 
@@ -106,7 +120,7 @@ class QuantizedModel:
     ) -> None:
         self.description = description
         self.recipe = recipe
-        self._context = Context(recipe, description.norm_eps, linear)
+        self._context = Context(recipe, description.residual_eps, linear)
         self._top: dict[str, Any] = {}
         self._layers: list[dict[str, Any]] = [{} for _ in description.blocks]
         for name, tensor in tensors.items():
@@ -149,3 +163,20 @@ class QuantizedModel:
                 torch.tensor(keep),
                 scope,
             )
+
+
+def watched_model(
+    model: QuantizedModel, tell: Callable[[str], None] | None = None
+) -> AbstractContextManager[RangeWatch]:
+    """Inside, `model` raises CheckpointError where a tensor leaves FP16, and names it.
+
+    `tell` is handed the sentence instead.
+    """
+    recipe = model.recipe
+    remedy = (
+        "calibrate on text like this; if it stays so, " + IN_FP32
+        if recipe.quantized
+        else f"choose --method {DEFAULT_METHOD}, which scales what the residual stream takes; "
+        "`evaluate` of the checkpoint itself computes in FP32."
+    )
+    return watched(recipe.name, remedy, tell)

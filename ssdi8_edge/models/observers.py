@@ -38,6 +38,8 @@ class Observers:
                 self.update(f"in_proj.{part}", rows.abs().amax())
         elif name == "r":
             self.whole("r", transform(value))
+        elif name == "out":
+            self.update("out", value.abs().amax())
 
     def statistics(self) -> dict[str, Tensor]:
         """All that was seen: maxima, and as `<name>_mse` the ranges of least squared error."""

@@ -22,6 +22,11 @@ def rotate_head(weight: Tensor, norm_f: Tensor) -> Tensor:
     return transform(weight.double() * norm_f.double()).float()
 
 
+def scale_output(layer: Layer, scale: float) -> Layer:
+    """The same block, whose output is in units of a residual stream times `scale`."""
+    return {**layer, OUT_PROJ: layer[OUT_PROJ] * scale}
+
+
 def rotate_layer(layer: Layer) -> Layer:
     """One block in the rotated residual basis, its input still unrotated at out_proj.
 

@@ -39,6 +39,20 @@ def _sylvester(order: int) -> Tensor:
     return h
 
 
+def exists(n: int) -> bool:
+    """Whether a Hadamard matrix of order n is constructed here."""
+    return any(n % base == 0 and (n // base).bit_count() == 1 for base in _BASE_ORDERS)
+
+
+def require(name: str, n: int, remedy: str) -> None:
+    """Raises UsageError if no Hadamard matrix has the order n of the size `name`."""
+    if not exists(n):
+        raise UsageError(
+            f"{name} = {n} has no Hadamard rotation here, which needs 2^k, 12·2^k or 20·2^k;",
+            remedy,
+        )
+
+
 @functools.cache
 def factors(n: int) -> tuple[Tensor, Tensor]:
     """Matrices (A, B) of ±1 in FP64 with H_n = A ⊗ B, of nearly equal orders.

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from ssdi8_edge.ops.baseline import BASELINE_OPS
 from ssdi8_edge.ops.causal_conv1d import CAUSAL_CONV1D
-from ssdi8_edge.ops.chunk_cumsum import CHUNK_CUMSUM
-from ssdi8_edge.ops.chunk_scan import CHUNK_SCAN
-from ssdi8_edge.ops.chunk_state import CHUNK_STATE
-from ssdi8_edge.ops.fp16 import FP16_OPS
+from ssdi8_edge.ops.glue import GLUE_OPS
 from ssdi8_edge.ops.linear import LINEAR, LINEAR_W4
 from ssdi8_edge.ops.op import Op
 from ssdi8_edge.ops.rms_norm import RMS_NORM
 from ssdi8_edge.ops.rms_norm_gated import RMS_NORM_GATED
-from ssdi8_edge.ops.ssd_scan import SSD_SCAN
-from ssdi8_edge.ops.state_passing import STATE_PASSING
+from ssdi8_edge.ops.ssd.chunk_state import CHUNK_STATE
+from ssdi8_edge.ops.ssd.cumsum import CHUNK_CUMSUM
+from ssdi8_edge.ops.ssd.fused import SSD_SCAN
+from ssdi8_edge.ops.ssd.passing import STATE_PASSING
+from ssdi8_edge.ops.ssd.scan import CHUNK_SCAN
 
 OPS: dict[str, Op] = {
     op.name: op
@@ -27,6 +28,7 @@ OPS: dict[str, Op] = {
         CHUNK_SCAN,
         SSD_SCAN,
         RMS_NORM_GATED,
-        *FP16_OPS,
+        *GLUE_OPS,
+        *BASELINE_OPS,
     )
 }

@@ -1,4 +1,4 @@
-"""What an op is: one name, a torch reference, and an ONNX function body.
+"""What an op is: one name, a torch reference, an ONNX function body, and a CUDA kernel.
 
 Calling an op on torch tensors computes its reference, or runs its CUDA kernel where the tensors are
 on a GPU and the kernel library is built. Calling it on `GraphValue`s appends one node to the graph
@@ -13,6 +13,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
+
+from ssdi8_edge.ops.kernel_library import Kernel, kernel_for
 
 DOMAIN = "ssdi8"
 
@@ -52,6 +54,7 @@ class Op:
         outputs: names of the outputs.
         reference: the torch function; its docstring is the specification.
         body: ONNX statements computing `outputs` from the inputs.
+        kernel: what runs it on a GPU, given the reference's arguments by name; None: the reference.
         plugin: TensorRT runs it as a plugin of the same name; otherwise the body is inlined.
     """
 
@@ -59,6 +62,7 @@ class Op:
     outputs: tuple[str, ...]
     reference: Callable[..., Any]
     body: Body
+    kernel: Kernel | None = None
     plugin: bool = True
 
     @functools.cached_property
@@ -79,13 +83,12 @@ class Op:
         if isinstance(inputs[0], GraphValue):
             outputs = inputs[0].graph.emit(self, inputs, attributes)
             return outputs if len(outputs) > 1 else outputs[0]
-        kernel = None
-        if inputs[0].is_cuda:
-            # Here, since that file imports this one.
-            from ssdi8_edge.ops.kernel_library import kernel_for
-
-            kernel = kernel_for(self)
+        kernel = self.runnable_kernel() if inputs[0].is_cuda else None
         return (kernel or self.reference)(*inputs, **attributes)
+
+    def runnable_kernel(self, variant: int = 0) -> Callable[..., Any] | None:
+        """The kernel as a function like the reference, if it can run here: see `kernel_for`."""
+        return kernel_for(self.kernel, self.reference, variant)
 
     def function_text(
         self, n_inputs: int, attributes: Attributes, form: BodyForm, opset: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ssdi8_edge.numerics import hadamard
@@ -9,8 +10,9 @@ from ssdi8_edge.numerics.formats import Rounding, Scaling
 from ssdi8_edge.numerics.int8 import quantize_tokens
 from ssdi8_edge.ops import onnx_text as t
 from ssdi8_edge.ops.causal_conv1d import silu, silu_lines
+from ssdi8_edge.ops.kernel_library import Call, launch, require
 from ssdi8_edge.ops.op import Attributes, BodyForm, Op
-from ssdi8_edge.ops.rms_norm import rms_lines
+from ssdi8_edge.ops.rms_norm import rms_lines, token_scale
 
 
 def gated_norm(
@@ -85,9 +87,21 @@ def _body(a: Attributes, form: BodyForm) -> str:
     )
 
 
+def _kernel(call: Call) -> tuple[Tensor, Tensor]:
+    *rows, row = call.zxbcdt.shape
+    require(call, torch.float16, y=(*rows, call.d_inner), zxbcdt=(*rows, row))
+    require(call, torch.float32, weight=(call.d_inner,))
+    call.quantized = torch.empty(call.y.shape, dtype=torch.int8, device=call.y.device)
+    call.token_scale = token_scale(call, tuple(rows), call.y.device)
+    call.tokens, call.row_stride = call.y[..., 0].numel(), row
+    launch("rms_norm_gated", call, call.y.device)
+    return call.quantized, call.token_scale
+
+
 RMS_NORM_GATED = Op(
     name="Ssdi8RmsNormGated",
     outputs=("quantized", "token_scale"),
     reference=rms_norm_gated_reference,
     body=_body,
+    kernel=_kernel,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -198,8 +199,9 @@ class Drawing:
             for method, points in self._data.of(setup).items():
                 evaluation = self._data.evaluation(setup.model, method)
                 speed = {p.length: p.timing.tokens_per_s for p in points}.get(length or 0)
-                if evaluation and evaluation.perplexity and speed:
-                    spots.append((method, self._colours[method], speed, evaluation.perplexity))
+                perplexity = evaluation.perplexity if evaluation else None
+                if perplexity and math.isfinite(perplexity) and speed:
+                    spots.append((method, self._colours[method], speed, perplexity))
             if len(spots) > 1:
                 caption = f"Accuracy beside speed: {setup}"
                 picture = scatter(

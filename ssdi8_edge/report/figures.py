@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import math
 
+from ssdi8_edge.ground.decimals import fixed
+
 ABSENT = "–"
 MOST_DECIMALS = 6
+HUGE = 1e9
 
 
 def figures(value: float, digits: int = 3) -> str:
-    """So many significant digits, without an exponent."""
+    """So many significant digits; with an exponent only where the number is huge."""
     if value == 0 or not math.isfinite(value):
         return "0" if value == 0 else str(value)
+    if abs(value) >= HUGE:
+        return f"{value:.{digits - 1}e}"
     decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
     if decimals > MOST_DECIMALS and round(value, MOST_DECIMALS) == 0:
         return "0"
@@ -31,4 +36,4 @@ def between(low: float, high: float, unit: float = 1.0) -> str:
 
 def percent(share: float | None) -> str:
     """A signed change."""
-    return ABSENT if share is None else f"{share:+.2%}".replace("%", " %")
+    return ABSENT if share is None else f"{fixed(share * 100, 2, sign=True)} %"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,9 @@ from pydantic import ValidationError
 from ssdi8_edge.boards.points.points import PointId, read_points
 from ssdi8_edge.boards.points.records import Measured, Point, Profile, model_name, plain
 from ssdi8_edge.ground.artifacts import BUNDLE, MANIFEST
+from ssdi8_edge.ground.decimals import change
 from ssdi8_edge.ground.errors import UsageError
+from ssdi8_edge.ground.json_text import number_of
 from ssdi8_edge.report.values import OTHER
 
 BASELINE = "fp16"
@@ -284,12 +285,13 @@ def _evaluations(rows: Sequence[Mapping[str, Any]], model: str | None) -> Iterab
         for row in rows:
             if str(row.get("model")) != method:
                 continue
-            perplexity, accuracy = (_number(row.get(figure)) for figure in FIGURES)
-            if perplexity:
+            perplexity, accuracy = (_number(number_of(row, figure)) for figure in FIGURES)
+            if perplexity is not None:
                 text = _text_name(row)
                 perplexities[text] = perplexity
-                if text in first:
-                    changes[text] = perplexity / first[text] - 1
+                relative = change(perplexity, first.get(text, 0.0))
+                if relative is not None:
+                    changes[text] = relative
                 first.setdefault(text, perplexity)
             elif accuracy is not None:
                 tasks = row.get("task", "average")
@@ -309,6 +311,5 @@ def _text_name(row: Mapping[str, Any]) -> str:
 
 
 def _number(value: object) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        return None
-    return float(value)
+    """A figure, infinite and NaN included, which a model's may be."""
+    return None if isinstance(value, bool) or not isinstance(value, (int, float)) else float(value)

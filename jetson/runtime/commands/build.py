@@ -80,6 +80,7 @@ def parse(arguments: Sequence[str], default_bundle: Path) -> argparse.Namespace:
     add("--force", action="store_true", help="build also where an engine fits")
     add("--no-memory-check", action="store_true", help="build though memory seems too small")
     add("--json", action="store_true", help="one JSON object on stdout")
+    add("--debug", action="store_true", help="show where a failure happened")
     return parser.parse_args(arguments)
 
 
@@ -101,6 +102,12 @@ class _Job:
 def build(options: argparse.Namespace) -> int:
     """Build, or find that nothing is to be done; returns the exit code."""
     bundle = open_bundle(options.bundle)
+    if bundle.runtime != "tensorrt":
+        raise BundleProblem(
+            f"bundle {bundle.name} is for a CPU and has no TensorRT engine to build",
+            "run it as it is with run_engine.py, or pack one for a Jetson: ssdi8-edge build"
+            " --target orin-nx",
+        )
     shapes = _target_shapes(bundle)
     bundle.check_files(hash_up_to=None)
     trt = import_tensorrt()

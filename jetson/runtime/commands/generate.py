@@ -5,16 +5,19 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from runtime.backend import Backend, BackendOptions, open_backend
 from runtime.bundle import Bundle, BundleProblem
-from runtime.console import print_json
+from runtime.console import print_json, stdin
 from runtime.generate import Step, Timings, generate
 from runtime.machine import this_machine
-from runtime.sampling import Sampler
+from runtime.sampling import Sampler, settings
+from runtime.stop import StopTexts
 from runtime.text import TextCodec, TextStream
 
 INTERRUPTED = 130
@@ -22,12 +25,15 @@ INTERRUPTED = 130
 
 @dataclass
 class Output:
-    """What a run has produced so far; Ctrl-C ends it early and loses nothing."""
+    """What a run has produced so far; Ctrl-C ends it early and loses nothing.
+
+    A stop text is among the tokens, and not in the text.
+    """
 
     tokens: list[int] = field(default_factory=list)
     text: str = ""
     seconds: list[float] = field(default_factory=list)  # of each step
-    finish: str = "length"  # or "stop" at the end of the text, "interrupt" at Ctrl-C
+    finish: str = "length"  # or "stop" at end or stop text, "interrupt" at Ctrl-C
 
 
 def run(bundle: Bundle, options: argparse.Namespace) -> int:
@@ -38,11 +44,10 @@ def run(bundle: Bundle, options: argparse.Namespace) -> int:
     prompt = codec.encode(text)
     backend, load_s = open_timed(bundle, options)
     try:
-        steps = generate(
-            *(backend, bundle, prompt, sampler(codec, options)),
-            *(options.max_new_tokens, codec.end_id),
-        )
-        output = collect(steps, codec, stream=not options.json)
+        sample = sampler(codec, options)
+        sample.read(prompt)
+        steps = generate(backend, bundle, prompt, sample, options.max_new_tokens, codec.end_ids)
+        output = collect(steps, codec, prompt, options.stop, stream=not options.json)
     finally:
         backend.close()
 
@@ -57,13 +62,8 @@ def run(bundle: Bundle, options: argparse.Namespace) -> int:
                 "notes": list(backend.notes),
                 "machine": asdict(machine),
                 "threads": options.threads,
-                "sampling": {
-                    "max_new_tokens": options.max_new_tokens,
-                    "temperature": options.temperature,
-                    "top_k": options.top_k,
-                    "top_p": options.top_p,
-                    "seed": options.seed,
-                },
+                "sampling": settings(vars(options)),
+                "stop": options.stop,
                 "prompt": text,
                 "text": output.text,
                 "tokens": output.tokens,
@@ -101,40 +101,52 @@ def open_timed(
 
 def sampler(codec: TextCodec, options: argparse.Namespace) -> Sampler:
     """As the options ask."""
-    return Sampler(
-        codec.vocabulary, options.temperature, options.top_k, options.top_p, options.seed
-    )
+    return Sampler(codec.vocabulary, **settings(vars(options)))
 
 
 def collect(
     steps: Iterator[Step],
     codec: TextCodec,
+    prompt: np.ndarray,
+    stops: Sequence[str],
     stream: bool,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Output:
-    """Run `steps` to their end; with `stream`, print the text as it comes.
+    """Run `steps` after `prompt` (1, l) to their end or to one of `stops`.
+
+    With `stream`, print the text as it comes.
 
     `stopped` is asked after each token; Ctrl-C stops as well.
     """
     output = Output()
-    text_stream = TextStream(codec)
+    text_stream, stop = TextStream(codec, prompt[0].tolist()), StopTexts(stops)
+
+    def give(new_text: str) -> None:
+        output.text += new_text
+        if stream:
+            print(new_text, end="", flush=True)
+
     try:
         for step in steps:
             output.seconds.append(step.seconds)
-            if step.token == codec.end_id:
+            if step.token in codec.end_ids:
                 output.finish = "stop"
                 break
             output.tokens.append(step.token)
-            new_text = text_stream.add(step.token)
-            output.text += new_text
-            if stream:
-                print(new_text, end="", flush=True)
+            give(stop.add(text_stream.add(step.token)))
+            if stop.found:
+                output.finish = "stop"
+                break
             if stopped():
                 output.finish = "interrupt"
                 break
     except KeyboardInterrupt:
         output.finish = "interrupt"
     finally:
+        if not stop.found:
+            give(stop.add(text_stream.finish()) + stop.flush())
+            if stop.found:
+                output.finish = "stop"
         if stream:
             print(flush=True)
     return output
@@ -162,11 +174,11 @@ def _read_prompt(options: argparse.Namespace) -> str:
     try:
         if source is None:
             text = options.prompt
-            text.encode("utf-8")  # bytes that are no text arrive as lone surrogates and fail here
         else:
-            raw = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
-            # Editors end a file with a newline that is no part of the prompt.
-            text = raw.decode("utf-8").removesuffix("\n").removesuffix("\r")
+            raw = stdin().buffer.read() if source == "-" else Path(source).read_bytes()
+            # Editors begin a file with a byte order mark, and end it with a newline, that are no
+            # part of the prompt.
+            text = raw.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
     except UnicodeError as error:
         raise BundleProblem(f"the prompt is not UTF-8 ({error})", "convert it") from error
     except OSError as error:

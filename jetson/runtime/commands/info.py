@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from runtime.bundle import Bundle, BundleProblem
-from runtime.console import pairs, print_json, size
+from runtime.console import pairs, print_json, size, visible
 from runtime.engine_store import STORE, engines_in
 
 
@@ -37,22 +37,26 @@ def run(bundle: Bundle, options: argparse.Namespace) -> int:
         print_json(report)
         return 0
     largest = max(sizes, key=lambda name: sizes[name])
-    print(f"bundle   {bundle.name}")
-    print(f"model    {pairs(report['model'])}")
-    print(f"recipe   {pairs(report['recipe'])}")
-    print(f"target   {pairs(report['target'])}")
-    print(
+    _print(f"bundle   {bundle.name}")
+    _print(f"model    {pairs(report['model'])}")
+    _print(f"recipe   {pairs(report['recipe'])}")
+    _print(f"target   {pairs(report['target'])}")
+    _print(
         f"size     {size(report['bytes'])} in {len(sizes)} files, largest {largest}"
         f" ({size(sizes[largest])}); {size(state_bytes)} of state per sequence"
     )
-    print(f"created  {pairs(report['created'])}")
+    _print(f"created  {pairs(report['created'])}")
     for step in report["steps"]:
-        print(f"ran      {pairs(step)}")
+        _print(f"ran      {pairs(step)}")
     for step in report["not_run"]:
-        print(f"not run  {step}")
+        _print(f"not run  {step}")
     for engine in report["engines"]:
-        print(f"engine   {pairs(engine)}")
+        _print(f"engine   {pairs(engine)}")
     return 0
+
+
+def _print(line: str) -> None:
+    print(visible(line))  # a manifest may say anything
 
 
 def _engines(bundle: Bundle, options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -27,7 +27,7 @@ inline int make_shape(const char* op, int batch, int length, int nheads, int hea
   if (chunk != 64 && chunk != 128 && chunk != 256) {
     return refuse("%s: chunk_size %d, not 64, 128 or 256", op, chunk);
   }
-  if (rounding != SSDI8_HALF_EVEN && rounding != SSDI8_HALF_AWAY) {
+  if (rounding != SSDI8_ROUNDING_HALF_EVEN && rounding != SSDI8_ROUNDING_HALF_AWAY) {
     return refuse("%s: rounding %d", op, rounding);
   }
   if (scaling != SSDI8_SCALING_STATIC && scaling != SSDI8_SCALING_DYNAMIC &&
@@ -42,7 +42,7 @@ inline int make_shape(const char* op, int batch, int length, int nheads, int hea
             d_state,
             chunk,
             static_cast<int>(ceil_div(length, chunk)),
-            rounding == SSDI8_HALF_AWAY,
+            rounding == SSDI8_ROUNDING_HALF_AWAY,
             scaling == SSDI8_SCALING_DYNAMIC,
             scaling == SSDI8_SCALING_NONE};
   return SSDI8_OK;

@@ -14,7 +14,7 @@ from ssdi8_edge.boards.facts.interpreter import (
     question,
     questions,
 )
-from ssdi8_edge.boards.facts.power_modes import parse_nvpmodel_conf, parse_nvpmodel_query
+from ssdi8_edge.boards.facts.power_modes import current_mode, offered_modes
 from ssdi8_edge.boards.facts.telemetry import (
     ina3221_rails_w,
     l4t_release,
@@ -38,6 +38,8 @@ MODULE_SMS = {
     "p3701-0005": 16,
 }
 JETPACKS = {
+    "35.2.1": "5.1",
+    "35.3.1": "5.1.1",
     "35.4.1": "5.1.2",
     "35.5.0": "5.1.3",
     "35.6.0": "5.1.4",
@@ -153,6 +155,7 @@ def read_facts(connection: Connection) -> BoardFacts:
         **questions(connection, MODULES),
         "python3": question("python3", MODULES),
         "mode": ["nvpmodel", "-q"],
+        "modes": ["nvpmodel", "-p", "--verbose"],
         "root": ["sudo", "-n", "true"],
         "uname": ["uname", "-mr"],
         **{tool: ["sh", "-c", f"command -v {tool}"] for tool in TOOLS},
@@ -161,8 +164,8 @@ def read_facts(connection: Connection) -> BoardFacts:
     files = found.files
     l4t = l4t_release(files.get("/etc/nv_tegra_release", ""))
     kernel, _, machine = found.tools.get("uname", "").strip().partition(" ")
-    mode = parse_nvpmodel_query(found.tools.get("mode", ""))
-    modes = parse_nvpmodel_conf(files.get("/etc/nvpmodel.conf", "")).modes
+    modes = offered_modes(files.get("/etc/nvpmodel.conf", ""), found.tools.get("modes", ""))
+    mode = current_mode(found.tools.get("mode", ""), modes)
     clocks = _clocks(files)
     memory = memory_mb(files.get("/proc/meminfo", ""))
     return BoardFacts(
@@ -186,7 +189,7 @@ def read_facts(connection: Connection) -> BoardFacts:
         tools=[tool for tool in TOOLS if tool in found.tools and tool not in found.failed],
         root="root" in found.tools and "root" not in found.failed,
         power_mode=mode.name if mode else None,
-        power_modes=[mode.name for mode in modes],
+        power_modes=[mode.name for mode in modes.modes],
         sms=_powered_sms(files.get("/sys/devices/platform/gpu.0/tpc_pg_mask")),
         gpu_mhz=clocks.get("cur_freq"),
         gpu_max_mhz=clocks.get("max_freq"),

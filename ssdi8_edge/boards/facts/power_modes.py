@@ -8,13 +8,20 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+# `< POWER_MODEL ID=0 NAME=15W >` in nvpmodel.conf; `POWER_MODEL: ID=0 NAME=15W` as listed.
 _MODE = re.compile(
-    r"POWER_MODEL:?\s{1,8}ID\s{0,8}=\s{0,8}([0-9]{1,4})\s{1,8}NAME\s{0,8}=\s{0,8}([^\s<>]{1,64})"
+    r"(?i)POWER_MODEL\s{0,8}:?\s{1,8}ID\s{0,8}=\s{0,8}([0-9]{1,4})\s{1,8}"
+    r"NAME\s{0,8}=\s{0,8}([^\s<>=](?:[^<>=]{0,62}[^\s<>=])?)\s{0,8}(?:>|$)"
 )
-_DEFAULT = re.compile(r"<\s{0,8}PM_CONFIG\s{1,8}DEFAULT\s{0,8}=\s{0,8}([0-9]{1,4})")
-_CURRENT = re.compile(r"(?m)^\s{0,8}NV Power Mode:\s{0,8}(\S{1,64})\s{0,8}$")
+_DEFAULT = re.compile(
+    r"(?i)<\s{0,8}PM_CONFIG\s{1,8}DEFAULT\s{0,8}=\s{0,8}([^\s<>](?:[^<>]{0,62}[^\s<>])?)\s{0,8}>"
+)
+_CURRENT = re.compile(r"(?im)^[ \t]{0,8}NV Power Mode:[ \t]{0,8}([^\r\n]{0,64}?)\s{0,8}$")
 _GPU_LIMITS = re.compile(
     r"(?m)^GPU MinFreq=([0-9]{1,12}) MaxFreq=([0-9]{1,12}) CurrentFreq=([0-9]{1,12})"
+)
+_LIMITS = re.compile(
+    r"(?m)^[ \t]{0,8}([A-Za-z]\w{0,31})\b[^\n]{0,200}?\bMinFreq=([0-9]{1,12}) MaxFreq=([0-9]{1,12})"
 )
 _TPCS = re.compile(r"(?m)^Active GPU TPCs:\s{0,8}([0-9]{1,3})\s{0,8}$")
 SMS_PER_TPC = 2
@@ -43,19 +50,44 @@ class Modes:
 def parse_nvpmodel_conf(text: str) -> Modes:
     """The modes of an nvpmodel.conf, or as `nvpmodel -p --verbose` lists them, in their order.
 
-    Of two with one id or name the first counts.
+    Behind a # is a comment, and a mode in it is none. Of two with one id or name the first counts.
     """
     modes: list[Mode] = []
-    for number, name in _MODE.findall(text):
-        if all(int(number) != m.id and name.casefold() != m.name.casefold() for m in modes):
-            modes.append(Mode(int(number), name))
-    match = _DEFAULT.search(text)
-    wanted = int(match[1]) if match else None
-    return Modes(tuple(modes), next((m for m in modes if m.id == wanted), None))
+    default = None
+    for line in text.splitlines():
+        statement = line.partition("#")[0]
+        if match := _MODE.search(statement):
+            number, name = int(match[1]), match[2]
+            if all(number != m.id and name.casefold() != m.name.casefold() for m in modes):
+                modes.append(Mode(number, name))
+        elif match := _DEFAULT.search(statement):
+            default = default or match[1]
+    wanted = (default or "").casefold()
+    return Modes(
+        tuple(modes), next((m for m in modes if wanted in (str(m.id), m.name.casefold())), None)
+    )
+
+
+def offered_modes(conf: str, listing: str) -> Modes:
+    """The modes of nvpmodel.conf or, where it has none, of `nvpmodel -p --verbose`."""
+    modes = parse_nvpmodel_conf(conf)
+    return modes if modes.modes else parse_nvpmodel_conf(listing)
+
+
+def current_mode(query: str, modes: Modes) -> Mode | None:
+    """The mode that `nvpmodel -q` tells; by the name in `modes` where the tool prints none."""
+    mode = parse_nvpmodel_query(query)
+    if mode is None or mode.name:
+        return mode
+    return next((known for known in modes.modes if known.id == mode.id), None)
 
 
 def parse_nvpmodel_query(text: str) -> Mode | None:
-    """The current mode from `nvpmodel -q`: its name on one line, its id alone on a later one."""
+    """The current mode from `nvpmodel -q`: its name on one line, its id alone on a later one.
+
+    Warnings and errors may stand before, between and behind them. The name is empty where the tool
+    prints none.
+    """
     match = _CURRENT.search(text)
     if not match:
         return None
@@ -69,6 +101,15 @@ def needs_reboot(text: str) -> bool:
     The wording varies, so two of its words are enough.
     """
     return re.search(r"(?i)reboot\s{1,8}required|want\s{1,8}to\s{1,8}reboot", text) is not None
+
+
+def clock_limits(text: str) -> tuple[str, ...] | None:
+    """What jetson_clocks changes and `--show` tells of it, one string a clock; None if nothing.
+
+    Without what changes by itself: current clocks and loads.
+    """
+    found = _LIMITS.findall(text)
+    return tuple(f"{name} {low} {high}" for name, low, high in found) or None
 
 
 @dataclass(frozen=True)

@@ -17,16 +17,21 @@ _NUMBER = r"-?[0-9]{1,9}(?:\.[0-9]{1,9})?"
 _COUNT = r"[0-9]{1,9}"
 
 _RAM = re.compile(rf"\bRAM ({_COUNT})/({_COUNT})MB")
-_LARGEST_BLOCK = re.compile(rf"\(lfb ({_COUNT})x({_COUNT})MB\)")
+_LARGEST_BLOCK = re.compile(rf"\(lfb ({_COUNT})x({_COUNT})([kM])B\)")
 _SWAP = re.compile(rf"\bSWAP ({_COUNT})/({_COUNT})MB")
 _CORES = re.compile(r"\bCPU \[([^\]]*)\]")
 _CORE = re.compile(rf"({_COUNT})%(?:@({_COUNT}))?")
-_GPU = re.compile(rf"\bGR3D2?_FREQ(?: ({_COUNT})%)?(?: ?@(?:({_COUNT})|\[([0-9,]{{1,64}})\]))?")
-_EMC = re.compile(rf"\bEMC_FREQ(?: ({_COUNT})%)?(?: ?@({_COUNT}))?")
+# NVIDIA's own description has blanks that its tool does not print: `12 %@[1300, 1290]`.
+_LOAD = rf"(?: ({_COUNT}) ?%)?"
+_GPU = re.compile(rf"\bGR3D2?_FREQ{_LOAD}(?: ?@ ?(?:({_COUNT})|\[([0-9, ]{{1,64}})\]))?")
+_EMC = re.compile(rf"\bEMC_FREQ{_LOAD}(?: ?@ ?({_COUNT}))?")
 _TEMPERATURE = re.compile(
     rf"(?<![\w@%-])([A-Za-z][\w-]{{0,31}})@({_NUMBER})(?:/{_NUMBER})?C(?!\w)", re.ASCII
 )
-_RAIL = re.compile(rf"(?<![\w-])([A-Z][A-Z0-9_]{{1,31}}) ({_NUMBER})mW")
+# `5040mW/5040mW` or, before JetPack 5, `5290/5290`, in mW too; RAM and SWAP end in another unit.
+_RAIL = re.compile(
+    rf"(?<![\w-])([A-Z][A-Z0-9_]{{1,31}}) ({_NUMBER})(?: ?(m?)W(?!\w)|(?:/{_NUMBER}){{1,2}}(?!\S))"
+)
 
 # What tegrastats prints for a sensor that is powered down.
 _SENSOR_OFF_C = -256.0
@@ -34,10 +39,13 @@ _SENSOR_OFF_C = -256.0
 _UNCONNECTED = "NC"
 
 # Rails that carry all that the module takes in.
-MODULE_RAILS = ("VDD_IN", "POM_5V_IN")
-# On AGX Orin no rail does; these three are its inputs. VDDQ_VDD2_1V8AO is fed by VIN_SYS_5V0 and
-# would be counted twice.
-INPUT_RAILS = ("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0")
+MODULE_RAILS = ("VDD_IN", "POM_5V_IN", "VIN")
+# On AGX Orin and AGX Xavier no rail does; these are their inputs. VDDQ_VDD2_1V8AO is fed by
+# VIN_SYS_5V0 and would be counted twice.
+INPUT_RAILS = (
+    ("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0"),
+    ("GPU", "CPU", "SOC", "CV", "VDDRQ", "SYS5V"),
+)
 
 
 @dataclass(frozen=True)
@@ -83,7 +91,7 @@ def parse_tegrastats(line: str) -> Tegrastats | None:
     found = Tegrastats(
         ram_used_mb=_group(ram, 1),
         ram_total_mb=_group(ram, 2),
-        largest_block_mb=_group(block, 2),
+        largest_block_mb=_megabytes(block),
         swap_used_mb=_group(swap, 1),
         cores=tuple(_core(text.strip()) for text in cores[1].split(",")) if cores else None,
         gpu_load_percent=_group(gpus[0], 1) if gpus else None,
@@ -96,7 +104,9 @@ def parse_tegrastats(line: str) -> Tegrastats | None:
             if float(value) != _SENSOR_OFF_C
         },
         rails_w={
-            name: float(value) / 1000 for name, value in _RAIL.findall(line) if name != _UNCONNECTED
+            rail[1]: float(rail[2]) / (1 if rail[3] == "" else 1000)
+            for rail in _RAIL.finditer(line)
+            if rail[1] != _UNCONNECTED
         },
     )
     return None if found == Tegrastats() else found
@@ -104,6 +114,10 @@ def parse_tegrastats(line: str) -> Tegrastats | None:
 
 def _group(match: re.Match[str] | None, number: int) -> float | None:
     return float(match[number]) if match and match[number] is not None else None
+
+
+def _megabytes(block: re.Match[str] | None) -> float | None:
+    return float(block[2]) / (1000 if block[3] == "k" else 1) if block else None
 
 
 def _core(text: str) -> Core:
@@ -118,7 +132,8 @@ def _core(text: str) -> Core:
 def _gpu_clocks(match: re.Match[str]) -> list[float]:
     if match[2]:
         return [float(match[2])]
-    return [float(clock) for clock in (match[3] or "").split(",") if 0 < len(clock) <= 9]
+    clocks = [clock.strip() for clock in (match[3] or "").split(",")]
+    return [float(clock) for clock in clocks if re.fullmatch(_COUNT, clock)]
 
 
 def total_rails(rails: Mapping[str, float]) -> tuple[tuple[str, ...], bool]:
@@ -130,7 +145,8 @@ def total_rails(rails: Mapping[str, float]) -> tuple[tuple[str, ...], bool]:
     for name in MODULE_RAILS:
         if name in rails:
             return (name,), True
-    return tuple(name for name in INPUT_RAILS if name in rails), False
+    known = (tuple(name for name in inputs if name in rails) for inputs in INPUT_RAILS)
+    return max(known, key=len), False
 
 
 # --------------------------------------------------------------------------------------------------

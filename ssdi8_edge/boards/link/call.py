@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Any
 
-from ssdi8_edge.boards.link.process import ERRORS, OUTPUT, Process
+from ssdi8_edge.boards.link.process import ERRORS, OUTPUT, START_S, NotStarted, Process
 from ssdi8_edge.ground.errors import BoardError
 
 _NOISE = 1 << 20  # what a login may print before our mark
 _ANSWER = 1 << 26
 _KEPT_ERRORS = 1 << 16
 _NOT_FOUND = 127  # what a shell exits with
+_NO_PYTHON = re.compile(r"(?i)python3\W+(command )?not found|not found\W+python3")
+_LOGIN_REMEDY = (
+    "let the login scripts there (~/.bashrc, ~/.profile, ~/.zshenv, config.fish, ~/.cshrc) "
+    "{do} in interactive shells alone: [ -t 0 ] before it."
+)
 
 
 class Call:
@@ -31,7 +37,7 @@ class Call:
         self._received = process.receive()
         self._errors = b""
         self._mark = mark.encode() + b"\n"
-        self._marked = False
+        self._started = self._marked = False
         self._buffer = b""
 
     def __enter__(self) -> Call:
@@ -44,6 +50,27 @@ class Call:
         trace: TracebackType | None,
     ) -> None:
         self._process.close()
+
+    def start(self, ready: str, message: bytes) -> None:
+        """Wait until the program says `ready`, whatever a login prints before, and send `message`.
+
+        Raises:
+            LinkLost: the link broke.
+            BoardError: the login there never comes to the program.
+        """
+        try:
+            self._skip_to(ready.encode() + b"\n")
+        except NotStarted as error:
+            said = self._login_said()
+            raise BoardError(
+                f"the login shell of {self._name} did not run our command within {START_S:g} s"
+                f"{f' (it says: {said})' if said else ''}: a login script waits for input, or "
+                "starts another program;",
+                _LOGIN_REMEDY.format(do="read, ask and exec"),
+            ) from error
+        self._started = True
+        self._process.started()
+        self._process.send([message])
 
     # ----------------------------------------------------------------------------------------------
     # a command's own streams
@@ -159,13 +186,41 @@ class Call:
         return False
 
     def _skip_login(self) -> None:
-        while (at := self._buffer.find(self._mark)) < 0:
+        self._skip_to(self._mark)
+        self._marked = True
+
+    def _skip_to(self, mark: bytes) -> None:
+        while (at := self._buffer.find(mark)) < 0:
             if len(self._buffer) > _NOISE:
                 raise self.rubbish(self._buffer)
             if not self._more():
                 raise self._failure()
-        self._buffer = self._buffer[at + len(self._mark) :]
-        self._marked = True
+        self._buffer = self._buffer[at + len(mark) :]
+
+    def _login_said(self) -> str:
+        """The last line before our program, from either stream."""
+        text = (self._errors.strip() or self._buffer.strip()).decode("utf-8", "replace")
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        return "".join(c if c.isprintable() else "?" for c in lines[-1])[:200] if lines else ""
+
+    def _not_begun(self, status: int) -> BoardError:
+        """The login ended and our program never began."""
+        said = self._login_said()
+        if _NO_PYTHON.search(said) or (status == _NOT_FOUND and (not said or "python3" in said)):
+            return BoardError(
+                f"{self._name} has no python3;", "install it there: sudo apt install python3."
+            )
+        what = self._process.what
+        if self._errors.strip():
+            words = f"{what} failed on {self._name}: {said}"
+        else:
+            said = repr(said) if said else f"exit status {status}"
+            words = f"{self._name} answered {what} with {said}, which makes no sense"
+        return BoardError(
+            f"{words} (the login shell ended without running our command);",
+            "give this user a shell there that runs commands (chsh -s /bin/bash), and "
+            + _LOGIN_REMEDY.format(do="exit and exec"),
+        )
 
     def _line(self) -> bytes | None:
         if not self._marked:
@@ -206,10 +261,8 @@ class Call:
             if stream != OUTPUT:
                 self._errors = (self._errors + data)[-_KEPT_ERRORS:]
         status = self._process.exit_status()
-        if status == _NOT_FOUND and not self._marked:
-            return BoardError(
-                f"{self._name} has no python3;", "install it there: sudo apt install python3."
-            )
+        if not self._started:
+            return self._not_begun(status)
         if not self._errors.strip():
             return self.rubbish(self._buffer or f"exit status {status}")
         words = self._errors.decode("utf-8", "replace").strip().splitlines()[-1]

@@ -31,9 +31,10 @@ DEFAULT_STORE = "~/.local/share/ssdi8-edge"
 SILENCE_S = 60.0
 
 _PROGRAMS = Path(__file__).parents[1] / "programs"
-# All that is ever put on a command line; programs and arguments travel on standard input.
+# All that is ever put on a command line: says that it runs, then reads programs and arguments from
+# standard input. Nothing is sent before, so that no login script or other shell reads it.
 _START = (
-    "import json,sys;m=json.loads(sys.stdin.buffer.readline());"
+    'import json,sys;print("READY",flush=True);m=json.loads(sys.stdin.buffer.readline());'
     '[exec(p,globals()) for p in m["programs"]];main(Wire(m["arguments"],m["mark"]))'
 )
 _RETRY_S = (1.0, 2.0, 4.0, 8.0, 15.0)
@@ -74,7 +75,8 @@ class Connection(ABC):
       is skipped.
     * **Threads.** Calls may overlap, from any threads.
 
-    The machine needs a POSIX shell as login shell, and python3 of at least 3.8.
+    The machine needs a login shell that knows `exec` (a POSIX shell, fish, csh), login scripts that
+    do not wait for input, and python3 of at least 3.8.
 
     Attributes:
         name: of the machine, as the user gave it; for messages.
@@ -190,9 +192,16 @@ class Connection(ABC):
             "arguments": {"store": self.store, **arguments},
             "mark": mark,
         }
-        process = Process(self.open_channel(_START), self.name, what, timeout, silence, beats)
-        process.send([json.dumps(message).encode() + b"\n"])
-        return Call(process, self.name, mark)
+        ready = f"ssdi8-edge-{secrets.token_hex(8)}"
+        channel = self.open_channel(_START.replace("READY", ready))
+        process = Process(channel, self.name, what, timeout, silence, beats)
+        call = Call(process, self.name, mark)
+        try:
+            call.start(ready, json.dumps(message).encode() + b"\n")
+        except BaseException:
+            process.close()
+            raise
+        return call
 
     # ----------------------------------------------------------------------------------------------
     # files

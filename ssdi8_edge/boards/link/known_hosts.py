@@ -94,7 +94,7 @@ def _applies(patterns: str, name: str) -> bool:
         negated = pattern.startswith("!")
         # Only * and ? are special here, and brackets mean a port.
         plain = pattern.lstrip("!").replace("[", "[[]")
-        if fnmatch.fnmatchcase(name, plain):
+        if fnmatch.fnmatchcase(name.lower(), plain):
             if negated:
                 return False
             applies = True

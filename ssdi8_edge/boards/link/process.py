@@ -15,6 +15,7 @@ HEARTBEAT = b"\n"
 HEARTBEAT_S = 4.0  # programs on the board give up after `board.wire.SILENCE_S` without one
 _TICK_S = 0.5
 _EXIT_S = 10.0
+START_S = 30.0  # for login scripts and the start of python3 there
 _ORPHANED_S = 2.0
 _QUEUED = 32  # pieces, of at most a megabyte each
 
@@ -65,6 +66,10 @@ class Channel(ABC):
         """Give up the command; reads and writes that wait return."""
 
 
+class NotStarted(Exception):
+    """The command did not begin in time."""
+
+
 class Process:
     """Pumps a channel with threads, so that the caller never blocks without a deadline.
 
@@ -94,6 +99,7 @@ class Process:
         self._to_send: queue.Queue[Iterable[bytes]] = queue.Queue()
         self._open = {OUTPUT, ERRORS}
         self._closed = False
+        self._started = False
         self._feed_error: Exception | None = None
         for stream, read in ((OUTPUT, channel.read), (ERRORS, channel.read_errors)):
             threading.Thread(target=self._pump, args=(stream, read), daemon=True).start()
@@ -112,12 +118,18 @@ class Process:
         """
         self._to_send.put(pieces)
 
+    def started(self) -> None:
+        """The command runs: from now on heartbeats are its own."""
+        self._started = True
+        self._last = time.monotonic()
+
     def receive(self) -> Iterator[tuple[str, bytes]]:
         """(stream, bytes) as they come, until both streams end.
 
         Raises:
             LinkLost: the link broke.
             BoardError: a deadline passed.
+            NotStarted: `started` was not called within `START_S`.
         """
         while self._open:
             try:
@@ -184,7 +196,7 @@ class Process:
             try:
                 pieces = self._to_send.get(timeout=HEARTBEAT_S)
             except queue.Empty:
-                pieces = [HEARTBEAT] if self._beats else []
+                pieces = [HEARTBEAT] if self._beats and self._started else []
             try:
                 for piece in pieces:
                     try:
@@ -208,6 +220,8 @@ class Process:
 
     def _check_deadlines(self) -> None:
         now = time.monotonic()
+        if not self._started and now - self._begin > START_S:
+            raise NotStarted
         remedy = "see what keeps it busy (ssh, top), then repeat."
         if self._timeout is not None and now - self._begin > self._timeout:
             raise BoardError(

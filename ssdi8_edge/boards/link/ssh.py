@@ -1,4 +1,4 @@
-"""A board over SSH. The only file that knows paramiko.
+"""A board over SSH. Only this file and `ssh_login` know paramiko.
 
 Commands run in exec channels; SFTP is not used, so that a board needs no more than sshd. What a
 garbled line brings can make paramiko raise anything, so around its calls every exception means that
@@ -9,40 +9,28 @@ from __future__ import annotations
 
 import logging
 import shlex
+import socket
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import paramiko
-from paramiko.ssh_exception import (
-    AuthenticationException,
-    BadAuthenticationType,
-    ChannelException,
-    IncompatiblePeer,
-)
+from paramiko.ssh_exception import ChannelException, IncompatiblePeer
 
 from ssdi8_edge.boards.link import dial
 from ssdi8_edge.boards.link.address import Address
 from ssdi8_edge.boards.link.connection import DEFAULT_STORE, Connection
-from ssdi8_edge.boards.link.known_hosts import HostKey, add_key, judge, known_keys
+from ssdi8_edge.boards.link.known_hosts import HostKey, add_key, host_name, judge, known_keys
 from ssdi8_edge.boards.link.process import Channel, link_lost
-from ssdi8_edge.boards.link.prompts import Prompts
-from ssdi8_edge.boards.link.ssh_config import Settings, look_up, public_blob
+from ssdi8_edge.boards.link.ssh_config import Settings, look_up, permitted
 from ssdi8_edge.boards.link.ssh_link import Ear, Link, SshChannel, quietly
+from ssdi8_edge.boards.link.ssh_login import log_in
 from ssdi8_edge.ground.errors import BoardError, LinkLost, Ssdi8Error, UsageError
 
-T = TypeVar("T")
-
 MAX_HOPS = 8
-PASSWORD_TRIES = 3
-MANY_KEYS = 3  # after which a host may hang up
 # Hardware does GCM on every board and host worth naming; counter mode is for old servers.
 CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com", "aes128-ctr", "aes256-ctr")
 WINDOW = 1 << 24
-
-# A password is asked for once, however many links are made.
-_prompts = Prompts()
 
 # It would print tracebacks; what goes wrong is said by exceptions.
 logging.getLogger("paramiko").setLevel(logging.CRITICAL + 1)
@@ -108,7 +96,7 @@ class SshConnection(Connection):
             if self._link is None:
                 transports: list[paramiko.Transport] = []
                 try:
-                    self._reach(look_up(self._address, _parse_config), transports, 0)
+                    self._reach(look_up(self._address, _parse_config), transports, ())
                 except BaseException:
                     for transport in reversed(transports):
                         quietly(transport.close)
@@ -116,9 +104,23 @@ class SshConnection(Connection):
                 self._link = Link(self.name, transports)
             return self._link
 
-    def _reach(self, settings: Settings, transports: list[paramiko.Transport], depth: int) -> None:
-        """Append the transport to a host, after those that it goes through."""
-        if depth > MAX_HOPS:
+    def _reach(
+        self,
+        settings: Settings,
+        transports: list[paramiko.Transport],
+        behind: tuple[Settings, ...],
+    ) -> None:
+        """Append the transport to a host, after those that it goes through.
+
+        Args:
+            behind: the hosts that are to be reached through it.
+        """
+        if any(_same_place(settings, other) for other in behind):
+            way = " - ".join(str(one.address) for one in (*behind, settings))
+            raise UsageError(
+                f"{self.name} lies behind itself ({way});", "mend ProxyJump in ~/.ssh/config."
+            )
+        if len(behind) > MAX_HOPS:
             raise UsageError(
                 f"{self.name} lies behind more than {MAX_HOPS} jump hosts;",
                 "mend ProxyJump in ~/.ssh/config.",
@@ -129,7 +131,7 @@ class SshConnection(Connection):
             if transports:
                 transports.append(self._log_in(hop, _tunnel(transports[-1], hop)))
             else:
-                self._reach(hop, transports, depth + 1)
+                self._reach(hop, transports, (*behind, settings))
         sock = _tunnel(transports[-1], settings) if transports else dial.dial(settings)
         transports.append(self._log_in(settings, sock))
 
@@ -139,9 +141,14 @@ class SshConnection(Connection):
         try:
             found = transport.get_remote_server_key()
             shown = HostKey(found.get_name(), found.asbytes())
-            if not judge(str(settings.address), settings.key_name, shown, known):
+            _check_strength(settings, found)
+            label = str(settings.address)
+            if settings.check_ip and isinstance(sock, socket.socket):
+                name = host_name(sock.getpeername()[0], settings.port)
+                judge(label, name, shown, known_keys(name, settings.key_files))
+            if not judge(label, settings.key_name, shown, known):
                 self._take_new_key(settings, shown)
-            _Authentication(transport, settings).run()
+            log_in(transport, settings)
         except Exception as error:
             quietly(transport.close)
             lost = LinkLost(
@@ -178,6 +185,24 @@ def _parse_config(lines: Iterable[str], host: str) -> Mapping[str, Any]:
     return config.lookup(host)
 
 
+def _same_place(one: Settings, other: Settings) -> bool:
+    return (one.host, one.port, one.user, one.jumps) == (
+        other.host,
+        other.port,
+        other.user,
+        other.jumps,
+    )
+
+
+def _check_strength(settings: Settings, key: paramiko.PKey) -> None:
+    if key.get_name() == "ssh-rsa" and key.get_bits() < settings.rsa_bits:
+        raise BoardError(
+            f"{settings.address} shows an RSA key of {key.get_bits()} bits, and the SSH "
+            f"configuration wants {settings.rsa_bits};",
+            "make it a longer one there: ssh-keygen -A",
+        )
+
+
 def _tunnel(through: paramiko.Transport, to: Settings) -> paramiko.Channel:
     try:
         return through.open_channel(
@@ -197,6 +222,11 @@ def _greet(settings: Settings, sock: Any, known_kinds: set[str]) -> paramiko.Tra
     transport.banner_timeout = transport.auth_timeout = dial.STEP_S
     options = transport.get_security_options()
     options.ciphers = CIPHERS
+    try:
+        transport.disabled_algorithms = _disabled(settings, options)
+    except UsageError:
+        quietly(transport.close)
+        raise
     # Ask for a kind of key that is stored, so that another kind does not look changed.
     if "ssh-rsa" in known_kinds:
         known_kinds |= {"rsa-sha2-512", "rsa-sha2-256"}
@@ -220,104 +250,29 @@ def _greet(settings: Settings, sock: Any, known_kinds: set[str]) -> paramiko.Tra
     return transport
 
 
+def _disabled(settings: Settings, options: Any) -> dict[str, list[str]]:
+    """Algorithms that the configuration excludes, as paramiko takes them."""
+    usual = {
+        "ciphers": options.ciphers,
+        "macs": options.digests,
+        "kex": options.kex,
+        "keys": options.key_types,
+    }
+    # Keys of users are of the same kinds as those of hosts.
+    usual["pubkeys"] = usual["keys"]
+    disabled = {}
+    for kind, spec in settings.algorithms.items():
+        allowed = permitted(spec, usual[kind])
+        if not allowed and kind != "pubkeys":
+            raise UsageError(
+                f"the SSH configuration for {settings.address} leaves none of the {kind} that are "
+                f"known here ({', '.join(usual[kind])});",
+                "let it allow one of them.",
+            )
+        disabled[kind] = [name for name in usual[kind] if name not in allowed]
+    return disabled
+
+
 def _told(error: Exception, lost: LinkLost) -> Ssdi8Error:
     """`lost`, unless `error` is ours already."""
     return error if isinstance(error, Ssdi8Error) else lost
-
-
-class _Authentication:
-    """Offers what the user has: configured keys, the agent's, then what the terminal answers."""
-
-    def __init__(self, transport: paramiko.Transport, settings: Settings) -> None:
-        self._transport = transport
-        self._settings = settings
-        self._offered = 0
-        self._notes: list[str] = []
-
-    def run(self) -> None:
-        """Raises BoardError when the host lets the user in with none of it."""
-        agent = dial.within(paramiko.Agent)
-        try:
-            self._log_in(agent)
-        finally:
-            agent.close()
-
-    def _log_in(self, agent: paramiko.Agent) -> None:
-        user, transport = self._settings.user, self._transport
-        methods = self._offer(lambda: transport.auth_none(user))
-        for key in self._keys(agent) if "publickey" in methods else ():
-            self._offered += 1
-            # After a key that was right a host may still want something else.
-            methods = self._offer(lambda key=key: transport.auth_publickey(user, key)) or methods  # type: ignore[misc]
-            if transport.is_authenticated():
-                return
-        if not transport.is_authenticated():
-            self._offer_password(methods)
-
-    def _offer(self, attempt: Callable[[], list[str]]) -> list[str]:
-        """What the host wants next; nothing when it is content, or did not say."""
-        try:
-            return dial.within(attempt)
-        except BadAuthenticationType as error:
-            return list(error.allowed_types)
-        except AuthenticationException as error:
-            if not self._transport.is_active() and self._offered >= MANY_KEYS:
-                raise BoardError(
-                    f"{self._settings} hung up after {self._offered} keys;",
-                    "name the right one in ~/.ssh/config: IdentityFile, and IdentitiesOnly yes.",
-                ) from error
-            if not self._transport.is_active():
-                raise
-            return []
-
-    def _keys(self, agent: paramiko.Agent) -> Iterator[paramiko.PKey]:
-        """Configured keys, by the agent where it holds them; then what else the agent has."""
-        held_keys = {key.asbytes(): key for key in agent.get_keys()}
-        for path in self._settings.identities:
-            held = held_keys.pop(public_blob(path), None)
-            key = held or self._load(path)
-            if key is not None:
-                yield key
-        if not self._settings.only_identities:
-            yield from held_keys.values()
-
-    def _load(self, path: Path) -> paramiko.PKey | None:
-        """A private key; None where there is none that can be used."""
-        if not path.is_file() or path.suffix == ".pub":
-            return None
-        question = f"passphrase of {path}"
-        try:
-            try:
-                return paramiko.PKey.from_path(path)
-            except TypeError:  # it has a passphrase
-                phrase = _prompts.ask(question)
-                if phrase is not None:
-                    return paramiko.PKey.from_path(path, phrase.encode())
-        except Exception:  # of paramiko or cryptography: wrong passphrase, unknown kind, unreadable
-            _prompts.forget(question)
-        self._notes.append(f"{path} cannot be opened")
-        return None
-
-    def _offer_password(self, methods: Sequence[str]) -> None:
-        user, transport = self._settings.user, self._transport
-        question = f"password of {user} on {self._settings}"
-        if {"password", "keyboard-interactive"} & set(methods):
-            for _ in range(PASSWORD_TRIES):
-                password = _prompts.ask(question)
-                if password is None:
-                    break
-                self._offer(lambda word=password: transport.auth_password(user, word))  # type: ignore[misc]
-                if transport.is_authenticated():
-                    return
-                _prompts.forget(question)
-        keys = "1 key was" if self._offered == 1 else f"{self._offered} keys were"
-        notes = [f"{keys} offered", *self._notes]
-        # As the user wrote it: ssh-copy-id reads the same configuration.
-        address = self._settings.address
-        port = f"-p {address.port} " if address.port else ""
-        raise BoardError(
-            f"{self._settings} does not let {user} in ({', '.join(notes)}, it takes "
-            f"{' or '.join(methods) or 'others'});",
-            f"bring your key there: ssh-copy-id {port}{user}@{address.host}; or add it to the "
-            "agent: ssh-add",
-        )

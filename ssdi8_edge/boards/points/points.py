@@ -7,7 +7,6 @@ cuts off. One sweep at a time writes a file; reading needs no lock.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import threading
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from pydantic import ValidationError
 from ssdi8_edge.boards.points.records import Point, Settings
 from ssdi8_edge.ground.artifacts import disk_error
 from ssdi8_edge.ground.errors import UsageError
+from ssdi8_edge.ground.json_text import to_json
 
 
 class PointId(NamedTuple):
@@ -50,7 +50,7 @@ class PointFile:
         Raises:
             Ssdi8Error: the disk is full; nothing of the point stays in the file.
         """
-        line = json.dumps(point.to_json(), separators=(",", ":"), allow_nan=False) + "\n"
+        line = to_json(point.to_json(), indent=None) + "\n"
         with self._lock:
             if PointId.of(point) in self.points:
                 return False

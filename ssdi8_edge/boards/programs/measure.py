@@ -34,8 +34,12 @@ REBOOT_S = 180  # for the board to go down
 ALIVE_S = 1  # how often the host hears of a run that takes long, and may give it up
 GRACE_S = 5
 TEXT_BYTES = 1 << 24  # of what an engine prints
-FILE_BYTES = 1 << 14  # of a file of /sys
-MODE_ID = re.compile(r"^\s*([0-9]+)\s*$", re.MULTILINE)
+FILE_BYTES = 1 << 18  # of a file of /sys or /etc; an nvpmodel.conf can have 20 kB
+# `NV Power Mode: 15W`, and the id alone on a later line; warnings stand anywhere. What
+# power_modes.parse_nvpmodel_query reads on the host.
+MODE_ID = re.compile(r"(?ims)^[ \t]*NV Power Mode:.*?^\s*([0-9]{1,4})\s*$")
+QUERY = ["nvpmodel", "-q"]
+SHOW = ["jetson_clocks", "--show"]
 # A simulated board's /etc, /proc and /sys lie here.
 ROOT = os.environ.get("SSDI8_BOARD_ROOT", "")
 
@@ -44,7 +48,8 @@ def main(wire: Wire) -> None:
     """Arguments: as target/sweep_commands.py makes them.
 
     Answers busy, or: state and put_back; for each mode changing, where it is set, then its name,
-    problem and state; for each point its texts, and running meanwhile; at last put_back and done.
+    problem and state; for each point its texts, and running meanwhile; at last put_back, the state
+    behind it, and done.
     """
     given = wire.arguments
     locks = store_folder(wire, "locks")
@@ -66,28 +71,40 @@ def main(wire: Wire) -> None:
 def tool(argv: Sequence[str], answer: str = "", *, root: bool = False) -> tuple[int, str]:
     """Exit status and all output of a tool; 127 if it is not there. sudo never asks."""
     command = ["sudo", "-n", *argv] if root and shutil.which("sudo") else list(argv)
-    try:
-        done = subprocess.run(
-            command,
-            input=answer.encode(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=TOOL_S,
-        )
-    except FileNotFoundError:
-        return 127, f"{command[0]}: not found"
-    except subprocess.TimeoutExpired:
-        return 124, f"{argv[0]} did not end within {TOOL_S} s"
-    except OSError as error:
-        return 126, str(error)
-    return done.returncode, done.stdout.decode("utf-8", "replace")
+    # Files, and no `with` for the child: what runs as root cannot be killed from here, and neither
+    # its pipes nor its end are waited for.
+    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as output:
+        given.write(answer.encode())
+        given.seek(0)
+        try:
+            child = subprocess.Popen(
+                command, stdin=given, stdout=output, stderr=output, start_new_session=True
+            )
+        except FileNotFoundError:
+            return 127, f"{command[0]}: not found"
+        except OSError as error:
+            return 126, str(error)
+        try:
+            status = child.wait(TOOL_S)
+        except subprocess.TimeoutExpired:
+            kill_group(child)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(1)
+            return 124, f"{content(output)}\n{argv[0]} did not end within {TOOL_S} s"
+        return status, content(output)
+
+
+def query_mode() -> str:
+    """What nvpmodel -q says; by root where its files are hidden from others."""
+    text = tool(QUERY)[1]
+    by_root = "" if MODE_ID.search(text) else tool(QUERY, root=True)[1]
+    return by_root if MODE_ID.search(by_root) else text
 
 
 def current_mode() -> int | None:
-    """Its id; None where there are no modes."""
-    status, text = tool(["nvpmodel", "-q"])
-    found = MODE_ID.findall(text)
-    return int(found[-1]) if status == 0 and found else None
+    """Its id; None where there are no modes, or none was ever set."""
+    found = MODE_ID.search(query_mode())
+    return int(found[1]) if found else None
 
 
 def set_mode(number: int, allow_reboot: bool) -> tuple[bool, str]:
@@ -106,7 +123,8 @@ def asks_reboot(text: str) -> bool:
 class Changes:
     """What was changed on the board and has to be put back: a file in the store.
 
-    {"mode": id before, or null, "clocks": whether they were stored}
+    {"mode": id before, or null, "clocks": whether they were stored, "show": what `jetson_clocks
+    --show` told of them}
     """
 
     def __init__(self, path: str) -> None:
@@ -123,23 +141,27 @@ class Changes:
         except (OSError, ValueError):
             found = None
         if not isinstance(found, dict):
-            return {"mode": None, "clocks": os.path.exists(self._clocks)}
+            return {"mode": None, "clocks": os.path.exists(self._clocks), "show": ""}
         return found
 
-    def remember(self) -> str:
+    def remember(self, needs_mode: bool, allow_unrestored: bool) -> str:
         """Write down how things are, unless an earlier state is still to be put back.
 
-        Returns why that is not possible; empty if it was.
+        Returns why what is about to change could not be put back; empty where it can, or need not
+        be. `needs_mode`: the power mode will be changed.
         """
         if self.pending() is not None:
             return ""
         try:
             if os.path.exists(self._clocks):
                 os.unlink(self._clocks)  # jetson_clocks would ask whether to replace it
+            mode = current_mode()
+            if needs_mode and mode is None and not allow_unrestored:
+                return "nvpmodel -q does not tell the mode that would have to be put back"
             status, text = tool(["jetson_clocks", "--store", self._clocks], root=True)
-            state = {"mode": current_mode(), "clocks": status == 0}
-            if not state["clocks"]:
-                return text or "jetson_clocks --store failed"
+            if status != 0 and not allow_unrestored:
+                return text.strip() or "jetson_clocks --store failed"
+            state = {"mode": mode, "clocks": status == 0, "show": tool(SHOW, root=True)[1]}
             with open(self._path + ".partial", "w", encoding="utf-8") as file:
                 json.dump(state, file)
                 file.flush()
@@ -150,7 +172,10 @@ class Changes:
         return ""
 
     def put_back(self, allow_reboot: bool = False) -> dict[str, Any] | None:
-        """Undo what is pending; what could not be undone stays pending. None if nothing was."""
+        """Undo what is pending; what could not be undone stays pending. None if nothing was.
+
+        mode and show are those from before; whether they are so again, the host reads.
+        """
         state = self.pending()
         if state is None:
             return None
@@ -168,7 +193,8 @@ class Changes:
             for path in (self._path, self._clocks):
                 if os.path.exists(path):
                     os.unlink(path)
-        return {"mode": mode, "problems": problems, "reboots": reboots}
+        before = {"mode": mode, "show": state.get("show") or ""}
+        return {**before, "problems": problems, "reboots": reboots}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -298,7 +324,7 @@ class Session:
                     self._measure(point)
         with self._guard:
             put_back = self._changes.put_back(self._given["allow_reboot"])
-            self._answer(put_back=put_back, done=True)
+            self._answer(put_back=put_back, state=self._state(), done=True)
             self._wire.exit(0)
 
     def _abort(self) -> None:
@@ -325,7 +351,8 @@ class Session:
         return {
             "files": read_files(reading["files"]),
             "commands": {
-                name: tool(argv, root=root)[1] for name, (root, argv) in reading["commands"].items()
+                name: query_mode() if argv == QUERY else tool(argv, root=root)[1]
+                for name, (root, argv) in reading["commands"].items()
             },
             "simulated": bool(ROOT),
         }
@@ -334,10 +361,12 @@ class Session:
         """Set mode and clocks as asked for, and tell how that went."""
         number, pin = mode["id"], mode["pin_clocks"]
         problem = text = ""
+        unrestored = False
         with self._guard:
             change = number is not None and current_mode() != number
             if change or pin:
-                problem = self._changes.remember()
+                problem = self._changes.remember(change, self._given["allow_unrestored"])
+                unrestored = bool(problem)
             if change and not problem:
                 # Before the fact: a reboot may leave no time to tell.
                 self._answer(changing=mode["name"])
@@ -349,7 +378,7 @@ class Session:
             if pin and not problem:
                 status, text = tool(["jetson_clocks"], root=True)
                 problem = "" if status == 0 else text or "jetson_clocks did not say why"
-        self._answer(mode=mode["name"], problem=problem, state=self._state())
+        self._answer(mode=mode["name"], problem=problem, unrestored=unrestored, state=self._state())
         return not problem
 
     def _measure(self, point: dict[str, Any]) -> None:

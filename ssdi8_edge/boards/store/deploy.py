@@ -16,8 +16,8 @@ from ssdi8_edge.boards.link.connection import Connection, Say
 from ssdi8_edge.boards.store.engine import build_engine
 from ssdi8_edge.boards.store.upload import Cargo, OnBytes, Placed, upload
 from ssdi8_edge.ground.artifacts import whole_or_absent, write_json
-from ssdi8_edge.ground.errors import Ssdi8Error
 from ssdi8_edge.ground.board_runtime import open_checked_bundle
+from ssdi8_edge.ground.errors import Ssdi8Error
 
 BOARDS = "boards"  # beside the bundle: what boards made of it
 VERIFICATION = "verification.json"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
-from ssdi8_edge.boards.facts.power_modes import Mode, needs_reboot
+from ssdi8_edge.boards.facts.power_modes import Mode, clock_limits, needs_reboot
 from ssdi8_edge.boards.link.connection import Connection
 from ssdi8_edge.boards.points.points import PointFile, PointId
 from ssdi8_edge.boards.points.records import Point, Settings, plain
@@ -23,7 +23,14 @@ from ssdi8_edge.boards.sweep.measuring import (
     holder,
     measuring,
 )
-from ssdi8_edge.boards.sweep.sweep_commands import Installed, call_arguments, point_plan
+from ssdi8_edge.boards.sweep.restored import Before, unknown, verdict
+from ssdi8_edge.boards.sweep.sweep_commands import (
+    BOOT_ID,
+    QUERY,
+    Installed,
+    call_arguments,
+    point_plan,
+)
 from ssdi8_edge.ground.errors import BoardBusy, LinkLost, UsageError
 
 CURRENT = "current"
@@ -48,6 +55,7 @@ class SweepRequest:
     modes: Sequence[str]
     settings: Settings
     allow_reboot: bool = False
+    allow_unrestored: bool = False
 
 
 class Watcher(Protocol):
@@ -115,7 +123,9 @@ class BoardSweep:
         self._changing: str | None = None
         self._tries: dict[str, int] = {}
         self._no_power: str | None = None
-        self._not_put_back = False
+        # How it was before this sweep, and whether it may be otherwise now.
+        self._first: State | None = None
+        self._changed = False
         self._progress = time.monotonic()
 
     def run(self) -> None:
@@ -128,19 +138,21 @@ class BoardSweep:
                     self._see_put_back()
         except Exception as error:
             self.error = error
-            if self._stop.is_set() and self.measuring:
-                self._say(
-                    "cannot be reached any more; it puts power mode and clocks back by itself"
-                )
+            self.say_unknown()
         finally:
             stopped = "stopped" if self._stop.is_set() else "done"
             self._watcher.ended(self.name, "given up" if self.error else stopped)
             self.ended.set()
 
+    def say_unknown(self) -> None:
+        """Of a board that does not answer any more: what nobody has read is not claimed."""
+        if self._changed:
+            self._say(unknown(self._before(), self._first))
+
     def _measure_all(self) -> None:
         self._watcher.running(self.name, "connecting")
-        state = self._look()  # a board that was never there is not waited for
-        wanted = self._plan(state)
+        self._first = self._look()  # a board that was never there is not waited for
+        wanted = self._plan(self._first)
         self.kept = len(wanted) - len(self._left(wanted))
         self._watcher.planned(self.name, len(wanted), self.kept)
         installed: dict[str, Installed] = {}
@@ -161,11 +173,40 @@ class BoardSweep:
     # the plan
 
     def _look(self) -> State:
-        """The board's state, after what a killed sweep left changed was put back."""
+        """The board's state, after what was left changed was put back; tells how that went."""
         with self._begin([]) as session:
-            for answer in session:
-                self._tell_put_back(answer)
+            for _ in session:
+                pass
+            state = session.state
+            reboots = session.put_back is not None and bool(session.put_back.get("reboots"))
+        if reboots:
+            return self._after_reboot(state.files.get(BOOT_ID))
+        if session.put_back is None and self._changed:  # the board did it when we left
+            self._say(verdict(self._before(), state))
+        self._changed = False
+        return state
+
+    def _after_reboot(self, boot: str | None) -> State:
+        """What a board that goes down for its old mode tells when it is up again."""
+        self._changed = True
+        self._progress = time.monotonic()
+        end = self._progress + PATIENCE_S
+        state = self._patiently(self._peek)
+        while boot and state.files.get(BOOT_ID) == boot and time.monotonic() < end:
+            self._stop.wait(RETRY_S[-1])
+            state = self._patiently(self._peek)
+        self._say(verdict(self._before() if self._first else Before.of(state), state))
+        self._changed = False
+        return state
+
+    def _peek(self) -> State:
+        with self._begin([]) as session:
+            for _ in session:
+                pass
             return session.state
+
+    def _before(self) -> Before:
+        return Before.of(self._first) if self._first else Before(None, None)
 
     def _plan(self, state: State) -> list[Wanted]:
         request, current = self._request, state.mode
@@ -186,6 +227,8 @@ class BoardSweep:
                 modes[found.name] = found
             else:
                 modes.setdefault(found.name, None)
+        if current is None and any(modes.values()):
+            self._say_not_restorable(state)
         # The current mode first, so that nothing is changed before it has to be.
         names = sorted(modes, key=lambda name: modes[name] is not None)
         return [
@@ -194,6 +237,22 @@ class BoardSweep:
             for source in request.sources
             for length in request.lengths
         ]
+
+    def _say_not_restorable(self, state: State) -> None:
+        """Before a mode is set on a board that does not tell which one it has."""
+        words = plain(" ".join(state.commands.get(QUERY, "").split())) or "no word"
+        default = state.modes.default
+        first = f"sudo nvpmodel -m {default.id}, for {default.name}" if default else "nvpmodel -m"
+        if not self._request.allow_unrestored:
+            raise UsageError(
+                f"{self.name} does not tell its power mode (nvpmodel -q: {words}), which could not "
+                "be put back after the sweep;",
+                f"set one there ({first}), or permit the change by --allow-unrestored.",
+            )
+        self._say(
+            f"does not tell its power mode (nvpmodel -q: {words}): it cannot be put back, and is "
+            "changed all the same, as --allow-unrestored permits"
+        )
 
     def _left(self, wanted: Sequence[Wanted]) -> list[Wanted]:
         return [w for w in wanted if w.id not in self._file.points and w not in self.failed]
@@ -212,12 +271,19 @@ class BoardSweep:
             self._changing = None
             self._look()
             return
+        pinned = self._request.settings.pin_clocks
+        self._changed = self._changed or pinned or any(each.mode for each in left.values())
         state: State | None = None
+        boot: tuple[str | None] | None = None
         with self._begin(self._modes(left, installed)) as session:
             for answer in session:
                 if self._stop.is_set():
                     raise _Stopped
-                self._tell_put_back(answer)
+                if isinstance(answer.get("put_back"), dict):
+                    state = session.state_of(answer)
+                    self._tell_put_back(answer["put_back"], state)
+                    if answer["put_back"].get("reboots"):
+                        boot = (state.files.get(BOOT_ID),)
                 if "changing" in answer:
                     self._changing = str(answer["changing"])
                     self._tries[self._changing] = self._tries.get(self._changing, 0) + 1
@@ -232,6 +298,9 @@ class BoardSweep:
                     self._point_answer(found, answer, state)
             if len(self._left(wanted)) == len(left):
                 raise session.rubbish("it ended without measuring")
+        if boot is not None:
+            self._after_reboot(*boot)
+        self._changed = False
 
     def _modes(
         self, left: Mapping[str, Wanted], installed: Mapping[str, Installed]
@@ -263,22 +332,27 @@ class BoardSweep:
         if not problem and now != name:
             problem = f"the board is in mode {now}, not in {name}"
         if problem:
-            reason = self._mode_problem(problem)
+            reason = self._mode_problem(problem, bool(answer.get("unrestored")))
             for each in wanted:
                 if each.id.mode == name:
                     self.failed[each] = reason
             self._say(f"mode {name} is left out: {reason}")
         return state
 
-    def _mode_problem(self, text: str) -> str:
+    def _mode_problem(self, text: str, unrestored: bool = False) -> str:
         if needs_reboot(text):
             return "it needs a reboot, which only --allow-reboot permits"
-        if "sudo" in text or "root" in text.lower() or "permission" in text.lower():
+        if "not found" not in text and (
+            "sudo" in text or "root" in text.lower() or "permission" in text.lower()
+        ):
             return (
                 "not permitted; let this user run nvpmodel and jetson_clocks by sudo without a"
                 " password (sudo visudo -f /etc/sudoers.d/ssdi8-edge)"
             )
-        return plain(" ".join(text.split()))
+        words = plain(" ".join(text.split()))
+        if unrestored:
+            return f"it could not be put back ({words}); --allow-unrestored permits that"
+        return words
 
     def _point_answer(self, wanted: Wanted, answer: Mapping[str, Any], state: State) -> None:
         source, settings = wanted.source, self._request.settings
@@ -300,26 +374,21 @@ class BoardSweep:
 
     def _see_put_back(self) -> None:
         """After Ctrl-C: leaving the call makes the board put itself back; wait for it and look."""
+        self._say("is asked to end measuring")
         self._look()
-        if not self._not_put_back:
-            self._say("has ended measuring; power mode and clocks are as they were before")
 
-    def _tell_put_back(self, answer: Mapping[str, Any]) -> None:
-        done = answer.get("put_back")
-        if not isinstance(done, dict):
+    def _tell_put_back(self, done: Mapping[str, Any], state: State) -> None:
+        """What the board undid, by what it tells after that."""
+        if done.get("reboots"):
+            self._say("reboots for the power mode that it had before; waiting for it")
             return
         listed = done.get("problems") or []
         problems = "; ".join(map(str, listed if isinstance(listed, list) else [listed]))
-        self._not_put_back = bool(problems)
-        if problems:
-            self._say(
-                f"power mode or clocks are NOT as they were: {self._mode_problem(problems)};"
-                f" sweep again, or set mode {done.get('mode')} there by sudo nvpmodel -m"
-            )
-        elif done.get("reboots"):
-            self._say("reboots for the power mode that it had before")
-        else:
-            self._say("power mode and clocks are as they were before")
+        mode = done.get("mode")
+        before = Before(
+            mode if isinstance(mode, int) else None, clock_limits(str(done.get("show") or ""))
+        )
+        self._say(verdict(before, state, self._mode_problem(problems) if problems else ""))
 
     # ----------------------------------------------------------------------------------------------
     # calls
@@ -335,6 +404,7 @@ class BoardSweep:
                 wait_s=wait_s,
                 keep_changes=self._changing is not None,
                 allow_reboot=self._request.allow_reboot,
+                allow_unrestored=self._request.allow_unrestored,
             )
             return stack.enter_context(measuring(self._connection, arguments))
 
@@ -345,7 +415,8 @@ class BoardSweep:
                 why = error.message.rstrip(";").removeprefix(f"{self.name} ")
                 self._say(f"{why}; waiting for at most {LOCK_WAIT_S:.0f} s")
                 session = enter(LOCK_WAIT_S)
-            self._tell_put_back({"put_back": session.put_back})
+            if session.put_back is not None:
+                self._tell_put_back(session.put_back, session.state)
             yield session
 
     def _why_away(self, error: LinkLost) -> str:

@@ -15,9 +15,10 @@ from ssdi8_edge.boards.facts.energy import NoEnergy, energy_j
 from ssdi8_edge.boards.facts.power_modes import (
     Mode,
     Modes,
+    clock_limits,
+    current_mode,
+    offered_modes,
     parse_jetson_clocks,
-    parse_nvpmodel_conf,
-    parse_nvpmodel_query,
 )
 from ssdi8_edge.boards.points.records import (
     Bench,
@@ -68,14 +69,18 @@ class State(_Answer):
 
     @property
     def mode(self) -> Mode | None:
-        """The current power mode; None on a machine that has none."""
-        return parse_nvpmodel_query(self.commands.get(QUERY, ""))
+        """The current power mode; None on a machine that has none, or does not tell it."""
+        return current_mode(self.commands.get(QUERY, ""), self.modes)
 
     @property
     def modes(self) -> Modes:
         """What there is to choose from."""
-        listed = parse_nvpmodel_conf(self.files.get(NVPMODEL_CONF, ""))
-        return listed if listed.modes else parse_nvpmodel_conf(self.commands.get(MODES, ""))
+        return offered_modes(self.files.get(NVPMODEL_CONF, ""), self.commands.get(MODES, ""))
+
+    @property
+    def clocks(self) -> tuple[str, ...] | None:
+        """Limits of all clocks; None where they cannot be read."""
+        return clock_limits(self.commands.get(SHOW, ""))
 
 
 class Samples(_Answer):

@@ -8,12 +8,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from ssdi8_edge.boards.points.records import Point, plain
+from ssdi8_edge.ground.console import Console
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Display:
 
     def say(self, board: str, sentence: str) -> None:
         with self._lock:
-            self._console.print(f"{plain(board)}: {sentence}", markup=False, soft_wrap=True)
+            self._console.print(f"{plain(board)}: {sentence}")
 
     def running(self, board: str, what: str) -> None:
         with self._lock:

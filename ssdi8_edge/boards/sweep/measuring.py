@@ -17,8 +17,8 @@ from ssdi8_edge.boards.points.records import Bundle, model_name, plain
 from ssdi8_edge.boards.sweep.interpret import State
 from ssdi8_edge.boards.sweep.sweep_commands import Installed
 from ssdi8_edge.ground.artifacts import key_of
-from ssdi8_edge.ground.errors import BoardBusy, BoardError, BundleError
 from ssdi8_edge.ground.board_runtime import open_checked_bundle
+from ssdi8_edge.ground.errors import BoardBusy, BoardError, BundleError
 
 # nvpmodel and jetson_clocks may each take a minute without a word.
 SILENCE_S = 200.0
@@ -82,7 +82,8 @@ class Session:
         self._call = call
         self._name = name
         self.state = self.state_of(first)
-        self.put_back: Mapping[str, Any] | None = first.get("put_back")
+        put_back = first.get("put_back")
+        self.put_back: Mapping[str, Any] | None = put_back if isinstance(put_back, dict) else None
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Answers about modes and points, the last of them `done`.

@@ -58,7 +58,12 @@ def sweep(
     except (Interrupted, KeyboardInterrupt):
         stop.set()
         # Where nothing is being measured there is nothing to put back.
-        _wait([board for board in boards if board.measuring], STOP_S)
+        try:
+            _wait([board for board in boards if board.measuring], STOP_S)
+        finally:  # also when Ctrl-C comes again
+            for board in boards:
+                if board.measuring and not board.ended.is_set():
+                    board.say_unknown()
         raise
     outcome = Outcome()
     for board in boards:

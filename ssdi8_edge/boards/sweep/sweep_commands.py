@@ -32,6 +32,7 @@ _POWER = (
 NVPMODEL_CONF = "/etc/nvpmodel.conf"
 L4T_RELEASE = "/etc/nv_tegra_release"
 MEMINFO = "/proc/meminfo"
+BOOT_ID = "/proc/sys/kernel/random/boot_id"  # another one after every boot
 
 QUERY, MODES, SHOW = "query", "modes", "show"
 
@@ -39,7 +40,7 @@ QUERY, MODES, SHOW = "query", "modes", "show"
 # `power` ten times a second of the power pass. A command is (needs root, argv).
 READING: dict[str, Any] = {
     "files": [
-        *(NVPMODEL_CONF, L4T_RELEASE, MEMINFO),
+        *(NVPMODEL_CONF, L4T_RELEASE, MEMINFO, BOOT_ID),
         *_THERMAL,
         *_CLOCKS,
         "/sys/class/thermal/cooling_device*/type",
@@ -104,6 +105,7 @@ def call_arguments(
     wait_s: float = 0.0,
     keep_changes: bool = False,
     allow_reboot: bool = False,
+    allow_unrestored: bool = False,
 ) -> dict[str, Any]:
     """Arguments of board/measure.py.
 
@@ -113,12 +115,14 @@ def call_arguments(
             killed sweep left changed.
         wait_s: for the lock.
         keep_changes: leave what is to be put back for the end, after a reboot in the middle.
+        allow_unrestored: change also what the board will not be able to put back.
     """
     return {
         "holder": holder,
         "wait_s": wait_s,
         "keep_changes": keep_changes,
         "allow_reboot": allow_reboot,
+        "allow_unrestored": allow_unrestored,
         "reading": READING,
         "modes": list(modes),
     }

@@ -6,17 +6,20 @@ depth. The whole recipe, top to bottom: `quantize`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ssdi8_edge.checkpoints.checkpoint import Checkpoint
-from ssdi8_edge.compile.calibrate import embed, fp32_layer
+from ssdi8_edge.checkpoints.layout import EMBEDDING, HEAD, NORM_F
+from ssdi8_edge.compile.calibrate import TABLE_ROWS, embed, fp32_layer
 from ssdi8_edge.compile.quantize.correction import MeanDifference
 from ssdi8_edge.compile.quantize.linears import InputStatistics, linear_tensors, w8_tensors
 from ssdi8_edge.ground.allocator import return_freed_memory
@@ -32,8 +35,11 @@ from ssdi8_edge.models.rewrites import (
     rotate_head,
     rotate_layer,
     rotate_out_proj_input,
+    scale_output,
 )
 from ssdi8_edge.numerics import int8
+from ssdi8_edge.numerics.fp16_range import IN_FP32, LARGEST, to_fp16, watched
+from ssdi8_edge.recipes.presets import DEFAULT_METHOD
 from ssdi8_edge.recipes.recipe import QuantConfig
 
 
@@ -62,64 +68,102 @@ def quantize(
 
     Returns:
         Saturation fractions on the calibration windows, `layers.{i}.<site>` -> [0, 1].
+
+    Raises:
+        CheckpointError: a tensor that is kept in FP16 holds what FP16 cannot.
     """
-    model = checkpoint.description.adapted(recipe)
+    model = quantized_description(checkpoint, recipe, statistics)
     if not recipe.quantized:
         _keep_fp16(checkpoint, model, recipe, sink, track)
         return {}
-    _quantize_ends(checkpoint, recipe, statistics, sink)
+    _quantize_ends(checkpoint, model, recipe, statistics, sink)
     with (
         torch.inference_mode(),
         int8.count_saturation() as saturation,
+        watched(recipe.name, IN_FP32) as watch,
         _Streams(checkpoint, model, ids, device, scratch) as streams,
     ):
         for i in track(range(model.n_layer), "quantize"):
             prefix = f"layers.{i}."
-            saturation.scope = prefix
+            saturation.scope, watch.scope = prefix, f"layers.{i}"
             own = {
                 k[len(prefix) :]: v.to(device)
                 for k, v in statistics.items()
                 if k.startswith(prefix)
             }
             layer = _Layer(model, i, recipe, streams)
-            source = fp32_layer(checkpoint, i, device)
+            source = scale_output(fp32_layer(checkpoint, i, device), model.residual_scale)
             for name, tensor in layer.quantize(source, own).items():
                 sink.add(prefix + name, tensor)
             return_freed_memory()
         return saturation.fractions()
 
 
+def quantized_description(
+    checkpoint: Checkpoint, recipe: QuantConfig, statistics: Mapping[str, Tensor]
+) -> Description:
+    """The model that `quantize` makes, with the unit of its residual stream.
+
+    Some models add values to the stream that FP16 cannot hold on their way there. A power of two
+    in the embedding, in out_proj and in the eps of the norms that follow changes nothing but that.
+    """
+    model = checkpoint.description.adapted(recipe)
+    if not recipe.quantized:
+        return model
+    added = [statistics["embedding"]]
+    added += [statistics[f"layers.{i}.out"] for i in range(model.n_layer)]
+    # Half of the range is left to text with larger values and to errors of quantization.
+    excess = torch.stack(added).max().item() / (LARGEST / 2)
+    scale = 2.0 ** -math.ceil(math.log2(excess)) if excess > 1 else 1.0
+    return dataclasses.replace(model, residual_scale=scale)
+
+
 def _keep_fp16(
     checkpoint: Checkpoint, model: Description, recipe: QuantConfig, sink: Sink, track: Track
 ) -> None:
     """The FP16 baseline: linears in FP16, small tensors in FP32, nothing rewritten."""
-    sink.add("embedding.weight", checkpoint.tensor("embedding.weight").half())
-    sink.add("norm_f.weight", checkpoint.tensor("norm_f.weight").float())
+
+    def fp16(name: str, weight: Tensor) -> Tensor:
+        remedy = f"choose --method {DEFAULT_METHOD}, which scales it."
+        return to_fp16(weight, checkpoint.stored_name(name), remedy)
+
+    sink.add(EMBEDDING, fp16(EMBEDDING, checkpoint.tensor(EMBEDDING)))
+    sink.add(NORM_F, checkpoint.tensor(NORM_F).float())
     if not model.tie_embeddings:
-        sink.add("lm_head.weight", checkpoint.tensor("lm_head.weight").half())
+        sink.add(HEAD, fp16(HEAD, checkpoint.tensor(HEAD)))
     for i in track(range(model.n_layer), "quantize"):
         layer = fp32_layer(checkpoint, i, "cpu")
         tensors = {
             NORM: layer[NORM],
-            IN_PROJ: layer[IN_PROJ].half(),
+            IN_PROJ: fp16(f"layers.{i}.{IN_PROJ}", layer[IN_PROJ]),
             **model.blocks[i].own_tensors(layer, recipe),
-            OUT_PROJ: layer[OUT_PROJ].half(),
+            OUT_PROJ: fp16(f"layers.{i}.{OUT_PROJ}", layer[OUT_PROJ]),
         }
         for name, tensor in tensors.items():
             sink.add(f"layers.{i}.{name}", tensor)
 
 
 def _quantize_ends(
-    checkpoint: Checkpoint, recipe: QuantConfig, statistics: Mapping[str, Tensor], sink: Sink
+    checkpoint: Checkpoint,
+    model: Description,
+    recipe: QuantConfig,
+    statistics: Mapping[str, Tensor],
+    sink: Sink,
 ) -> None:
     """Embedding (FP16, rotated) and lm_head (rotated, γ_f folded; FP16 or INT8)."""
-    table = checkpoint.tensor("embedding.weight")
-    norm_f = checkpoint.tensor("norm_f.weight").float()
-    sink.add("embedding.weight", _by_rows(table, rotate_embedding).half())
-    head = _by_rows(checkpoint.tensor("lm_head.weight"), lambda rows: rotate_head(rows, norm_f))
+    norm_f = checkpoint.tensor(NORM_F).float()
+
+    def rotated_embedding(rows: Tensor) -> Tensor:
+        return rotate_embedding(rows) * model.residual_scale
+
+    def rotated_head(rows: Tensor) -> Tensor:
+        return rotate_head(rows, norm_f)
+
+    sink.add(EMBEDDING, _by_rows(checkpoint, EMBEDDING, rotated_embedding))
+    head = _by_rows(checkpoint, HEAD, rotated_head)
     if recipe.lm_head == "fp16":
-        sink.add("norm_f.weight", torch.ones_like(norm_f))
-        sink.add("lm_head.weight", head.half())
+        sink.add(NORM_F, torch.ones_like(norm_f))
+        sink.add(HEAD, head)
         return
     if recipe.input_scaling == "static":
         sink.add("norm_f.scale", of_linear_input(statistics["norm_f"]))
@@ -128,9 +172,11 @@ def _quantize_ends(
         sink.add(f"lm_head.{name}", tensor)
 
 
-def _by_rows(weight: Tensor, rewrite: Any, rows: int = 8192) -> Tensor:
+def _by_rows(checkpoint: Checkpoint, name: str, rewrite: Callable[[Tensor], Tensor]) -> Tensor:
     """Apply a row-wise rewrite to a tall matrix in pieces: FP64 copies of it are not held whole."""
-    return torch.cat([rewrite(part.float()).half() for part in weight.split(rows)])
+    parts = checkpoint.tensor(name).split(TABLE_ROWS)
+    rotated = f"{checkpoint.stored_name(name)}, rotated,"
+    return torch.cat([to_fp16(rewrite(part.float()), rotated, IN_FP32) for part in parts])
 
 
 class _Streams:
@@ -165,7 +211,7 @@ class _Streams:
         self.widest = max(block.width for block in model.blocks)
         self.out_proj_input = spool(self.widest, torch.int8)
         self.out_proj_scale = spool(1, torch.float32)
-        self._embedded = embed(checkpoint, ids)
+        self._embedded = embed(checkpoint, ids, model.residual_scale)
 
     def store_out_proj_input(self, part: slice, r: Int8Input) -> None:
         """`out_proj_input` and `out_proj_scale` of these samples."""
@@ -198,7 +244,7 @@ class _Layer:
         self._index = index
         self._block = model.blocks[index]
         self._recipe = recipe
-        self._context = Context(recipe, model.norm_eps, linear)
+        self._context = Context(recipe, model.residual_eps, linear)
         self._streams = streams
 
     def quantize(self, source: Layer, statistics: Mapping[str, Tensor]) -> Layer:
@@ -238,7 +284,7 @@ class _Layer:
             zero = torch.zeros_like(entering, dtype=torch.float16)
             _, u = norm(p, "u_scale", self._context, zero, entering)
             fp = streams.fp[part].to(streams.device)
-            fp_u = fp * torch.rsqrt(fp.square().mean(-1, keepdim=True) + model.norm_eps)
+            fp_u = fp * torch.rsqrt(fp.square().mean(-1, keepdim=True) + model.residual_eps)
             real = u.real()
             inputs.add(real, fp_u - real)
         return inputs

@@ -1,10 +1,9 @@
-"""SSD in floating point, in chunks and token by token: what every SSD op is compared with.
+"""State-space duality in FP32: what the INT8 ops approximate, and the recurrence that it equals.
 
-Written from the SSD paper (Dao & Gu, "Transformers are SSMs", arXiv 2405.21060) and from what
-state-spaces/mamba computes.
+Written from the SSD paper (Dao & Gu, "Transformers are SSMs", arXiv 2405.21060).
 
-Axis letters: b batch, l token, h head, p head channel, g group of B and C, n state,
-c chunk, k source and m target position inside a chunk, r head within its group (h = g * r).
+Axis letters: b batch, l token, h head, p head channel, g group of B and C, n state, c chunk,
+k source and m target position inside a chunk, r head within its group (h = g * r).
 """
 
 from __future__ import annotations

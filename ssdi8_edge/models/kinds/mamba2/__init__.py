@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -33,12 +33,14 @@ from ssdi8_edge.models.kinds.mamba2 import calibration
 from ssdi8_edge.models.kinds.mamba2.clusters import Order, permuted, sort_and_cluster
 from ssdi8_edge.models.kinds.mamba2.dequantized import dequantized_ssd
 from ssdi8_edge.models.kinds.mamba2.float_block import Mamba2FloatBlock
-from ssdi8_edge.numerics import int8
-from ssdi8_edge.ops import fp16
+from ssdi8_edge.numerics import hadamard, int8
+from ssdi8_edge.numerics.fp16_range import see
+from ssdi8_edge.ops import baseline
 from ssdi8_edge.ops.causal_conv1d import CAUSAL_CONV1D
 from ssdi8_edge.ops.kernel_limits import size_misfit, width_misfit
 from ssdi8_edge.ops.rms_norm_gated import RMS_NORM_GATED
-from ssdi8_edge.ops.ssd_scan import SSD_SCAN, ssd_modules
+from ssdi8_edge.ops.ssd.fused import SSD_SCAN, ssd_modules
+from ssdi8_edge.recipes.presets import METHODS
 from ssdi8_edge.recipes.recipe import QuantConfig
 
 # An infinite dt limit in FP32 attributes: larger than any softplus of an FP16 input.
@@ -82,7 +84,7 @@ class Mamba2(Block):
         low, high = self.dt_limit
         if not 0.0 <= low < high:
             raise CheckpointError(f"dt_limit must rise from a bound >= 0, not {self.dt_limit!r}.")
-        if not self.norm_eps > 0.0:
+        if not 0.0 < self.norm_eps < math.inf:
             raise CheckpointError(f"norm_eps must be positive, not {self.norm_eps!r}.")
 
     def to_dict(self) -> dict[str, Any]:
@@ -168,6 +170,27 @@ class Mamba2(Block):
         sizes = {name: getattr(self, name) for name in names}
         return size_misfit(sizes) or width_misfit("d_inner", self.d_inner)
 
+    def check_widths(self, check: Callable[[str, int], Any]) -> None:
+        """d_inner."""
+        check("d_inner", self.d_inner)
+
+    def require_rotations(self, recipe: QuantConfig) -> None:
+        """Raises UsageError where B and C are rotated and d_state has no rotation."""
+        if recipe.bc_rotation == "hadamard":
+            fits = [
+                each.name
+                for each in METHODS.values()
+                if each.bc_rotation == "none" and each.ssd != "dequantized"
+            ]
+            remedy = f"use a --method that does not rotate B and C: {', '.join(fits)}."
+            hadamard.require("d_state", self.d_state, remedy)
+
+    def kept_in_fp16(self, recipe: QuantConfig) -> dict[str, str]:
+        """Also x, y and, where it is FP16, the state."""
+        state = {"passed_state": "the SSM state"} if recipe.state_dtype == "fp16" else {}
+        own = {"x": "x behind the convolution", "y": "y, the output of SSD,"}
+        return super().kept_in_fp16(recipe) | own | state
+
     # --- in floating point, and from there to quantized ---
 
     def float_block(self, d_model: int, norm_eps: float) -> FloatBlock:
@@ -228,6 +251,7 @@ class Mamba2(Block):
             y, projected, *carried = dequantized_ssd(
                 *(p, recipe, self._conv, self._heads, projected, conv_state, ssm_state)
             )
+            _see_ssd(y, carried[1])
             return self._gated(p, recipe, y, projected), tuple(carried)
         x, b, c, conv_state = CAUSAL_CONV1D(
             *(projected, conv_state, p["conv1d.weight"], p["conv1d.bias"]),
@@ -237,6 +261,7 @@ class Mamba2(Block):
             rotation=recipe.bc_rotation,
             rounding=recipe.rounding,
         )
+        see("x behind the convolution", x)
         scales = [p[k] for k in ("b_scale", "c_scale", "cb_scale")]
         scales += static(p, "x_scale", "state_scale")
         ssd = ssd_modules if recipe.ssd_ops == "modular" else SSD_SCAN
@@ -247,17 +272,21 @@ class Mamba2(Block):
             rounding=recipe.rounding,
             scaling=recipe.scaling,
         )
+        _see_ssd(y, ssm_state)
         return self._gated(p, recipe, y, projected), (conv_state, ssm_state)
 
     def _baseline(self, p: Parameters, projected: Any, states: States) -> tuple[Any, States]:
         conv_state, ssm_state = states
-        x, b, c, conv_state = fp16.CAUSAL_CONV1D(
+        x, b, c, conv_state = baseline.CAUSAL_CONV1D(
             *(projected, conv_state, p["conv1d.weight"], p["conv1d.bias"]), **self._conv
         )
-        y, ssm_state = fp16.SSD_SCAN(
+        for name, value in (("x", x), ("B", b), ("C", c)):
+            see(f"{name} behind the convolution", value)
+        y, ssm_state = baseline.SSD_SCAN(
             *(x, b, c, projected, ssm_state, p["dt_bias"], p["A"], p["D"]), **self._heads
         )
-        r = fp16.RMS_NORM_GATED(y, projected, p["gate_norm.weight"], **self._norm)
+        _see_ssd(y, ssm_state)
+        r = baseline.RMS_NORM_GATED(y, projected, p["gate_norm.weight"], **self._norm)
         return r, (conv_state, ssm_state)
 
     def _gated(self, p: Parameters, recipe: QuantConfig, y: Any, projected: Any) -> Int8Input:
@@ -294,6 +323,11 @@ class Mamba2(Block):
     @property
     def _norm(self) -> dict[str, Any]:
         return {"eps": self.norm_eps, "d_inner": self.d_inner, "ngroups": self.ngroups}
+
+
+def _see_ssd(y: Any, state: Any) -> None:
+    see("y, the output of SSD,", y)
+    see("the SSM state", state)
 
 
 def _through_int8(value: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ssdi8_edge.models.kinds.mamba2.clusters import Order
 from ssdi8_edge.models.observers import PER_TENSOR_FLOOR, Observers, of_linear_input
+from ssdi8_edge.numerics import hadamard
 from ssdi8_edge.numerics.hadamard import rotate
 from ssdi8_edge.numerics.histogram import MagnitudeHistogram
 from ssdi8_edge.numerics.int8 import scale_from_absmax
@@ -30,15 +31,16 @@ class Mamba2Observers(Observers):
     """Statistics of one block; shapes as the scales they become.
 
     Besides those of every block: B, C, CB, CB_full: (G); x, x_scaled, chunk_state, passed_state:
-    (H, P). `<name>_rotated` of B, C and the states: after `hadamard.rotate`. x_mean: (H, P), the
-    largest mean of |x| over a window; x_percentile: (), a moving average of the windows'
-    percentiles.
+    (H, P); y, the output of SSD: (). `<name>_rotated` of B, C and the states, where d_state has a
+    Hadamard matrix: after `hadamard.rotate`. x_mean: (H, P), the largest mean of |x| over a window;
+    x_percentile: (), a moving average of the windows' percentiles.
     """
 
     def __init__(self, sizes: Mamba2, a_rate: Tensor) -> None:
         """`a_rate`: A (H)."""
         super().__init__(sizes.parts)
         self._chunk_size = sizes.chunk_size
+        self._rotates = hadamard.exists(sizes.d_state)
         self._a_rate = a_rate
         self._seen: dict[str, Tensor] = {}
 
@@ -46,7 +48,8 @@ class Mamba2Observers(Observers):
         super().__call__(name, value)
         if name in ("B", "C"):
             self.by_group(name, value.movedim(2, 0))
-            self.by_group(f"{name}_rotated", rotate(value.movedim(2, 0)).float())
+            if self._rotates:
+                self.by_group(f"{name}_rotated", rotate(value.movedim(2, 0)).float())
             self._seen[name] = value
         elif name == "x":
             self._seen["x"] = value
@@ -55,8 +58,10 @@ class Mamba2Observers(Observers):
             self._seen["dt"] = value
         elif name in ("chunk_state", "passed_state"):
             self.update(name, value.abs().amax((0, 1, 4)))
-            self.update(f"{name}_rotated", rotate(value).abs().amax((0, 1, 4)))
+            if self._rotates:
+                self.update(f"{name}_rotated", rotate(value).abs().amax((0, 1, 4)))
         elif name == "y":
+            self.update("y", value.abs().amax())
             self._chunk_tensors()
 
     def _channels(self, x: Tensor) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ssdi8_edge.numerics.int8 import quantize
-from ssdi8_edge.ops import fp16
+from ssdi8_edge.ops import baseline
 from ssdi8_edge.recipes.recipe import QuantConfig
 
 
@@ -42,7 +42,7 @@ def dequantized_ssd(
         y (B, L, E) FP16, zxbcdt through INT8, and the two states.
     """
     zxbcdt = through_int8(zxbcdt, p["in_proj_scale"], recipe, "in_proj")
-    x, b, c, conv_state = fp16.CAUSAL_CONV1D.reference(
+    x, b, c, conv_state = baseline.CAUSAL_CONV1D.reference(
         *(zxbcdt, conv_state, p["conv1d.weight"], p["conv1d.bias"]), **conv
     )
     x = through_int8(x, p["x_scale"], recipe, "x")
@@ -50,7 +50,7 @@ def dequantized_ssd(
         through_int8(v, p[scale].repeat_interleave(v.shape[-1] // len(p[scale])), recipe, site)
         for v, scale, site in ((b, "b_scale", "B"), (c, "c_scale", "C"))
     )
-    y, ssm_state = fp16.SSD_SCAN.reference(
+    y, ssm_state = baseline.SSD_SCAN.reference(
         *(x, b, c, zxbcdt, ssm_state, p["dt_bias"], p["A"], p["D"]), **heads
     )
     return y, zxbcdt, conv_state, ssm_state

@@ -1,0 +1,53 @@
+"""The options of generating text, which run_engine.py and the host's `ssdi8-edge run` share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+from runtime.arguments import number, text, text_to_find
+from runtime.sampling import SAMPLING
+
+# Each is a flag and what argparse's add_argument takes with it.
+Options = Mapping[str, Mapping[str, Any]]
+
+PROMPTS: Options = {
+    "--prompt": {"type": text, "metavar": "TEXT", "help": "text to continue"},
+    "--prompt-file": {
+        "metavar": "FILE",
+        "help": "read it from a UTF-8 file, - for stdin; one final newline is dropped",
+    },
+    "--interactive": {"action": "store_true", "help": "continue each line that you type"},
+}
+GENERATING: Options = {
+    option.flag: {
+        "type": number(option.kind, option.least, option.most),
+        "default": option.default,
+        "metavar": option.metavar,
+        "help": f"{option.help} (default: {option.default:g})",
+    }
+    for option in SAMPLING
+} | {
+    "--stop": {
+        "action": "append",
+        "type": text_to_find,
+        "default": [],
+        "metavar": "TEXT",
+        "help": "end before this text when the model writes it; may be given several times",
+    }
+}
+RUNNING: Options = {
+    "--threads": {
+        "type": number(int, 1, 1024),
+        "metavar": "N",
+        "help": "of the CPU (default: one per core)",
+    },
+    "--json": {"action": "store_true", "help": "JSON on stdout"},
+}
+
+
+def add(group: argparse._ActionsContainer, options: Options) -> None:
+    """Give a parser, or a group of one, these options."""
+    for flag, what in options.items():
+        group.add_argument(flag, **what)

@@ -1,0 +1,107 @@
+"""Reading config.json: values as they are meant, a sentence about each that does not fit."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ssdi8_edge.checkpoints.files import read_json
+from ssdi8_edge.ground.errors import CheckpointError
+
+# One function under two names.
+ACTIVATION_KEYS = ("activation", "hidden_act")
+ACTIVATION_ALIASES = {"swish": "silu"}
+# Where quantizers describe what they did to a checkpoint: transformers, compressed-tensors, MLX.
+QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
+ORIGINAL = "give the floating-point checkpoint that it was made from (BF16, FP16 or FP32)."
+
+
+def typed(value: Any) -> Any:
+    """What a config.json means by its value: some tools write every value as a string."""
+    if isinstance(value, dict):
+        return {key: typed(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [typed(inner) for inner in value]
+    if isinstance(value, str):
+        if value.lower() in ("true", "false"):
+            return value.lower() == "true"
+        try:
+            value = float(value)
+        except ValueError:
+            return value
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json, of a checkpoint that nobody has quantized yet."""
+    config: dict[str, Any] = typed(read_json(path))
+    for key in QUANTIZATION_KEYS:
+        if isinstance(found := config.get(key), dict):
+            method = found.get("quant_method") or key
+            raise CheckpointError(
+                f"{path.parent} is already quantized ({method}, says its config.json)", ORIGINAL
+            )
+    if "recipe" in config and "model" in config:
+        raise CheckpointError(f"{path.parent} was written by `ssdi8-edge build`", ORIGINAL)
+    return config
+
+
+def size(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """A positive whole number."""
+    value = config.get(key, default)
+    if value is None:
+        raise CheckpointError(f"config.json lacks {key}.")
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise CheckpointError(f"config.json sets {key} = {value!r}; expected a positive integer.")
+    return value
+
+
+def require(config: Mapping[str, Any], fixed: Mapping[str, Any], prefix: str = "") -> None:
+    """Keys that must hold one value where they are there, since the model computes nothing else."""
+    for key, expected in fixed.items():
+        found = config.get(key)
+        if key in ACTIVATION_KEYS and isinstance(found, str):
+            found = ACTIVATION_ALIASES.get(found.lower(), found.lower())
+        if found is not None and found != expected:
+            raise CheckpointError(
+                f"config.json sets {prefix}{key} = {json.dumps(found)}; only "
+                f"{json.dumps(expected)} is supported."
+            )
+
+
+def flag(config: Mapping[str, Any], key: str, default: bool) -> bool:
+    """True or false."""
+    value = config.get(key)
+    if value is None:
+        return default
+    if value not in (True, False):
+        raise CheckpointError(f"config.json sets {key} = {value!r}; expected true or false.")
+    return bool(value)
+
+
+def norm_eps(config: Mapping[str, Any], key: str) -> float:
+    """A positive number; 1e-5 where it is left out."""
+    value = config.get(key)
+    value = 1e-5 if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise CheckpointError(f"config.json sets {key} = {value!r}; expected a positive number.")
+    return float(value)
+
+
+def dt_limit(limits: Any, key: str) -> tuple[float, float]:
+    """Two bounds of dt, which is positive; null is no bound. transformers writes infinity as
+    {"__float__": "Infinity"}."""
+    limits = (None, None) if limits is None else limits
+    try:
+        low, high = (
+            default if v is None else float(v["__float__"] if isinstance(v, dict) else v)
+            for v, default in zip(limits, (0.0, math.inf), strict=True)
+        )
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(
+            f"config.json sets {key} = {limits!r}; expected two bounds."
+        ) from None
+    return max(low, 0.0), high

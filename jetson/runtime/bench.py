@@ -57,10 +57,10 @@ from typing import Any
 
 import numpy as np
 
-from runtime.backend import Backend
+from runtime.backends.protocol import Backend
 from runtime.bundle import Bundle
-from runtime.generate import generate
 from runtime.machine import Machine, available_memory, process_memory
+from runtime.session import generate
 
 SCHEMA = 1
 SEED = 0

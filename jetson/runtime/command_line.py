@@ -16,7 +16,7 @@ from typing import TextIO
 
 from runtime import options as shared
 from runtime.arguments import Parser, number, numbers
-from runtime.backend import BACKENDS
+from runtime.backends.choose import BACKENDS
 from runtime.bundle import BundleProblem, MemoryRanOut, open_bundle
 from runtime.console import visible
 from runtime.failures import during, explain, out_of_memory, show_traceback

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from runtime.backend import LayerTimes
+from runtime.backends.protocol import LayerTimes
 
 OTHER = "other"
 _MODEL_LAYER = re.compile(r"(?<![a-z])layers\.(\d+)/")

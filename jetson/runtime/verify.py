@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from runtime.backend import Backend
+from runtime.backends.protocol import Backend
 from runtime.bundle import Bundle, BundleProblem
-from runtime.generate import prefill
+from runtime.session import prefill
 
 GOLDEN = "golden.npz"
 # Relative, in the Frobenius norm. Where onnxruntime runs the reference's own arithmetic, states and

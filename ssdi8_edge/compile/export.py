@@ -235,7 +235,7 @@ def export_model(
         model.blocks,
         lambda i: _Scoped(parameters, f"layers.{i}."),
         _Top(parameters),
-        Context(recipe, model.norm_eps, linear),
+        Context(recipe, model.residual_eps, linear),
         ids,
         states,
         keep,

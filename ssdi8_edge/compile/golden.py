@@ -36,7 +36,7 @@ def golden_vectors(
     repeats = -(-(length + DECODE_STEPS) // len(ids))
     ids = ids.repeat(repeats)[: length + DECODE_STEPS].to(torch.int32)[None]
     prompt, following = ids[:, :length], ids[:, length:]
-    pieces = runtime_module("generate").prefill_pieces(length, max_tokens, multiple)
+    pieces = runtime_module("session").prefill_pieces(length, max_tokens, multiple)
     layers = iter(track(range(model.description.n_layer * len(pieces) + 1), "golden vectors"))
 
     def layer_begins(_: str) -> AbstractContextManager[None]:

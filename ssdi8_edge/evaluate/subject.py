@@ -130,8 +130,8 @@ def _bundle_subject(source: str, folder: Path, device: str) -> Subject:
         )
     bundle = open_checked_bundle(folder)
     require_fitting(bundle.path(TOKENIZER), source, bundle.model.vocab_size)
-    backend = runtime_module("onnxruntime_backend").OnnxRuntimeBackend(bundle)
-    prefill = runtime_module("generate").prefill
+    backend = runtime_module("backends.onnxruntime").OnnxRuntimeBackend(bundle)
+    prefill = runtime_module("session").prefill
 
     def forward(ids: Tensor, keep: int, scope: Scope) -> Tensor:
         logits, _ = prefill(backend, bundle, ids.numpy().astype(np.int32), keep)

@@ -1,7 +1,7 @@
 """The quantized model on an NVIDIA GPU through the CUDA kernels, without TensorRT.
 
-`GpuBackend` is a backend of the board's runtime (`runtime.backend.Backend`), so that generating,
-benchmarking and verifying are the code that boards run.
+`GpuBackend` is a backend of the board's runtime (`runtime.backends.protocol.Backend`), so that
+generating, benchmarking and verifying are the code that boards run.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class DeviceArray:
 
 
 class GpuBackend:
-    """One model on one GPU; see `runtime.backend.Backend` for the meaning of the methods.
+    """One model on one GPU; see `runtime.backends.protocol.Backend` for the meaning of the methods.
 
     There is one set of states per batch size, updated in place: a sequence ends where the next one
     of its batch size starts. A shape (batch, length, positions kept) that comes a second time is
@@ -155,8 +155,8 @@ def run_on_gpu(run: Path, arguments: list[str], device: str) -> int:
             "name the run folder of a build.",
         )
     kernel_library.load()
-    runtime_module("backend").BACKENDS[GpuBackend.runtime] = lambda bundle, options: GpuBackend(
-        load_quantized(run / QUANTIZED, device), device
+    runtime_module("backends.choose").BACKENDS[GpuBackend.runtime] = lambda bundle, options: (
+        GpuBackend(load_quantized(run / QUANTIZED, device), device)
     )
     command = [str(bundle_folder(run)), "--backend", GpuBackend.runtime, *arguments]
     # The runtime answers Ctrl-C itself, which comes to it as in a process of its own.

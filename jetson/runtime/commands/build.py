@@ -19,10 +19,11 @@ from types import ModuleType
 from typing import Any
 
 from runtime.arguments import Parser, number
-from runtime.builder import MIB, EngineBuilder, estimate_disk, estimate_memory
 from runtime.bundle import Bundle, BundleProblem, open_bundle, sha256
 from runtime.console import print_json, size
-from runtime.engine_store import (
+from runtime.engine.builder import MIB, EngineBuilder, estimate_disk, estimate_memory
+from runtime.engine.libcuda import Gpu, this_gpu
+from runtime.engine.store import (
     ENGINE,
     GRAPH,
     LOG,
@@ -36,9 +37,7 @@ from runtime.engine_store import (
     find_plugins,
     surroundings,
 )
-from runtime.libcuda import Gpu, this_gpu
-from runtime.machine import Machine, available_memory, process_memory, swap_free, this_machine
-from runtime.tensorrt_api import (
+from runtime.engine.tensorrt_api import (
     LogLines,
     deserialize,
     import_tensorrt,
@@ -46,6 +45,7 @@ from runtime.tensorrt_api import (
     load_plugins,
     logger,
 )
+from runtime.machine import Machine, available_memory, process_memory, swap_free, this_machine
 
 MESSAGES = "build.txt"  # of the last build in this store, also of one that failed
 LOCK = ".lock"

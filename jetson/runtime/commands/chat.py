@@ -19,8 +19,8 @@ from contextlib import contextmanager
 from runtime.bundle import Bundle, BundleProblem
 from runtime.commands.generate import collect, describe, open_timed, sampler, show_notes
 from runtime.console import print_json, stdin
-from runtime.generate import Conversation, Timings
 from runtime.machine import this_machine
+from runtime.session import Conversation, Timings
 from runtime.text import TextCodec
 
 PROMPT = "> "

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime.backend import Backend, BackendOptions, open_backend
+from runtime.backends.choose import open_backend
+from runtime.backends.protocol import Backend, BackendOptions
 from runtime.bundle import Bundle, BundleProblem
 from runtime.console import print_json, stdin
-from runtime.generate import Step, Timings, generate
 from runtime.machine import this_machine
 from runtime.sampling import Sampler, settings
+from runtime.session import Step, Timings, generate
 from runtime.stop import StopTexts
 from runtime.text import TextCodec, TextStream
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from runtime.bundle import Bundle, BundleProblem
 from runtime.console import pairs, print_json, size, visible
-from runtime.engine_store import STORE, engines_in
+from runtime.engine.store import STORE, engines_in
 
 
 def run(bundle: Bundle, options: argparse.Namespace) -> int:

@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from runtime.backend import Backend
+from runtime.backends.protocol import Backend
 from runtime.bench import SEED
 from runtime.bundle import Bundle
 from runtime.commands.generate import open_timed, show_notes
 from runtime.console import print_json, table
-from runtime.generate import prefill_pieces
 from runtime.layer_times import LayerTime, Modules, median_times, module_times
 from runtime.machine import this_machine
+from runtime.session import prefill_pieces
 
 SCHEMA = 1
 LAYERS_SHOWN = 20

@@ -1,0 +1,1 @@
+"""Inference libraries: their interface, the choice of one, and one file each."""

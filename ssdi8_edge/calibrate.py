@@ -9,6 +9,7 @@ temporary file.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -233,6 +234,8 @@ def calibrate(
             statistics |= {f"layers.{i}.{k}": v.cpu() for k, v in seen.items()}
             _require_numbers(checkpoint, i, observers.absmax)
             _require_fp16_range(checkpoint, i, recipe, observers.absmax)
+            raw = observers.absmax["in_proj.dt"].amax().cpu()
+            require_time_step(i, layer["mixer.dt_bias"].cpu() + raw, config.dt_limit)
             return_freed_memory()
         norm_f = torch.zeros((), device=device)
         for part in batches(ids):
@@ -252,6 +255,28 @@ def _require_numbers(checkpoint: Checkpoint, index: int, absmax: dict[str, Tenso
             )
 
 
+def require_time_step(index: int, largest: Tensor, dt_limit: tuple[float, float]) -> None:
+    """Refuse a head whose time step nothing bounds and whose exponential FP64 cannot hold.
+
+    The ONNX function of softplus takes it; trained heads stay below 10.
+
+    Args:
+        largest: (H) dt_raw + dt_bias, or dt_bias alone.
+
+    Raises:
+        CheckpointError: there is one.
+    """
+    head = int(largest.argmax())
+    if largest[head] > LARGEST_EXPONENT and math.isinf(dt_limit[1]):
+        raise CheckpointError(
+            f"layers.{index}: head {head} takes softplus of {largest[head].item():.4g}, the sum of "
+            f"dt and mixer.dt_bias, and a graph can do so up to {LARGEST_EXPONENT:g}",
+            IN_FP32,
+        )
+
+
+# What exp of FP64 holds is below e^709.8.
+LARGEST_EXPONENT = 700.0
 # What the ops of every quantized method pass on in FP16, as statistics name it.
 KEPT_IN_FP16 = {
     **{f"in_proj.{part}": f"the {part} that in_proj gives" for part in ("z", "x", "B", "C", "dt")},

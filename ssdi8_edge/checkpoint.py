@@ -28,6 +28,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ssdi8_edge.artifacts import read_json
 from ssdi8_edge.errors import CheckpointError
 from ssdi8_edge.fp16_range import all_finite
 from ssdi8_edge.progress import Track, silent
@@ -97,12 +98,12 @@ AGAIN = "fetch the checkpoint again, or correct its config.json."
 ORIGINAL = "give the floating-point checkpoint that it was made from (BF16, FP16 or FP32)."
 
 
-def _typed(value: Any) -> Any:
+def typed(value: Any) -> Any:
     """What a config.json means by its value: some tools write every value as a string."""
     if isinstance(value, dict):
-        return {key: _typed(inner) for key, inner in value.items()}
+        return {key: typed(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_typed(inner) for inner in value]
+        return [typed(inner) for inner in value]
     if isinstance(value, str):
         if value.lower() in ("true", "false"):
             return value.lower() == "true"
@@ -115,7 +116,7 @@ def _typed(value: Any) -> Any:
 
 def _read_config(path: Path) -> dict[str, Any]:
     """config.json, of a checkpoint that nobody has quantized yet."""
-    config: dict[str, Any] = _typed(_read_json(path))
+    config: dict[str, Any] = typed(read_object(path))
     for key in QUANTIZATION_KEYS:
         if isinstance(found := config.get(key), dict):
             method = found.get("quant_method") or key
@@ -178,7 +179,13 @@ def _dt_limit(limits: Any, key: str) -> tuple[float, float]:
         raise CheckpointError(
             f"config.json sets {key} = {limits!r}; expected two bounds."
         ) from None
-    return max(low, 0.0), high
+    low = max(low, 0.0)  # NaN stays
+    if not low <= high or low == math.inf:
+        raise CheckpointError(
+            f"config.json sets {key} = {limits!r}; expected a lower and an upper bound of dt, "
+            "which is positive."
+        )
+    return low, high
 
 
 def _state_spaces_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -356,6 +363,8 @@ class _PickleFile:
     def describe(self, name: str) -> tuple[tuple[int, ...], str]:
         """Shape and type."""
         tensor = self._tensors[name]
+        if tensor.layout != torch.strided or tensor.is_meta:  # sparse, or without data
+            return tuple(tensor.shape), "meta" if tensor.is_meta else str(tensor.layout)
         return tuple(tensor.shape), TORCH_FLOAT_TYPES.get(tensor.dtype, str(tensor.dtype))
 
     def read(self, name: str) -> Tensor:
@@ -365,9 +374,13 @@ class _PickleFile:
 _WeightFile = _SafetensorsFile | _PickleFile
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a checkpoint.
+
+    Raises CheckpointError where there is none.
+    """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}).") from error
     if not isinstance(content, dict):
@@ -383,7 +396,7 @@ def _weight_files(folder: Path) -> list[Path]:
         index = folder / f"{stem}.index.json"
         if not index.is_file():
             continue
-        places = _read_json(index).get("weight_map")
+        places = read_object(index).get("weight_map")
         if not isinstance(places, dict) or not places:
             raise CheckpointError(f"{index} has no weight_map.")
         shards = [folder / shard for shard in sorted(set(map(str, places.values())))]

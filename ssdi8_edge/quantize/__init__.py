@@ -25,9 +25,10 @@ from ssdi8_edge.calibrate import (
     in_proj_parts,
     layer_config,
     load_block,
+    require_time_step,
 )
 from ssdi8_edge.checkpoint import EMBEDDING, HEAD, Checkpoint
-from ssdi8_edge.fp16_range import IN_FP32, LARGEST, to_fp16, watched
+from ssdi8_edge.fp16_range import IN_FP32, LARGEST, all_finite, to_fp16, watched
 from ssdi8_edge.methods import DEFAULT_METHOD, QuantConfig
 from ssdi8_edge.model import Mamba2Block, Mamba2Config
 from ssdi8_edge.progress import Track, silent
@@ -97,7 +98,7 @@ def quantize(
     with (
         torch.inference_mode(),
         int8.count_saturation() as saturation,
-        watched(recipe.name, IN_FP32) as watch,
+        watched(recipe.name, lambda name: IN_FP32) as watch,
         _Streams(checkpoint, config, ids, device, scratch) as streams,
     ):
         for i in track(range(config.n_layer), "quantize"):
@@ -138,7 +139,13 @@ def _keep_fp16(checkpoint: Checkpoint, config: Mamba2Config, sink: Sink, track: 
     """The FP16 baseline: linears in FP16, small tensors in FP32, nothing rewritten."""
 
     def fp16(name: str, weight: Tensor) -> Tensor:
-        return to_fp16(weight, name, f"choose --method {DEFAULT_METHOD}, which scales it.")
+        remedy = f"choose --method {DEFAULT_METHOD}, which scales it."
+        # Of the head every method keeps FP16, after a rotation that evens out single values.
+        if name == HEAD and not all_finite(weight.half()):
+            gamma = checkpoint.tensor("backbone.norm_f.weight").float()
+            if not all_finite(rotate_head(weight.float(), gamma).half()):
+                remedy = IN_FP32
+        return to_fp16(weight, name, remedy)
 
     def of_end(name: str) -> Tensor:
         return fp16(name, checkpoint.tensor(name))
@@ -149,6 +156,7 @@ def _keep_fp16(checkpoint: Checkpoint, config: Mamba2Config, sink: Sink, track: 
         sink.add("lm_head.weight", of_end("lm_head.weight"))
     for i in track(range(config.n_layer), "quantize"):
         layer = fp32_layer(checkpoint, i, "cpu")
+        require_time_step(i, layer["mixer.dt_bias"], config.dt_limit)
         stored = f"backbone.layers.{i}."
         tensors = {
             "norm.weight": layer[NORM],

@@ -217,6 +217,11 @@ def calibrate(
         table = checkpoint.tensor(EMBEDDING)
         norms = [rows.float().norm(dim=1).amax() for rows in table.split(TABLE_ROWS)]
         statistics["embedding"] = torch.stack(norms).amax()
+        if not statistics["embedding"].isfinite():
+            raise CheckpointError(
+                f"rows of the tensor {EMBEDDING} of {checkpoint.folder} are longer than FP32 holds",
+                "the checkpoint is damaged, fetch it again.",
+            )
         for part, rows in embed(checkpoint, ids):
             stream[part] = rows
         for i in track(range(config.n_layer), "calibrate"):

@@ -228,6 +228,13 @@ def test_activation_of_the_baseline(
     assert not (build("fp16").request.out / "bundle").exists()
 
 
+def test_embedding_too_long_for_fp32(folder: Path, build: Callable[..., Build]) -> None:
+    """Every value is finite, and the norm of the row is not."""
+    edit_weights(folder, lambda t: t[EMBEDDING][5].fill_(1e30))
+    with pytest.raises(CheckpointError, match=r"rows of the tensor backbone\.embedding\.weight"):
+        build("edge-w8a8").run()
+
+
 def bias_of_time_step(value: float) -> Edit:
     return lambda tensors: tensors[f"{LAYER}mixer.dt_bias"][1:2].fill_(value)
 

@@ -145,6 +145,7 @@ def test_any_logits_are_evaluated(logits: list[float], perplexity: float) -> Non
     bad = tally(torch.tensor(logits), torch.zeros(3))
     found = bad.result(subject, text, 5, 4, good)
     assert found.perplexity == pytest.approx(perplexity, nan_ok=True)
+    assert found.reason is None or len(found.reason) < 60, "digits without end"
     assert found.top1_agreement is not None and found.top1_agreement <= 1
     if math.isnan(perplexity):
         assert found.top1_agreement == 0.5  # the good window alone

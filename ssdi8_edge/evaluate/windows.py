@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ssdi8_edge.artifacts import sha256_file
+from ssdi8_edge.decimals import fixed
 from ssdi8_edge.errors import UsageError
 from ssdi8_edge.evaluate.subject import Subject
 from ssdi8_edge.evaluate.texts import Text, text_file
@@ -158,7 +159,7 @@ class _Tally:
         if not math.isfinite(loss):
             return f"{subject.source} ({subject.name}) computes logits that are not numbers."
         if not math.isfinite(_exp(loss)):
-            return f"{subject.source} ({subject.name}) loses {loss:.0f} nats per token."
+            return f"{subject.source} ({subject.name}) loses {fixed(loss, 0)} nats per token."
         return None
 
 

@@ -366,3 +366,10 @@ def test_d_state_without_a_rotation_is_said_at_once(
     assert "ssdi8-w8a8" in caught.value.hint and "quamba" not in caught.value.hint
     assert not (tmp_path / "run").exists()
     build("ssdi8-w8a8", until="calibrate").run()
+
+
+def test_a_run_that_ended_early_is_evaluated(folder: Path, build: Callable[..., Build]) -> None:
+    """Without a bundle, a run folder stands for its quantized/."""
+    ended = build("edge-w8a8", until="quantize")
+    ended.run()
+    assert open_subject(str(ended.request.out), None, "cpu").name == "edge-w8a8"

@@ -9,8 +9,6 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
-from runtime.bundle import BundleProblem
-
 
 def stdin() -> TextIO:
     """sys.stdin; Python has none when a program is started with it closed.
@@ -19,6 +17,8 @@ def stdin() -> TextIO:
         BundleProblem: it is closed.
     """
     if sys.stdin is None:
+        from runtime.bundle import BundleProblem  # needs numpy, which failures.py does without
+
         raise BundleProblem("stdin is closed", "pipe text into it, or use a terminal")
     return sys.stdin
 

@@ -224,8 +224,9 @@ def test_a_row_is_all_that_an_option_needs(packed: Path, tmp_path: Path) -> None
     table.write_text(text.replace(last, ROW + last), encoding="utf-8")
     board = [sys.executable, str(jetson / "run_engine.py")]
     start = (
-        "import pathlib, ssdi8_edge.ground.board_runtime as b, ssdi8_edge.cli as c;"
-        f"b.shipped = lambda name: pathlib.Path({str(tmp_path)!r}, name); c.main()"
+        "import pathlib, ssdi8_edge.ground.board_runtime as b;"
+        f"b.shipped = lambda name: pathlib.Path({str(tmp_path)!r}, name);"
+        "import ssdi8_edge.cli as c; c.main()"  # which loads the runtime
     )
     host = [sys.executable, "-c", start, "run"]
     assert "never take this token" in rows_of_help(board)["--ban"] == rows_of_help(host)["--ban"]

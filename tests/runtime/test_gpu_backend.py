@@ -92,10 +92,8 @@ class TestModel:
             want, want_states = reference.forward(ids[:, i : i + 1], want_states)
             got, states = backend.forward(ids[:, i : i + 1].numpy(), states)
             assert relative_error(got, want) < TOLERANCE
-        for i, state in enumerate(want_states):
-            for kind in ("conv", "ssm"):
-                value = np.asarray(states[f"{kind}_state.{i}"])
-                assert relative_error(value, getattr(state, kind)) < TOLERANCE
+        for name, state in reference.named_states(want_states).items():
+            assert relative_error(np.asarray(states[name]), state) < TOLERANCE
 
     def test_sequences_do_not_meet(self, tensors: tuple[str, Tensors]) -> None:
         """A second sequence gives what it gives alone, also through the graphs of the first."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import sys
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TextIO
 
-from runtime.bundle import BundleProblem
+from runtime.problems import BundleProblem
 
 
 def stdin() -> TextIO:
@@ -28,6 +29,24 @@ _DIRECTIONS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 def print_json(report: Mapping[str, Any], indent: int | None = 2) -> None:
     """One object on stdout; in ASCII, so that no console's encoding can spoil it."""
     print(json.dumps(report, indent=indent, allow_nan=False), flush=True)
+
+
+@contextmanager
+def text_on_stdout(wanted: bool) -> Iterator[Callable[[str], None]]:
+    """What prints text piece by piece, and ends the line with the block; silent unless wanted."""
+    if not wanted:
+        yield lambda text: None
+        return
+    try:
+        yield lambda text: print(text, end="", flush=True)
+    finally:
+        print(flush=True)
+
+
+def show_notes(notes: Sequence[str]) -> None:
+    """What the user should know of this run, to stderr."""
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
 
 
 def visible(text: str, keep: str = "") -> str:

@@ -22,13 +22,13 @@ from typing import Any
 import pytest
 import tiny_bundle
 import torch
-from runtime.bundle import BundleProblem
+from tiny_model import write_model, write_text
+
 from runtime.commands import build
 from runtime.engine import builder
 from runtime.engine.store import engines_in
 from runtime.engine.tensorrt_api import layer_information
-from tiny_model import write_model, write_text
-
+from runtime.problems import BundleProblem
 from ssdi8_edge.compile.pipeline import Build, BuildRequest
 from ssdi8_edge.recipes.presets import METHODS
 from ssdi8_edge.targets import load_target

@@ -20,14 +20,6 @@ import onnxruntime
 import pytest
 import tiny_bundle  # puts jetson/ on the path, so it comes first
 from onnx import TensorProto, helper
-from runtime.backends.choose import open_backend
-from runtime.backends.onnxruntime import UNWANTED_OPTIMIZERS, OnnxRuntimeBackend
-from runtime.backends.protocol import BackendOptions
-from runtime.bundle import Bundle, BundleProblem, RunFailure, open_bundle, sha256
-from runtime.sampling import Sampler, settings
-from runtime.session import Conversation, Timings, generate, prefill, prefill_pieces
-from runtime.text import REPLACEMENT, TextCodec, TextStream
-from runtime.verify import relative_error
 from tiny_bundle import (
     CHAIN,
     MAX_TOKENS,
@@ -40,6 +32,18 @@ from tiny_bundle import (
     run_engine,
     run_json,
 )
+
+from runtime.answer import Timings
+from runtime.backends.choose import open_backend
+from runtime.backends.onnxruntime import UNWANTED_OPTIMIZERS, OnnxRuntimeBackend
+from runtime.backends.protocol import BackendOptions
+from runtime.bundle import Bundle, open_bundle
+from runtime.files import sha256
+from runtime.problems import BundleProblem, RunFailure
+from runtime.sampling import Sampler, settings
+from runtime.session import Session, prefill_pieces
+from runtime.text import REPLACEMENT, TextCodec, TextStream
+from runtime.verify import relative_error
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +120,7 @@ def test_prefill_in_pieces_equals_one_prefill(
     backend = OnnxRuntimeBackend(bundle, threads=1)
     ids = np.random.default_rng(2).integers(0, 300, (2, length)).astype(np.int32)
     whole_logits, whole = backend.forward(ids, backend.zero_states(2), keep)
-    logits, states = prefill(backend, bundle, ids, keep)
+    logits, states = Session(bundle, backend).prefill(ids, keep)
     tolerance = 1e-5 if state_dtype == "fp32" else 2e-3
     assert logits.shape == (2, keep, VOCAB) and logits.dtype == np.float32
     assert relative_error(logits, whole_logits) < tolerance
@@ -128,7 +132,7 @@ def test_prefill_in_pieces_equals_one_prefill(
 def test_decode_continues_a_prefill(backend: OnnxRuntimeBackend, bundle: Bundle) -> None:
     ids = np.arange(9, dtype=np.int32)[None]
     whole, _ = backend.forward(ids, backend.zero_states(1))
-    _, states = prefill(backend, bundle, ids[:, :8])
+    _, states = Session(bundle, backend).prefill(ids[:, :8])
     step, _ = backend.forward(ids[:, 8:], states)
     fresh, _ = backend.forward(ids[:, 8:], backend.zero_states(1))
     assert relative_error(step, whole) < 1e-5
@@ -181,21 +185,22 @@ def test_a_conversation_goes_on_where_it_stopped(
         seen.append(logits.copy())
         return int(logits.argmax())
 
-    conversation = Conversation(backend, bundle)
+    session = Session(bundle, backend)
+    conversation = session.conversation()
     steps = conversation.generate(first, sample, 10, ())
     tokens = [next(steps).token for _ in range(4)]  # the fourth is sampled and not run yet
     steps.close()
     next(conversation.generate(second, sample, 1, ()))
     whole = np.concatenate([first, np.array([tokens], np.int32), second], axis=1)
-    expected, _ = prefill(backend, bundle, whole)
+    expected, _ = session.prefill(whole)
     assert relative_error(seen[-1], expected[0, -1]) < 1e-5
-    assert relative_error(seen[-1], prefill(backend, bundle, second)[0][0, -1]) > 1e-3
+    assert relative_error(seen[-1], session.prefill(second)[0][0, -1]) > 1e-3
 
 
 def test_generate_ends_after_the_end_token(backend: OnnxRuntimeBackend, bundle: Bundle) -> None:
     tokens = iter([5, 6, 0, 7])
     prompt = np.array([[1, 2]], np.int32)
-    steps = list(generate(backend, bundle, prompt, lambda _: next(tokens), 10, end_ids={0}))
+    steps = list(Session(bundle, backend).generate(prompt, lambda _: next(tokens), 10, end_ids={0}))
     assert [step.token for step in steps] == [5, 6, 0]
     assert all(step.seconds > 0 for step in steps)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from runtime.bundle import BundleProblem, RunFailure
+from runtime.problems import BundleProblem, RunFailure
 
 OLDEST = (10, 3)  # JetPack 6.1; earlier ones lack IPluginV3OneBuildV2, which the plugins implement
 PLUGIN_LIBRARY = "libssdi8_plugins.so"

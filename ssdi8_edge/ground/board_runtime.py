@@ -1,7 +1,7 @@
-"""The one bridge to the runtime that lives on boards: the package `runtime` in jetson/.
+"""Bundles on this machine: opened, and run by the script that runs on boards.
 
-The host does not share modules with a board; it runs the same files, from its own copy rather than
-from a bundle that may come from elsewhere.
+Both are the package's own copy of the board runtime (`runtime`, in jetson/), and not the one in a
+bundle, which may come from elsewhere.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 import zipfile
@@ -52,6 +53,25 @@ def test_wheel_carries_the_package_and_the_demo_model(wheel: zipfile.ZipFile) ->
     for name in (*demo, "evaluation.txt", "README.md"):
         data = wheel.read(f"ssdi8_edge/demo/{name}")
         assert data == (ROOT / "ssdi8_edge" / "demo" / name).read_bytes()
+
+
+def test_installed_package_finds_the_runtime_that_it_carries(
+    wheel: zipfile.ZipFile, tmp_path: Path
+) -> None:
+    """And no other that lies further on the path."""
+    wheel.extractall(tmp_path)
+    code = "import ssdi8_edge.ground.board_runtime as host, runtime; print(runtime.__file__)"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    expected = tmp_path / "ssdi8_edge" / "share" / "jetson" / "runtime" / "__init__.py"
+    assert Path(done.stdout.strip()) == expected
 
 
 def test_wheel_carries_nothing_else(wheel: zipfile.ZipFile) -> None:

@@ -6,6 +6,7 @@ import ast
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -33,6 +34,7 @@ from tiny_bundle import (
     run_json,
 )
 
+import runtime
 from runtime.answer import Timings
 from runtime.backends.choose import open_backend
 from runtime.backends.onnxruntime import UNWANTED_OPTIMIZERS, OnnxRuntimeBackend
@@ -83,16 +85,60 @@ def test_jetson_imports_only_what_a_board_has() -> None:
     files = list(tiny_bundle.JETSON.rglob("*.py"))
     assert files
     for file in files:
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                assert node.level == 0, f"{file}: relative import"
-                names = [node.module or ""]
-            else:
-                continue
-            for name in names:
-                assert name.split(".")[0] in allowed, f"{file} imports {name}"
+        for name in imported(file):
+            assert name.split(".")[0] in allowed, f"{file} imports {name}"
+
+
+def imported(file: Path) -> list[str]:
+    """Modules that a file imports at any place; `from runtime import x` is runtime.x."""
+    names = []
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            module = node.module or ""
+            folder = module in ("runtime", "runtime.commands")
+            names += [f"{module}.{alias.name}" for alias in node.names] if folder else [module]
+    return names
+
+
+def test_imports_of_the_runtime_go_down_its_map() -> None:
+    """The map of files in runtime/__init__.py names all of them, users above what they use."""
+    root = tiny_bundle.JETSON / "runtime"
+    lines = (runtime.__doc__ or "").splitlines()
+    place = {}
+    for file in root.rglob("*.py"):
+        if file.stem != "__init__" and file.parent.name != "commands":
+            at = [i for i, line in enumerate(lines) if re.search(rf"(^|  ){file.stem}  ", line)]
+            assert len(at) == 1, f"{file.stem} stands {len(at)} times in the map"
+            place[".".join(file.relative_to(root.parent).with_suffix("").parts)] = at[0]
+    for name, line in place.items():
+        folder = name.rpartition(".")[0]
+        for other in imported(tiny_bundle.JETSON / f"{name.replace('.', '/')}.py"):
+            near = folder != "runtime" and other.startswith(f"{folder}.")
+            assert near or place.get(other, line) >= line, f"{name} imports {other}"
+
+
+def test_commands_are_imported_by_the_command_line_alone() -> None:
+    """A command reads options and prints; what two of them need lies elsewhere."""
+    for file in (tiny_bundle.JETSON / "runtime").rglob("*.py"):
+        if file.stem != "command_line":
+            assert not [name for name in imported(file) if name.startswith("runtime.commands")], (
+                file
+            )
+
+
+def test_session_closes_its_backend_whatever_happens(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = Session.open(bundle, BackendOptions(threads=1))
+    assert isinstance(session.backend, OnnxRuntimeBackend) and session.load_s > 0
+    closed: list[bool] = []
+    monkeypatch.setattr(session.backend, "close", lambda: closed.append(True))
+    with pytest.raises(RunFailure), session:
+        raise RunFailure("it went wrong", "try again")
+    assert closed == [True]
 
 
 @pytest.mark.parametrize(

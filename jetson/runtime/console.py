@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,8 +28,19 @@ _DIRECTIONS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 
 
 def print_json(report: Mapping[str, Any], indent: int | None = 2) -> None:
-    """One object on stdout; in ASCII, so that no console's encoding can spoil it."""
-    print(json.dumps(report, indent=indent, allow_nan=False), flush=True)
+    """One object on stdout; in ASCII, so that no console's encoding can spoil it.
+
+    JSON has no word for infinity and NaN: they become null.
+    """
+    print(json.dumps(_finite(report), indent=indent, allow_nan=False), flush=True)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 from runtime.problems import BundleProblem
 
@@ -14,6 +15,16 @@ from runtime.problems import BundleProblem
 BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 # Texts that may stand before a continuation while it is encoded.
 ANCHORS = ("\n", ".", "a", "0", ",", ")")
+
+
+def _unless_panic(error: BaseException) -> BaseException:
+    """A defect of the library in words; it raises that past `except Exception`."""
+    if isinstance(error, Exception) or type(error).__name__ != "PanicException":
+        return error
+    return BundleProblem(
+        f"tokenizers fails with this tokenizer.json ({error})",
+        f"upgrade it with: {sys.executable} -m pip install -U tokenizers",
+    )
 
 
 class Tokenizer:
@@ -78,7 +89,10 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids` without special tokens; bytes that are not UTF-8 become U+FFFD."""
-        text: str = self._tokenizer.decode(ids)
+        try:
+            text: str = self._tokenizer.decode(ids)
+        except BaseException as error:
+            raise _unless_panic(error) from error
         return text
 
     def shows(self, token: int) -> bool:
@@ -91,7 +105,7 @@ class Tokenizer:
 
     def _split(self, text: str) -> tuple[list[int], list[int]]:
         """What the template puts before `text`, and the text; nothing where that is empty."""
-        encoded = self._tokenizer.encode(text)
+        encoded = self._encoded(text)
         # 1 where the template put a token, 0 also where the text itself has a special one.
         mask = encoded.special_tokens_mask
         ids = [token for token, put in zip(encoded.ids, mask) if not put]  # noqa: B905
@@ -99,8 +113,14 @@ class Tokenizer:
         return (encoded.ids[:start] if ids else []), ids
 
     def _plain(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        ids: list[int] = self._encoded(text, add_special_tokens=False).ids
         return ids
+
+    def _encoded(self, text: str, add_special_tokens: bool = True) -> Any:
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        except BaseException as error:
+            raise _unless_panic(error) from error
 
     def _encode_continuation(self, text: str) -> list[int]:
         """What a tokenizer does at the start of a text falls on an anchor in front of it.

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ssdi8_edge.checkpoints.files import read_json
 from ssdi8_edge.ground.errors import CheckpointError
+from ssdi8_edge.ground.foreign_json import read_object, typed
 
 # One function under two names.
 ACTIVATION_KEYS = ("activation", "hidden_act")
@@ -19,25 +19,9 @@ QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization"
 ORIGINAL = "give the floating-point checkpoint that it was made from (BF16, FP16 or FP32)."
 
 
-def typed(value: Any) -> Any:
-    """What a config.json means by its value: some tools write every value as a string."""
-    if isinstance(value, dict):
-        return {key: typed(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [typed(inner) for inner in value]
-    if isinstance(value, str):
-        if value.lower() in ("true", "false"):
-            return value.lower() == "true"
-        try:
-            value = float(value)
-        except ValueError:
-            return value
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
 def read_config(path: Path) -> dict[str, Any]:
     """config.json, of a checkpoint that nobody has quantized yet."""
-    config: dict[str, Any] = typed(read_json(path))
+    config: dict[str, Any] = typed(read_object(path))
     for key in QUANTIZATION_KEYS:
         if isinstance(found := config.get(key), dict):
             method = found.get("quant_method") or key
@@ -104,4 +88,10 @@ def dt_limit(limits: Any, key: str) -> tuple[float, float]:
         raise CheckpointError(
             f"config.json sets {key} = {limits!r}; expected two bounds."
         ) from None
-    return max(low, 0.0), high
+    low = max(low, 0.0)  # NaN stays
+    if not low <= high or low == math.inf:
+        raise CheckpointError(
+            f"config.json sets {key} = {limits!r}; expected a lower and an upper bound of dt, "
+            "which is positive."
+        )
+    return low, high

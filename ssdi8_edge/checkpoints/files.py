@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ssdi8_edge.ground.errors import CheckpointError
+from ssdi8_edge.ground.foreign_json import read_object
 
 FLOAT_TYPES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}  # safetensors name: bytes per value
 TORCH_FLOAT_TYPES = {
@@ -86,6 +85,8 @@ class PickleFile:
     def describe(self, name: str) -> tuple[tuple[int, ...], str]:
         """Shape and type."""
         tensor = self._tensors[name]
+        if tensor.layout != torch.strided or tensor.is_meta:  # sparse, or without data
+            return tuple(tensor.shape), "meta" if tensor.is_meta else str(tensor.layout)
         return tuple(tensor.shape), TORCH_FLOAT_TYPES.get(tensor.dtype, str(tensor.dtype))
 
     def read(self, name: str) -> Tensor:
@@ -96,17 +97,6 @@ class PickleFile:
 WeightFile = SafetensorsFile | PickleFile
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises CheckpointError where there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no JSON object.")
-    return content
-
-
 def weight_files(folder: Path) -> list[Path]:
     """The files of the preferred form; safetensors before pickle, one file before shards."""
     for stem in ("model.safetensors", "pytorch_model.bin"):
@@ -115,7 +105,7 @@ def weight_files(folder: Path) -> list[Path]:
         index = folder / f"{stem}.index.json"
         if not index.is_file():
             continue
-        places = read_json(index).get("weight_map")
+        places = read_object(index).get("weight_map")
         if not isinstance(places, dict) or not places:
             raise CheckpointError(f"{index} has no weight_map.")
         shards = [folder / shard for shard in sorted(set(map(str, places.values())))]

@@ -218,6 +218,7 @@ def verify(
 
 
 def _run_engine(bundle: Path, arguments: list[str], device: str) -> NoReturn:
+    bundle = expanded(bundle)
     if device == "cpu":
         from ssdi8_edge.ground.board_runtime import become_engine
 

@@ -79,6 +79,12 @@ def calibrate(
         table = checkpoint.tensor(EMBEDDING)
         norms = [rows.float().norm(dim=1).amax() for rows in table.split(TABLE_ROWS)]
         statistics["embedding"] = torch.stack(norms).amax()
+        if not statistics["embedding"].isfinite():
+            raise CheckpointError(
+                f"rows of the tensor {checkpoint.stored_name(EMBEDDING)} of {checkpoint.folder} "
+                "are longer than FP32 holds",
+                "the checkpoint is damaged, fetch it again.",
+            )
         for part, rows in embed(checkpoint, ids):
             stream[part] = rows
         for i in track(range(model.n_layer), "calibrate"):
@@ -92,6 +98,7 @@ def calibrate(
             statistics |= {f"layers.{i}.{k}": v.cpu() for k, v in seen.items()}
             _require_numbers(checkpoint, i, observers.absmax)
             _require_fp16_range(checkpoint, i, recipe, observers.absmax)
+            model.blocks[i].require_computable(i, layer, observers.absmax)
             return_freed_memory()
         norm_f = torch.zeros((), device=device)
         for part in batches(ids):

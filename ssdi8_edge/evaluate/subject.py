@@ -119,8 +119,9 @@ def _open_subject(source: str, tokenizer: Path | None, device: str) -> Subject:
         return _quantized_subject(source, folder / QUANTIZED, tokenizer, device)
     if (bundle_folder(folder) / MANIFEST).is_file():
         return _bundle_subject(source, folder, device)
-    if is_quantized_checkpoint(folder):
-        return _quantized_subject(source, folder, tokenizer, device)
+    for place in (folder, folder / QUANTIZED):  # the latter in a run that ended early
+        if is_quantized_checkpoint(place):
+            return _quantized_subject(source, place, tokenizer, device)
     return _float_subject(source, tokenizer, device)
 
 

@@ -16,6 +16,7 @@ from runtime.failures import during
 from runtime.files import sha256
 from ssdi8_edge.evaluate.subject import Subject
 from ssdi8_edge.evaluate.texts import Text, text_file
+from ssdi8_edge.ground.decimals import fixed
 from ssdi8_edge.ground.errors import UsageError
 from ssdi8_edge.ground.progress import Track, silent
 from ssdi8_edge.ground.stream import GPU_TOKENS_PER_BATCH
@@ -158,7 +159,7 @@ class _Tally:
         if not math.isfinite(loss):
             return f"{subject.source} ({subject.name}) computes logits that are not numbers."
         if not math.isfinite(_exp(loss)):
-            return f"{subject.source} ({subject.name}) loses {loss:.0f} nats per token."
+            return f"{subject.source} ({subject.name}) loses {fixed(loss, 0)} nats per token."
         return None
 
 

@@ -117,7 +117,14 @@ def _exchange(a: Path, b: Path) -> None:
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    """What a JSON file holds; a byte order mark, which some editors write, is no part of it.
+
+    Raises ValueError where it is no JSON, or is nested deeper than anyone means.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -153,9 +160,9 @@ def is_intact(folder: Path, files: dict[str, dict[str, Any]]) -> bool:
 def disk_error(place: Path, error: OSError) -> Ssdi8Error:
     """A full or read-only disk in one sentence; exit code 2."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        remedy = "free some space or choose another --out; the finished stages are kept."
+        remedy = "free some space or choose another place; what was finished is kept."
     else:
-        remedy = "choose an --out folder that can be written."
+        remedy = "choose a folder that can be written."
     failure = Ssdi8Error(f"cannot write {place}: {os.strerror(error.errno or 0)}", remedy)
     failure.exit_code = 2
     return failure

@@ -18,8 +18,8 @@ from typing import Any
 from runtime.files import TOKENIZER
 from runtime.problems import BundleProblem
 from runtime.tokenizer import Tokenizer
-from ssdi8_edge.ground.artifacts import read_json
 from ssdi8_edge.ground.errors import CheckpointError, UsageError
+from ssdi8_edge.ground.foreign_json import read_object, typed
 
 SENTENCEPIECE = "tokenizer.model"
 # Files beside a tokenizer that say more about it, the one that is heeded first at the front.
@@ -167,19 +167,9 @@ def _first(folder: Path, names: tuple[str, ...], read: Callable[[Path], Any]) ->
     )
 
 
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        content = read_json(path)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no JSON object.")
-    return content
-
-
 def _declared_ids(path: Path, vocabulary: int) -> list[int]:
     """`eos_token_id`: an id or a list of ids; null and -1 stand for none."""
-    said = _object(path).get("eos_token_id")
+    said = typed(read_object(path).get("eos_token_id"))
     ids: list[Any] = said if isinstance(said, list) else [said]
     ids = [token for token in ids if token is not None and token != -1]
     for token in ids:
@@ -198,7 +188,7 @@ def _declared_ids(path: Path, vocabulary: int) -> list[int]:
 
 def _declared_token(path: Path) -> str | None:
     """`eos_token`: a text, or an object with the text as its content."""
-    said = _object(path).get("eos_token")
+    said = read_object(path).get("eos_token")
     token = said.get("content") if isinstance(said, dict) else said
     if token is not None and not isinstance(token, str):
         raise CheckpointError(

@@ -168,6 +168,15 @@ class Block(ABC):
         """Raises UsageError where the recipe rotates something that has no rotation here."""
         return None
 
+    def require_computable(
+        self, index: int, layer: Layer, absmax: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Raises CheckpointError where a graph cannot compute block `index`.
+
+        `layer` holds its FP32 tensors, `absmax` what calibration saw, if there was one.
+        """
+        return None
+
     def kept_in_fp16(self, recipe: QuantConfig) -> dict[str, str]:
         """Statistics of what the ops of every quantized method pass on in FP16 -> words for it."""
         return {f"in_proj.{part}": f"the {part} that in_proj gives" for part in self.parts}

@@ -165,6 +165,10 @@ class QuantizedModel:
             )
 
 
+# What is FP16 in the baseline and not in other methods: it is scaled, or added in FP32.
+SCALED = ("the input of in_proj", "the input of out_proj", "the output of out_proj")
+
+
 def watched_model(
     model: QuantizedModel, tell: Callable[[str], None] | None = None
 ) -> AbstractContextManager[RangeWatch]:
@@ -173,10 +177,15 @@ def watched_model(
     `tell` is handed the sentence instead.
     """
     recipe = model.recipe
-    remedy = (
-        "calibrate on text like this; if it stays so, " + IN_FP32
-        if recipe.quantized
-        else f"choose --method {DEFAULT_METHOD}, which scales what the residual stream takes; "
-        "`evaluate` of the checkpoint itself computes in FP32."
-    )
+
+    def remedy(name: str) -> str:
+        if recipe.quantized:
+            return "calibrate on text like this; if it stays so, " + IN_FP32
+        if name in SCALED:
+            return (
+                f"choose --method {DEFAULT_METHOD}, which scales it; "
+                "`evaluate` of the checkpoint itself computes in FP32."
+            )
+        return IN_FP32
+
     return watched(recipe.name, remedy, tell)

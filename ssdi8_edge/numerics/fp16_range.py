@@ -51,11 +51,13 @@ class RangeWatch:
     Attributes:
         method: that the model was quantized by.
         scope: which layer computes, as `layers.{i}`.
-        remedy: what the user can do about a value beyond FP16.
+        remedy: what the user can do about a value beyond FP16 in the tensor of a name.
         tell: is handed the sentence; None raises it.
     """
 
-    def __init__(self, method: str, remedy: str, tell: Callable[[str], None] | None) -> None:
+    def __init__(
+        self, method: str, remedy: Callable[[str], str], tell: Callable[[str], None] | None
+    ) -> None:
         self.method, self.remedy, self.tell, self.scope = method, remedy, tell, "the model"
 
     def see(self, name: str, value: Tensor) -> None:
@@ -64,7 +66,7 @@ class RangeWatch:
             error = CheckpointError(
                 f"{self.scope}: {name} goes beyond {LARGEST:g}, the end of FP16, in which method "
                 f"{self.method} keeps it",
-                self.remedy,
+                self.remedy(name),
             )
             if self.tell is None:
                 raise error
@@ -76,7 +78,7 @@ _watch: ContextVar[RangeWatch | None] = ContextVar("range_watch", default=None)
 
 @contextmanager
 def watched(
-    method: str, remedy: str, tell: Callable[[str], None] | None = None
+    method: str, remedy: Callable[[str], str], tell: Callable[[str], None] | None = None
 ) -> Iterator[RangeWatch]:
     """Inside, every tensor that goes through `see` is looked at."""
     watch = RangeWatch(method, remedy, tell)

@@ -21,7 +21,7 @@ from tiny_model import write_model, write_text
 from torch import Tensor
 
 from runtime.commands import info
-from runtime.console import visible
+from runtime.console import print_json, visible
 from ssdi8_edge.evaluate import Subject, evaluate, plan
 from ssdi8_edge.evaluate.table import markdown, records, require_writable
 from ssdi8_edge.evaluate.windows import _Tally
@@ -146,6 +146,7 @@ def test_any_logits_are_evaluated(logits: list[float], perplexity: float) -> Non
     bad = tally(torch.tensor(logits), torch.zeros(3))
     found = bad.result(subject, text, 5, 4, good)
     assert found.perplexity == pytest.approx(perplexity, nan_ok=True)
+    assert found.reason is None or len(found.reason) < 60, "digits without end"
     assert found.top1_agreement is not None and found.top1_agreement <= 1
     if math.isnan(perplexity):
         assert found.top1_agreement == 0.5  # the good window alone
@@ -261,6 +262,13 @@ def test_board_shows_a_manifest_as_text(capsys: pytest.CaptureFixture[str]) -> N
     assert capsys.readouterr().out == "name \\x1b[31m\n"
 
 
+def test_board_json_of_any_number(capsys: pytest.CaptureFixture[str]) -> None:
+    report = {"error": math.nan, "rows": [{"worst": math.inf, "n": 1, "s": "nan"}]}
+    print_json(report)
+    expected = {"error": None, "rows": [{"worst": None, "n": 1, "s": "nan"}]}
+    assert strict(capsys.readouterr().out) == expected
+
+
 # --------------------------------------------------------------------------------------------------
 # what was asked
 
@@ -314,6 +322,12 @@ def test_home_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "t.txt").write_text("x")
     assert text_input(Path("~/t.txt"), "text") == tmp_path / "t.txt" == expanded("~/t.txt")
+
+
+def test_home_is_found_by_commands_of_a_bundle(tmp_path: Path) -> None:
+    for command in (["verify"], ["run", "--prompt", "x"]):
+        found = ssdi8(*command, "~/nothing", env=environment(HOME=str(tmp_path)))
+        assert f": {tmp_path}/nothing is not a bundle" in found.stderr, found.stderr
 
 
 def test_results_that_cannot_be_saved_are_refused_first() -> None:

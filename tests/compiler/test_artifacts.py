@@ -158,7 +158,7 @@ def test_full_disk_is_one_sentence_and_keeps_the_old(small_disk: Path) -> None:
     assert caught.value.exit_code == 2
     assert str(caught.value) == (
         f"cannot write {final}: No space left on device; "
-        "free some space or choose another --out; the finished stages are kept."
+        "free some space or choose another place; what was finished is kept."
     )
     assert contents(small_disk) == {"file": "old"}
 
@@ -180,7 +180,7 @@ def test_read_only_disk(small_disk: Path) -> None:
     """Found before any work is done."""
     command = ["mount", "-o", "remount,ro", str(small_disk)]
     subprocess.run(command, check=True, capture_output=True)
-    with pytest.raises(Ssdi8Error, match="Read-only file system; choose an --out folder") as caught:
+    with pytest.raises(Ssdi8Error, match="Read-only file system; choose a folder") as caught:
         write_folder(small_disk / "folder", "new")
     assert caught.value.exit_code == 2
 
@@ -192,7 +192,7 @@ def test_folder_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     monkeypatch.setattr(artifacts.tempfile, "mkdtemp", refused)
-    with pytest.raises(Ssdi8Error, match="Permission denied; choose an --out folder") as caught:
+    with pytest.raises(Ssdi8Error, match="Permission denied; choose a folder") as caught:
         write_folder(tmp_path / "folder", "new")
     assert caught.value.exit_code == 2
     assert contents(tmp_path) == {}

@@ -643,6 +643,11 @@ def test_spellings_of_an_unlimited_step(limit: str, hugging_face_folder: Path) -
         ({"layer_norm_epsilon": "inf"}, "sets layer_norm_epsilon = inf; expected a positive"),
         ({"hidden_size": "64.5"}, "sets hidden_size = 64.5; expected a positive integer"),
         ({"time_step_limit": [0]}, "sets time_step_limit"),
+        ({"time_step_limit": ["nan", 1]}, r"sets time_step_limit = \[nan, 1\]; expected a lower"),
+        ({"time_step_limit": [0, NAN]}, r"sets time_step_limit = \[0, nan\]; expected a lower"),
+        ({"time_step_limit": [1, 0.1]}, "expected a lower and an upper bound"),
+        ({"time_step_limit": [-5, -1]}, "expected a lower and an upper bound"),
+        ({"time_step_limit": [INF, INF]}, "expected a lower and an upper bound"),
         ({"quantization_config": {"quant_method": "gptq"}}, r"already quantized \(gptq"),
         ({"quantization_config": {"load_in_8bit": True}}, r"already quantized \(quantization_con"),
         ({"recipe": {}, "model": {}}, "was written by `ssdi8-edge build`; give the floating-point"),
@@ -655,6 +660,35 @@ def test_more_config_refusals(
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(hugging_face_folder)
     assert re.search(message, str(caught.value))
+
+
+def test_config_with_a_byte_order_mark(hugging_face_folder: Path) -> None:
+    """As some editors save it."""
+    path = hugging_face_folder / "config.json"
+    plain = open_checkpoint(hugging_face_folder).config
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert open_checkpoint(hugging_face_folder).config == plain
+
+
+def test_config_that_is_nested_too_deep(hugging_face_folder: Path) -> None:
+    """Python's reader raises no ValueError for it."""
+    (hugging_face_folder / "config.json").write_text('{"a":' + "[" * 100_000 + "]" * 100_000 + "}")
+    with pytest.raises(CheckpointError, match="cannot be read as JSON"):
+        open_checkpoint(hugging_face_folder)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "meta"])
+def test_torch_file_with_tensors_of_another_kind(
+    kind: str, tiny_checkpoint: MakeCheckpoint
+) -> None:
+    folder = tiny_checkpoint()
+    tensors = load_file(folder / "model.safetensors")
+    norm = tensors["backbone.norm_f.weight"]
+    odd = norm.to_sparse() if kind == "sparse" else norm.to("meta")
+    torch.save(tensors | {"backbone.norm_f.weight": odd}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=rf"norm_f\.weight has type .*{kind}.*; give a float"):
+        open_checkpoint(folder)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -154,7 +154,7 @@ def test_batches_keep_to_their_budget_and_show_progress(harness: Any, model: Pat
 
     lm = harness.SubjectLM(open_subject(str(model)), track)
     lm._loglikelihood_tokens([(("", ""), [1, 2], [3]), (("", ""), [1, 2], [4])])
-    assert seen == [(1, "zero-shot fp32")]
+    assert seen == [(1, "evaluating fp32 zero-shot")]
 
 
 def test_long_input_loses_its_beginning(

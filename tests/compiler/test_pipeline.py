@@ -175,7 +175,7 @@ def test_manifest(ask: Ask, model: Path, tmp_path: Path) -> None:
     assert created["ssdi8_edge"] == __version__ and created["torch"] == torch.__version__
     assert {"time", "host", "python", "numpy", "onnx", "onnxruntime"} <= set(created)
     assert manifest["recipe"] == METHODS["edge-w8a8"].to_dict()
-    assert manifest["model"]["d_model"] == 128 and manifest["model"]["n_layer"] == 2
+    assert manifest["model"]["d_model"] == 128 and manifest["model"]["blocks"][0]["count"] == 2
     assert manifest["checkpoint"]["source"] == "tiny"
     assert manifest["checkpoint"]["bytes"] < (model / "model.safetensors").stat().st_size
     assert manifest["target"]["name"] == "host-cpu" and manifest["target"]["max_tokens"] == 2048
@@ -207,6 +207,7 @@ def test_long_steps_report_their_progress(ask: Ask, tmp_path: Path) -> None:
     build.run()
     layers = build.model.n_layer
     assert seen.pop("hash config.json") == 1 and seen.pop("hash model.safetensors") >= 1
+    assert seen.pop("check the weights") == len(build.checkpoint.names)
     assert seen == {"calibrate": layers, "quantize": layers, "golden vectors": layers + 1}
 
 

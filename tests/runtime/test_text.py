@@ -17,6 +17,7 @@ from tiny_model import byte_tokenizer, one_thread, write_model, write_text
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Library
 
+from runtime.problems import BundleProblem
 from runtime.text import REPLACEMENT, TextStream
 from runtime.tokenizer import Tokenizer
 from ssdi8_edge.checkpoints.checkpoint import DEMO_FOLDER
@@ -228,6 +229,17 @@ def test_truncation_and_padding_are_never_obeyed(tmp_path: Path, sentence: str) 
     assert tokens.flatten().tolist() == tiny_bundle.make_tokenizer().encode(text.read_text()).ids
 
 
+def test_a_defect_of_the_library_is_a_sentence(tmp_path: Path) -> None:
+    """It raises that past `except Exception`: what strips a space on the right fails on nothing."""
+    library = sentencepiece_like()
+    library.decoder = decoders.Sequence([decoders.Fuse(), decoders.Strip(" ", 0, 1)])
+    tokenizer = saved(library, tmp_path / "tokenizer.json")
+    try:
+        assert tokenizer.decode([]) == ""  # a library that was mended
+    except BundleProblem as problem:
+        assert "tokenizers fails with this tokenizer.json" in str(problem)
+
+
 def test_prompt_calibration_and_evaluation_start_alike(tmp_path: Path) -> None:
     """A long text is read in blocks; only the first of them is its start."""
     tokenizer = saved(sentencepiece_like(), tmp_path / "tokenizer.json")
@@ -274,9 +286,11 @@ ENDS: dict[str, tuple[dict[str, Any], list[int] | str]] = {
         [5, 2],
     ),
     "a token that the tokenizer lacks": ({"tokenizer_config.json": {"eos_token": "<e>"}}, [2]),
-    "a text for an id": ({"config.json": {"eos_token_id": "2"}}, "expected a token id"),
+    "digits": ({"config.json": {"eos_token_id": ["5", 7.0]}}, [5, 7]),
+    "a text for an id": ({"config.json": {"eos_token_id": "</s>"}}, "expected a token id"),
+    "a list in a list": ({"config.json": {"eos_token_id": [[5]]}}, "expected a token id"),
     "a flag for an id": ({"generation_config.json": {"eos_token_id": True}}, "expected a token"),
-    "a fraction": ({"config.json": {"eos_token_id": [2.0]}}, "expected a token id"),
+    "a fraction": ({"config.json": {"eos_token_id": [2.5]}}, "expected a token id"),
     "a negative id": ({"config.json": {"eos_token_id": -2}}, "expected a token id"),
     "an id beyond the vocabulary": ({"config.json": {"eos_token_id": [2, 999]}}, "has 400 tokens"),
     "a number for a token": ({"tokenizer_config.json": {"eos_token": 2}}, "expected a text"),

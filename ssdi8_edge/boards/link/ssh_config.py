@@ -133,7 +133,8 @@ class Settings:
     rsa_bits: int
 
     def __str__(self) -> str:
-        return f"{self.address} ({self.host}:{self.port})"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.address} ({host}:{self.port})"
 
 
 def look_up(address: Address, parse: Parse) -> Settings:

@@ -38,7 +38,7 @@ from ssdi8_edge.models.rewrites import (
     scale_output,
 )
 from ssdi8_edge.numerics import int8
-from ssdi8_edge.numerics.fp16_range import IN_FP32, LARGEST, to_fp16, watched
+from ssdi8_edge.numerics.fp16_range import IN_FP32, LARGEST, all_finite, to_fp16, watched
 from ssdi8_edge.recipes.presets import DEFAULT_METHOD
 from ssdi8_edge.recipes.recipe import QuantConfig
 
@@ -80,7 +80,7 @@ def quantize(
     with (
         torch.inference_mode(),
         int8.count_saturation() as saturation,
-        watched(recipe.name, IN_FP32) as watch,
+        watched(recipe.name, lambda name: IN_FP32) as watch,
         _Streams(checkpoint, model, ids, device, scratch) as streams,
     ):
         for i in track(range(model.n_layer), "quantize"):
@@ -125,6 +125,11 @@ def _keep_fp16(
 
     def fp16(name: str, weight: Tensor) -> Tensor:
         remedy = f"choose --method {DEFAULT_METHOD}, which scales it."
+        # Of the head every method keeps FP16, after a rotation that evens out single values.
+        if name == HEAD and not all_finite(weight.half()):
+            gamma = checkpoint.tensor(NORM_F).float()
+            if not all_finite(rotate_head(weight.float(), gamma).half()):
+                remedy = IN_FP32
         return to_fp16(weight, checkpoint.stored_name(name), remedy)
 
     sink.add(EMBEDDING, fp16(EMBEDDING, checkpoint.tensor(EMBEDDING)))
@@ -133,6 +138,7 @@ def _keep_fp16(
         sink.add(HEAD, fp16(HEAD, checkpoint.tensor(HEAD)))
     for i in track(range(model.n_layer), "quantize"):
         layer = fp32_layer(checkpoint, i, "cpu")
+        model.blocks[i].require_computable(i, layer)
         tensors = {
             NORM: layer[NORM],
             IN_PROJ: fp16(f"layers.{i}.{IN_PROJ}", layer[IN_PROJ]),

@@ -34,7 +34,7 @@ from ssdi8_edge.models.kinds.mamba2.clusters import Order, permuted, sort_and_cl
 from ssdi8_edge.models.kinds.mamba2.dequantized import dequantized_ssd
 from ssdi8_edge.models.kinds.mamba2.float_block import Mamba2FloatBlock
 from ssdi8_edge.numerics import hadamard, int8
-from ssdi8_edge.numerics.fp16_range import see
+from ssdi8_edge.numerics.fp16_range import IN_FP32, see
 from ssdi8_edge.ops import baseline
 from ssdi8_edge.ops.causal_conv1d import CAUSAL_CONV1D
 from ssdi8_edge.ops.kernel_limits import size_misfit, width_misfit
@@ -45,6 +45,8 @@ from ssdi8_edge.recipes.recipe import QuantConfig
 
 # An infinite dt limit in FP32 attributes: larger than any softplus of an FP16 input.
 UNLIMITED = 3.4e38
+# What exp of FP64 holds is below e^709.8.
+LARGEST_EXPONENT = 700.0
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,24 @@ class Mamba2(Block):
             ]
             remedy = f"use a --method that does not rotate B and C: {', '.join(fits)}."
             hadamard.require("d_state", self.d_state, remedy)
+
+    def require_computable(
+        self, index: int, layer: Layer, absmax: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Refuses a head whose time step nothing bounds and whose exponential FP64 cannot hold.
+
+        The ONNX function of softplus takes it; trained heads stay below 10.
+        """
+        raw = 0.0 if absmax is None else absmax["in_proj.dt"].amax().cpu()
+        largest = layer["dt_bias"].cpu() + raw
+        head = int(largest.argmax())
+        if largest[head] > LARGEST_EXPONENT and math.isinf(self.dt_limit[1]):
+            raise CheckpointError(
+                f"layers.{index}: head {head} takes softplus of {largest[head].item():.4g}, the "
+                "sum of dt and mixer.dt_bias, and a graph can do so up to "
+                f"{LARGEST_EXPONENT:g}",
+                IN_FP32,
+            )
 
     def kept_in_fp16(self, recipe: QuantConfig) -> dict[str, str]:
         """Also x, y and, where it is FP16, the state."""

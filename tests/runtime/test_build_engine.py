@@ -38,7 +38,7 @@ if importlib.util.find_spec("tensorrt_rtx") is None:
         "NVIDIA's parser is not installed: pip install tensorrt-rtx-cu13", allow_module_level=True
     )
 
-STAND_IN = Path(__file__).with_name("rtx_as_tensorrt.py")
+STAND_IN = Path(__file__).parents[1] / "support" / "rtx_as_tensorrt.py"
 MIB = 2**20
 
 

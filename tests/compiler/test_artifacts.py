@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.files import sha256
+from runtime.files import _BLOCK, sha256
 from ssdi8_edge.ground import artifacts
 from ssdi8_edge.ground.artifacts import key_of, whole_or_absent
 from ssdi8_edge.ground.errors import Ssdi8Error
@@ -202,7 +202,7 @@ def test_folder_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 # names and links
 
 
-@pytest.mark.parametrize("size", [0, 1, artifacts._BLOCK, artifacts._BLOCK + 1])
+@pytest.mark.parametrize("size", [0, 1, _BLOCK, _BLOCK + 1])
 def test_sha256_around_the_block_size(tmp_path: Path, size: int) -> None:
     """Reading in blocks loses nothing at their ends."""
     data = os.urandom(size)

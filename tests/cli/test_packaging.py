@@ -58,10 +58,13 @@ def test_wheel_carries_the_package_and_the_demo_model(wheel: zipfile.ZipFile) ->
 def test_installed_package_finds_the_runtime_that_it_carries(
     wheel: zipfile.ZipFile, tmp_path: Path
 ) -> None:
-    """And no other that lies further on the path."""
+    """And no other package of that name."""
     wheel.extractall(tmp_path)
     code = "import ssdi8_edge.ground.board_runtime as host, runtime; print(runtime.__file__)"
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    other = tmp_path / "other" / "runtime"
+    other.mkdir(parents=True)
+    (other / "__init__.py").write_text("raise ImportError")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{other.parent}"}
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,

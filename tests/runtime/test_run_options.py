@@ -224,7 +224,7 @@ def test_a_row_is_all_that_an_option_needs(packed: Path, tmp_path: Path) -> None
     table.write_text(text.replace(last, ROW + last), encoding="utf-8")
     board = [sys.executable, str(jetson / "run_engine.py")]
     start = (
-        f"import pathlib, sys; sys.path.insert(0, {str(jetson)!r});"
+        f"import pathlib, sys, ssdi8_edge; sys.path.insert(0, {str(jetson)!r});"
         "import ssdi8_edge.ground.board_runtime as b, ssdi8_edge.cli as c;"
         f"b.shipped = lambda name: pathlib.Path({str(tmp_path)!r}, name); c.main()"
     )

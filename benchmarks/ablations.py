@@ -20,11 +20,11 @@ from ssdi8_edge.ground.console import Console
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from runtime.files import TOKENIZER
 from ssdi8_edge.compile.comparison import quantize_by
 from ssdi8_edge.evaluate import evaluate, open_subject, plan
 from ssdi8_edge.evaluate.table import save_results, show
 from ssdi8_edge.ground.allocator import keep_freed_memory
-from ssdi8_edge.ground.artifacts import TOKENIZER
 from ssdi8_edge.recipes.presets import METHODS
 
 _STATIC: dict[str, Any] = {"scaling": "static"}

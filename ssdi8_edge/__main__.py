@@ -16,7 +16,8 @@ def main() -> None:
             # A console without UTF-8 shall not end a command.
             stream.reconfigure(errors="backslashreplace")
     # These need nothing that is installed.
-    from ssdi8_edge.ground import failures
+    from runtime import failures
+    from ssdi8_edge.ground.failures import as_ours
 
     failures.take_debug(sys.argv)
     failures.quiet_libraries("ssdi8-edge")
@@ -24,7 +25,7 @@ def main() -> None:
         from ssdi8_edge import cli
     except Exception as error:
         failures.show_traceback(error)
-        found = failures.as_ours(error, "loading the command line")
+        found = as_ours(error, "loading the command line")
         print(f"ssdi8-edge: {found}", file=sys.stderr)
         sys.exit(found.exit_code)
     cli.main()

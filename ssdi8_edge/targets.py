@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ssdi8_edge.ground.artifacts import shipped
 from ssdi8_edge.ground.errors import UsageError
+from ssdi8_edge.ground.shipped import shipped
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 
+from runtime.files import TOKENIZER, WEIGHTS
 from ssdi8_edge.checkpoints.state_spaces import stored_name
-from ssdi8_edge.compile.bundle import TOKENIZER
 from ssdi8_edge.compile.safetensors_writer import SafetensorsWriter
-from ssdi8_edge.ground.artifacts import WEIGHTS, whole_or_absent, write_json
+from ssdi8_edge.ground.artifacts import whole_or_absent, write_json
 from ssdi8_edge.models.block import OUT_PROJ
 from ssdi8_edge.models.description import Description
 from ssdi8_edge.models.kinds.mamba2 import Mamba2

@@ -1,17 +1,29 @@
 """The part of a bundle that runs it: standard library and numpy, plus one inference library.
 
-command_line   arguments and choice of a command      commands/      one file per command
-generate       prefill in pieces, decode, timings     bench          times and memory; its schema
-verify         golden vectors and suspected ops       layer_times    layers added up by module
-sampling       logits -> token id                     text           prompt, streamed text, ends
-tokenizer      tokenizer.json, for host and board alike
-bundle         manifest, files, sizes                 machine        name and state of this machine
+The host imports these files as well. A file imports none that stands above it, but for those with
+the same job.
 
-backend        the interface of an inference library, and the choice of one:
-  onnxruntime_backend    the portable graph on a CPU
-  tensorrt_backend       an engine on the GPU, with   tensorrt_context   its execution contexts
-    cuda                 pycuda                       libcuda            GPU facts, CUDA graphs
+command_line   the choice of a command                commands/   one file per command
+options        what several commands are asked for    arguments   argparse, in one sentence
 
-builder        graph -> engine                        engine_store   where engines lie, which fits
-tensorrt_api   what differs between versions of TensorRT
+bench          times and memory; its schema           verify      golden vectors, suspected ops
+layer_times    layers added up by module
+answer         text, tokens and times of one prompt   stop        where text ends before a stop text
+session        a bundle with its graph loaded: prefill in pieces, decode, conversations
+
+sampling       logits -> token id                     text        prompt, streamed text, ends
+tokenizer      tokenizer.json -> token ids -> text
+
+backends/      inference libraries
+  choose         name -> backend                        protocol    what each has to offer
+  onnxruntime    the portable graph on a CPU
+  tensorrt       an engine on the GPU                   tensorrt_context   its execution contexts
+engine/        building an engine
+  builder        graph -> engine                        store       where engines lie, which fits
+  tensorrt_api   what differs between versions of TensorRT
+  cuda           pycuda                                 libcuda     GPU facts, CUDA graphs
+
+bundle         manifest; are files those it lists?    machine     name and state of this machine
+console        what is read and shown                 failures    any exception as a sentence
+files          names and hash of a bundle's files     problems    what a user can put right
 """

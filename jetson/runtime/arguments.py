@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from runtime.bundle import BundleProblem
+from runtime.problems import BundleProblem
 
 
 class Parser(argparse.ArgumentParser):

@@ -57,10 +57,8 @@ from typing import Any
 
 import numpy as np
 
-from runtime.backends.protocol import Backend
-from runtime.bundle import Bundle
 from runtime.machine import Machine, available_memory, process_memory
-from runtime.session import generate
+from runtime.session import Session
 
 SCHEMA = 1
 SEED = 0
@@ -78,52 +76,45 @@ class BenchOptions:
     threads: int | None
 
 
-@dataclass(frozen=True)
-class Opened:
-    """A backend, what opening it took, and MemAvailable before."""
-
-    backend: Backend
-    load_s: float
-    available_before: int | None
-
-
 def measure(
-    opened: Opened, bundle: Bundle, machine: Machine, options: BenchOptions
+    session: Session, machine: Machine, available_before: int | None, options: BenchOptions
 ) -> Iterator[dict[str, Any]]:
-    """One record per prompt length, as soon as it is measured."""
-    lowest = opened.available_before
+    """One record per prompt length, as soon as it is measured.
+
+    Args:
+        available_before: MemAvailable in bytes before the session was opened.
+    """
+    lowest = available_before
+    vocabulary = session.bundle.model.vocab_size
     for length in options.seq_lens:
-        prompt = np.random.default_rng(SEED).integers(0, bundle.model.vocab_size, (1, length))
+        prompt = np.random.default_rng(SEED).integers(0, vocabulary, (1, length))
         started_unix = time.time()
         for _ in range(options.warmup):
-            _run_once(opened.backend, bundle, prompt, options.new_tokens)
+            _run_once(session, prompt, options.new_tokens)
         repeats: list[dict[str, Any]] = []
         started = time.monotonic()
         while len(repeats) < options.repeat or time.monotonic() - started < options.seconds:
-            repeats.append(_run_once(opened.backend, bundle, prompt, options.new_tokens))
+            repeats.append(_run_once(session, prompt, options.new_tokens))
             lowest = _lower(lowest, available_memory())
         yield {
-            **_conditions(opened, bundle, machine, options),
+            **_conditions(session, machine, options),
             "prompt_tokens": length,
             "new_tokens": options.new_tokens,
             "warmup": options.warmup,
             "repeats": repeats,
             **summary(repeats),
-            "load_s": opened.load_s,
+            "load_s": session.load_s,
             "started_unix": started_unix,
-            "memory": _memory(opened, lowest),
+            "memory": _memory(session, available_before, lowest),
         }
 
 
-def _run_once(
-    backend: Backend, bundle: Bundle, prompt: np.ndarray, new_tokens: int
-) -> dict[str, Any]:
+def _run_once(session: Session, prompt: np.ndarray, new_tokens: int) -> dict[str, Any]:
     start = time.monotonic()
     seconds = [
         step.seconds
-        for step in generate(
-            *(backend, bundle, prompt.astype(np.int32)),
-            *(lambda logits: int(logits.argmax()), new_tokens, ()),
+        for step in session.generate(
+            prompt.astype(np.int32), lambda logits: int(logits.argmax()), new_tokens, ()
         )
     ]
     end = time.monotonic()
@@ -147,9 +138,8 @@ def summary(repeats: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     }
 
 
-def _conditions(
-    opened: Opened, bundle: Bundle, machine: Machine, options: BenchOptions
-) -> dict[str, Any]:
+def _conditions(session: Session, machine: Machine, options: BenchOptions) -> dict[str, Any]:
+    bundle, backend = session.bundle, session.backend
     return {
         "schema": SCHEMA,
         "kind": "bench",
@@ -157,24 +147,26 @@ def _conditions(
         "key": bundle.key,
         "recipe": bundle.recipe,
         "target": bundle.target,
-        "runtime": opened.backend.runtime,
-        "backend": opened.backend.description,
-        "engine": opened.backend.engine,
+        "runtime": backend.runtime,
+        "backend": backend.description,
+        "engine": backend.engine,
         "machine": asdict(machine),
-        "versions": dict(opened.backend.versions),
+        "versions": dict(backend.versions),
         "threads": options.threads,
         "batch": 1,
     }
 
 
-def _memory(opened: Opened, lowest: int | None) -> dict[str, int | None]:
+def _memory(
+    session: Session, available_before: int | None, lowest: int | None
+) -> dict[str, int | None]:
     resident, peak = process_memory()
     return {
         "rss_bytes": resident,
         "peak_rss_bytes": peak,
-        "available_before_bytes": opened.available_before,
+        "available_before_bytes": available_before,
         "available_bytes": lowest,
-        "gpu_bytes": opened.backend.gpu_bytes,
+        "gpu_bytes": session.backend.gpu_bytes,
     }
 
 

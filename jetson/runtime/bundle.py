@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
-SCHEMA = 2
+from runtime.files import HASHED_AT_LOAD, MANIFEST, MANIFEST_SCHEMA, sha256
+from runtime.problems import BundleProblem
+
 RUNTIMES = ("onnxruntime", "tensorrt")
 STATE_DTYPES: Mapping[str, np.dtype] = {
     "fp16": np.dtype(np.float16),
     "fp32": np.dtype(np.float32),
 }
-MANIFEST = "manifest.json"
 PARTS = {
     "model": dict,
     "interface": dict,
@@ -29,33 +29,6 @@ PARTS = {
     "steps": list,
     "not_run": list,
 }
-
-# Hashing costs seconds per GB on a board. Larger files (the weights) are hashed by --verify only.
-HASHED_AT_LOAD = 64 * 2**20  # bytes
-
-
-class BundleProblem(Exception):
-    """Something the user can put right: one sentence, the thing first and then the remedy."""
-
-    exit_code = 2
-
-    def __init__(self, message: str, hint: str) -> None:
-        super().__init__(message, hint)
-        self.message = message
-        self.hint = hint
-
-    def __str__(self) -> str:
-        return " ".join(f"{self.message}; {self.hint}.".split())
-
-
-class MemoryRanOut(BundleProblem):
-    """There is not enough memory; the message says for what."""
-
-
-class RunFailure(BundleProblem):
-    """The bundle was loaded and then did not compute what it should."""
-
-    exit_code = 1
 
 
 @dataclass(frozen=True)
@@ -253,18 +226,9 @@ def _read_manifest(root: Path) -> dict[str, Any]:
         raise BundleProblem(
             f"{path} is not the manifest of a bundle ({error!r})", "copy the bundle again"
         ) from error
-    if schema != SCHEMA:
+    if schema != MANIFEST_SCHEMA:
         raise BundleProblem(
-            f"{path} has schema {schema!r} and this script reads schema {SCHEMA}",
+            f"{path} has schema {schema!r} and this script reads schema {MANIFEST_SCHEMA}",
             "pack the bundle again, or use the run_engine.py that came with it",
         )
     return manifest
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file, read in pieces so that large weights do not fill a small board."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()

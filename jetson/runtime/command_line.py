@@ -17,9 +17,10 @@ from typing import TextIO
 from runtime import options as shared
 from runtime.arguments import Parser, number, numbers
 from runtime.backends.choose import BACKENDS
-from runtime.bundle import BundleProblem, MemoryRanOut, open_bundle
+from runtime.bundle import open_bundle
 from runtime.console import visible
 from runtime.failures import during, explain, out_of_memory, show_traceback
+from runtime.problems import PIPE_CLOSED, BundleProblem, MemoryRanOut
 
 # option -> file in runtime/commands
 COMMANDS = {
@@ -30,7 +31,6 @@ COMMANDS = {
     "interactive": "chat",
 }
 DOING = {"verify": "verifying the bundle", "bench": "measuring", "profile": "measuring layers"}
-PIPE_CLOSED = 141  # what a shell reports for a program whose reader went away
 
 
 def run(arguments: Sequence[str], default_bundle: Path) -> int:

@@ -6,8 +6,11 @@ import json
 import math
 import sys
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TextIO
+
+from runtime.problems import BundleProblem
 
 
 def stdin() -> TextIO:
@@ -17,8 +20,6 @@ def stdin() -> TextIO:
         BundleProblem: it is closed.
     """
     if sys.stdin is None:
-        from runtime.bundle import BundleProblem  # needs numpy, which failures.py does without
-
         raise BundleProblem("stdin is closed", "pipe text into it, or use a terminal")
     return sys.stdin
 
@@ -40,6 +41,24 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextmanager
+def text_on_stdout(wanted: bool) -> Iterator[Callable[[str], None]]:
+    """What prints text piece by piece, and ends the line with the block; silent unless wanted."""
+    if not wanted:
+        yield lambda text: None
+        return
+    try:
+        yield lambda text: print(text, end="", flush=True)
+    finally:
+        print(flush=True)
+
+
+def show_notes(notes: Sequence[str]) -> None:
+    """What the user should know of this run, to stderr."""
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
 
 
 def visible(text: str, keep: str = "") -> str:

@@ -1,4 +1,4 @@
-"""The options of generating text, which run_engine.py and the host's `ssdi8-edge run` share."""
+"""Options of several commands; run_engine.py and the host's `ssdi8-edge run` share the tables."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from runtime.arguments import number, text, text_to_find
+from runtime.backends.protocol import BackendOptions
+from runtime.bundle import Bundle
 from runtime.sampling import SAMPLING
+from runtime.session import Session
 
 # Each is a flag and what argparse's add_argument takes with it.
 Options = Mapping[str, Mapping[str, Any]]
@@ -51,3 +54,21 @@ def add(group: argparse._ActionsContainer, options: Options) -> None:
     """Give a parser, or a group of one, these options."""
     for flag, what in options.items():
         group.add_argument(flag, **what)
+
+
+def open_session(
+    bundle: Bundle, asked: argparse.Namespace, profiling: bool = False, hash_all: bool = False
+) -> Session:
+    """The bundle with the runtime, threads, engine and plugins that run_engine.py was asked for.
+
+    Args:
+        profiling, hash_all: see `BackendOptions`.
+    """
+    options = BackendOptions(
+        threads=asked.threads,
+        engines=asked.engine,
+        plugins=asked.plugins,
+        profiling=profiling,
+        hash_all=hash_all,
+    )
+    return Session.open(bundle, options, asked.backend)

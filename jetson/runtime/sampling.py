@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.bundle import RunFailure
+from runtime.problems import RunFailure
 
 
 @dataclass

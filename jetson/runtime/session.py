@@ -1,14 +1,16 @@
-"""Prefill in pieces, then one token at a time."""
+"""A bundle with its graph loaded: prefill in pieces, then one token at a time."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import TracebackType
 
 import numpy as np
 
-from runtime.backends.protocol import Backend, States
+from runtime.backends.choose import open_backend
+from runtime.backends.protocol import Backend, BackendOptions, States
 from runtime.bundle import Bundle
 
 
@@ -21,27 +23,74 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Timings:
-    """What a run took, without the time that printing takes."""
+class Session:
+    """A bundle and the inference library that runs its graph; prompts, measurements and checks
+    need nothing else of either. As a context manager it closes at the end."""
 
-    prompt_tokens: int
-    ttft_s: float | None  # time to first token; None when there was none
-    tpot_s: float | None  # mean time per token after the first; None when there was one at most
+    bundle: Bundle
+    backend: Backend
+    load_s: float = 0.0  # seconds that opening the backend took
 
     @classmethod
-    def of(cls, prompt_tokens: int, seconds: list[float]) -> Timings:
-        """From the seconds of each step, in their order."""
-        first, rest = seconds[:1], seconds[1:]
-        return cls(
-            prompt_tokens=prompt_tokens,
-            ttft_s=first[0] if first else None,
-            tpot_s=sum(rest) / len(rest) if rest else None,
-        )
+    def open(cls, bundle: Bundle, options: BackendOptions, name: str | None = None) -> Session:
+        """Load the graph with the runtime `name`, a key of `BACKENDS`, or the bundle's own."""
+        started = time.perf_counter()
+        backend = open_backend(bundle, name or bundle.runtime, options)
+        return cls(bundle, backend, time.perf_counter() - started)
 
-    @property
-    def tokens_per_s(self) -> float | None:
-        """Decode rate."""
-        return 1 / self.tpot_s if self.tpot_s else None
+    def close(self) -> None:
+        """Free everything; may be called again."""
+        self.backend.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        where: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def pieces(self, length: int) -> list[tuple[int, int]]:
+        """(start, end) of each piece of a prompt of `length` tokens."""
+        return prefill_pieces(length, self.bundle.max_tokens, self.bundle.model.prompt_multiple)
+
+    def prefill(
+        self, ids: np.ndarray, keep: int = 1, states: States | None = None
+    ) -> tuple[np.ndarray, States]:
+        """Run tokens (b, l) int32 after `states` (None: from the start), in pieces if need be.
+
+        Returns logits (b, keep, vocab) float32 of the last `keep` positions, and the states.
+        """
+        batch, length = ids.shape
+        if states is None:
+            states = self.backend.zero_states(batch)
+        wanted = length - keep  # first position whose logits are returned
+        kept = []
+        for start, end in self.pieces(length):
+            # The graph always gives at least one position; of early pieces nobody reads it.
+            piece_keep = max(1, end - max(start, wanted))
+            logits, states = self.backend.forward(ids[:, start:end], states, piece_keep)
+            if end > wanted:
+                kept.append(logits if keep == 1 else logits.copy())
+        return kept[0] if len(kept) == 1 else np.concatenate(kept, axis=1), states
+
+    def conversation(self) -> Conversation:
+        """A sequence that starts with the next prompt."""
+        return Conversation(self)
+
+    def generate(
+        self,
+        prompt: np.ndarray,
+        sample: Callable[[np.ndarray], int],
+        max_new_tokens: int,
+        end_ids: Collection[int],
+    ) -> Iterator[Step]:
+        """Continue `prompt` (1, l) int32 until one of `end_ids`, yielded too, or
+        `max_new_tokens`."""
+        return self.conversation().generate(prompt, sample, max_new_tokens, end_ids)
 
 
 def prefill_pieces(length: int, max_tokens: int, multiple: int) -> list[tuple[int, int]]:
@@ -55,36 +104,21 @@ def prefill_pieces(length: int, max_tokens: int, multiple: int) -> list[tuple[in
     return [(start, min(start + piece, length)) for start in range(0, length, piece)]
 
 
-def prefill(
-    backend: Backend, bundle: Bundle, ids: np.ndarray, keep: int = 1, states: States | None = None
-) -> tuple[np.ndarray, States]:
-    """Run tokens (b, l) int32 after `states` (None: from the start), in as many pieces as needed.
+@dataclass
+class Slot:
+    """All that a sequence is between two calls: who copies it can go on from there again."""
 
-    Returns logits (b, keep, vocab) float32 of the last `keep` positions, and the states.
-    """
-    batch, length = ids.shape
-    if states is None:
-        states = backend.zero_states(batch)
-    wanted = length - keep  # first position whose logits are returned
-    kept = []
-    for start, end in prefill_pieces(length, bundle.max_tokens, bundle.model.prompt_multiple):
-        # The graph always gives at least one position; of early pieces nobody reads it.
-        piece_keep = max(1, end - max(start, wanted))
-        logits, states = backend.forward(ids[:, start:end], states, piece_keep)
-        if end > wanted:
-            kept.append(logits if keep == 1 else logits.copy())
-    return kept[0] if len(kept) == 1 else np.concatenate(kept, axis=1), states
+    states: States | None = None  # None: nothing was run yet
+    # Sampled last and not run yet; it is run together with what comes next.
+    pending: list[int] = field(default_factory=list)
 
 
 class Conversation:
     """One sequence that grows: what was said so far is in the states, and not read again."""
 
-    def __init__(self, backend: Backend, bundle: Bundle) -> None:
-        self._backend = backend
-        self._bundle = bundle
-        self._states: States | None = None
-        # Sampled last and not run yet; it is run together with what comes next.
-        self._pending: list[int] = []
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._slot = Slot()
 
     def generate(
         self,
@@ -98,27 +132,16 @@ class Conversation:
         The caller may stop at any token and come back with the next prompt.
         """
         started = time.perf_counter()
-        pending = np.array([self._pending], np.int32)
+        session, slot = self._session, self._slot
+        pending = np.array([slot.pending], np.int32)
         ids = np.concatenate([pending, prompt], axis=1, dtype=np.int32)
-        logits, self._states = prefill(self._backend, self._bundle, ids, 1, self._states)
+        logits, slot.states = session.prefill(ids, 1, slot.states)
         for remaining in reversed(range(max_new_tokens)):
             token = sample(logits[0, -1])
-            self._pending = [token]
+            slot.pending = [token]
             yield Step(token, time.perf_counter() - started)
             if token in end_ids or not remaining:
                 return
             started = time.perf_counter()
             step = np.array([[token]], np.int32)
-            logits, self._states = self._backend.forward(step, self._states)
-
-
-def generate(
-    backend: Backend,
-    bundle: Bundle,
-    prompt: np.ndarray,
-    sample: Callable[[np.ndarray], int],
-    max_new_tokens: int,
-    end_ids: Collection[int],
-) -> Iterator[Step]:
-    """Continue `prompt` (1, l) int32 until one of `end_ids`, yielded too, or `max_new_tokens`."""
-    return Conversation(backend, bundle).generate(prompt, sample, max_new_tokens, end_ids)
+            logits, slot.states = session.backend.forward(step, slot.states)

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from runtime.bundle import Bundle, BundleProblem
+from runtime.bundle import Bundle
+from runtime.files import TOKENIZER
+from runtime.problems import BundleProblem
 from runtime.tokenizer import Tokenizer
 
-TOKENIZER = "tokenizer.json"
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 

@@ -9,7 +9,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from runtime.bundle import BundleProblem
+from runtime.problems import BundleProblem
 
 # How tokenizers of the sentencepiece kind name the bytes of characters that have no token.
 BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from runtime.backends.protocol import Backend
-from runtime.bundle import Bundle, BundleProblem
-from runtime.session import prefill
+from runtime.bundle import Bundle
+from runtime.files import GOLDEN
+from runtime.problems import BundleProblem
+from runtime.session import Session
 
-GOLDEN = "golden.npz"
 # Relative, in the Frobenius norm. Where onnxruntime runs the reference's own arithmetic, states and
 # logits agree far better than this.
 EXACT = 1e-3
@@ -60,16 +60,17 @@ def relative_error(got: np.ndarray, golden: np.ndarray) -> float:
     return float(difference / norm)
 
 
-def compare_with_golden(backend: Backend, bundle: Bundle) -> Iterator[Comparison]:
+def compare_with_golden(session: Session) -> Iterator[Comparison]:
     """States layer by layer, then the prefill's logits, then those of each decode step.
 
     In this order the first one that differs is nearest to the cause.
     """
+    bundle, backend = session.bundle, session.backend
     golden = _load_golden(bundle)
     expected = golden["logits"]
     if backend.max_keep is not None:
         expected = expected[:, -backend.max_keep :]
-    logits, states = prefill(backend, bundle, golden["input_ids"], keep=expected.shape[1])
+    logits, states = session.prefill(golden["input_ids"], keep=expected.shape[1])
     logits_error = relative_error(logits, expected)  # the next call may overwrite them
 
     exact = backend.runtime == "onnxruntime" and bundle.quantized

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from runtime.files import TOKENIZER
 from ssdi8_edge.checkpoints.config import ORIGINAL, read_config
 from ssdi8_edge.checkpoints.files import FLOAT_TYPES, WeightFile, open_weights, weight_files
 from ssdi8_edge.checkpoints.hub import fetch_checkpoint
@@ -120,7 +121,7 @@ class Checkpoint:
         self._locate()
         self._settle_head()
         self._verify()
-        tokenizer = folder / "tokenizer.json"
+        tokenizer = folder / TOKENIZER
         self.tokenizer_path = tokenizer if tokenizer.is_file() else None
 
     def _layout_of(self, config: dict[str, Any]) -> Layout:

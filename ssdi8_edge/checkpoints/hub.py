@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from runtime.files import TOKENIZER
 from ssdi8_edge.ground.errors import CheckpointError
 
 # What a hub model may say about its text.
 TOKENIZER_FILES = [
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *(TOKENIZER, "tokenizer_config.json", "special_tokens_map.json"),
     *("tokenizer.model", "chat_template.jinja"),
 ]
 

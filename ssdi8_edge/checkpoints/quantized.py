@@ -7,7 +7,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from ssdi8_edge.ground.artifacts import QUANTIZED, WEIGHTS, read_json
+from runtime.files import WEIGHTS
+from ssdi8_edge.ground.artifacts import QUANTIZED, read_json
 from ssdi8_edge.ground.errors import CheckpointError
 from ssdi8_edge.models.description import Description
 from ssdi8_edge.models.network import QuantizedModel

@@ -17,15 +17,18 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
 
 import typer
 
+from runtime.console import visible
+from runtime.failures import show_traceback
+from runtime.files import TOKENIZER
+from runtime.problems import PIPE_CLOSED
 from ssdi8_edge.cli import boards as board_commands
 from ssdi8_edge.cli import measure as measure_commands
 from ssdi8_edge.cli import report as report_command
 from ssdi8_edge.ground.allocator import keep_freed_memory
-from ssdi8_edge.ground.artifacts import TOKENIZER
-from ssdi8_edge.ground.console import human, results, table, visible
+from ssdi8_edge.ground.console import human, results, table
 from ssdi8_edge.ground.decimals import percent
 from ssdi8_edge.ground.errors import Interrupted, Ssdi8Error, UsageError
-from ssdi8_edge.ground.failures import as_ours, show_traceback
+from ssdi8_edge.ground.failures import as_ours
 from ssdi8_edge.ground.inputs import expanded
 from ssdi8_edge.ground.json_text import to_json
 
@@ -40,7 +43,6 @@ app = typer.Typer(
 
 # A loop that has not run this long shows no bar.
 QUIET_SECONDS = 2.0
-PIPE_CLOSED = 141  # what a shell reports for a program whose reader went away
 
 Source = Annotated[str, typer.Argument(help="Bundle, run folder or checkpoint.")]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda or cuda:INDEX.")]

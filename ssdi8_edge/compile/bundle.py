@@ -14,28 +14,26 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from runtime.failures import during
+from runtime.files import (
+    GOLDEN,
+    MANIFEST,
+    MANIFEST_SCHEMA,
+    PORTABLE_MODEL,
+    TENSORRT_MODEL,
+    TOKENIZER,
+    WEIGHTS,
+)
 from ssdi8_edge import __version__
 from ssdi8_edge.checkpoints.quantized import load_quantized, read_config
 from ssdi8_edge.compile.golden import golden_vectors
 from ssdi8_edge.compile.interface import interface
-from ssdi8_edge.ground.artifacts import (
-    BUNDLE_SCHEMA,
-    GOLDEN,
-    MANIFEST,
-    ONNX,
-    PORTABLE_MODEL,
-    QUANTIZED,
-    TENSORRT_MODEL,
-    TOKENIZER,
-    WEIGHTS,
-    listing,
-    shipped,
-    write_json,
-)
+from ssdi8_edge.ground.artifacts import ONNX, QUANTIZED, listing, write_json
 from ssdi8_edge.ground.board_runtime import run_engine
 from ssdi8_edge.ground.errors import Ssdi8Error
-from ssdi8_edge.ground.failures import during, killed_for_memory
+from ssdi8_edge.ground.failures import killed_for_memory
 from ssdi8_edge.ground.progress import Track, silent
+from ssdi8_edge.ground.shipped import shipped
 from ssdi8_edge.targets import Target
 
 PACKAGES = ("torch", "numpy", "onnx", "onnxruntime", "onnx-graphsurgeon", "safetensors")
@@ -85,7 +83,7 @@ def pack(
     np.savez(folder / GOLDEN, **golden)  # type: ignore[arg-type]
 
     manifest: dict[str, Any] = {
-        "schema": BUNDLE_SCHEMA,
+        "schema": MANIFEST_SCHEMA,
         "name": f"{config['name']}--{config['recipe']['name']}--{target.name}",
         "key": key,
         "model": config["model"],

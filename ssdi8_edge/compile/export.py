@@ -14,8 +14,8 @@ from typing import Any
 import onnx
 from onnx import TensorProto, helper, parser
 
+from runtime.files import WEIGHTS
 from ssdi8_edge.compile.safetensors_writer import data_start, header_of
-from ssdi8_edge.ground.artifacts import WEIGHTS
 from ssdi8_edge.models.block import Context, StateSpec, linear
 from ssdi8_edge.models.description import Description
 from ssdi8_edge.models.network import run_model

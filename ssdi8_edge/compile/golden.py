@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssdi8_edge.ground.board_runtime import runtime_module
+from runtime.session import prefill_pieces
 from ssdi8_edge.ground.progress import Track, silent
 from ssdi8_edge.models.block import States
 from ssdi8_edge.models.network import QuantizedModel, watched_model
@@ -36,7 +36,7 @@ def golden_vectors(
     repeats = -(-(length + DECODE_STEPS) // len(ids))
     ids = ids.repeat(repeats)[: length + DECODE_STEPS].to(torch.int32)[None]
     prompt, following = ids[:, :length], ids[:, length:]
-    pieces = runtime_module("session").prefill_pieces(length, max_tokens, multiple)
+    pieces = prefill_pieces(length, max_tokens, multiple)
     layers = iter(track(range(model.description.n_layer * len(pieces) + 1), "golden vectors"))
 
     def layer_begins(_: str) -> AbstractContextManager[None]:

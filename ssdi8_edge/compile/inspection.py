@@ -7,7 +7,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from ssdi8_edge.ground.artifacts import WEIGHTS
+from runtime.files import WEIGHTS
 from ssdi8_edge.ground.board_runtime import open_checked_bundle
 from ssdi8_edge.models.description import Description
 

@@ -24,6 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from runtime.failures import during
+from runtime.files import MANIFEST, PORTABLE_MODEL, TENSORRT_MODEL, TOKENIZER, WEIGHTS, sha256
 from ssdi8_edge import __version__
 from ssdi8_edge.checkpoints.checkpoint import (
     DEMO_FOLDER,
@@ -43,29 +45,22 @@ from ssdi8_edge.ground.artifacts import (
     BUNDLE,
     CALIBRATION,
     DISK_ERRORS,
-    MANIFEST,
     ONNX,
-    PORTABLE_MODEL,
     QUANTIZED,
-    TENSORRT_MODEL,
-    TOKENIZER,
-    WEIGHTS,
     disk_error,
     is_intact,
     key_of,
     listing,
     read_json,
     remove_leftovers,
-    sha256_file,
-    shipped,
     whole_or_absent,
     write_json,
 )
 from ssdi8_edge.ground.device import require_device
 from ssdi8_edge.ground.errors import UsageError
-from ssdi8_edge.ground.failures import during
 from ssdi8_edge.ground.inputs import expanded, text_input
 from ssdi8_edge.ground.progress import Track, silent
+from ssdi8_edge.ground.shipped import shipped
 from ssdi8_edge.ground.stream import read_tokens
 from ssdi8_edge.ground.tokens import (
     converted,
@@ -173,8 +168,8 @@ class Build:
                 "version": __version__,
                 "statistics": STATISTICS,
                 "checkpoint": self.fingerprint,
-                "text": sha256_file(self.text),
-                "tokenizer": sha256_file(self.tokenizer),
+                "text": sha256(self.text),
+                "tokenizer": sha256(self.tokenizer),
                 "chunk_size": self.model.prompt_multiple,
                 "windows": [recipe.calibration_tokens, recipe.calibration_samples],
                 "quantized": recipe.quantized,
@@ -191,7 +186,7 @@ class Build:
         )
         keys["export"] = key_of({"quantize": keys["quantize"]})
         sources = {
-            path.relative_to(shipped(name)).as_posix(): sha256_file(path)
+            path.relative_to(shipped(name)).as_posix(): sha256(path)
             for name in ("jetson", "plugins")
             for path in sorted(shipped(name).rglob("*"))
             if path.is_file() and "__pycache__" not in path.parts and "build" not in path.parts

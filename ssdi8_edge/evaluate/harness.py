@@ -25,11 +25,11 @@ from lm_eval.tasks import TaskManager
 from torch import Tensor
 from tqdm import tqdm
 
+from runtime.failures import during
 from ssdi8_edge.evaluate.local_data import Row
 from ssdi8_edge.evaluate.subject import Subject
 from ssdi8_edge.evaluate.tasks import Accuracy, Task
 from ssdi8_edge.ground.errors import UsageError
-from ssdi8_edge.ground.failures import during
 from ssdi8_edge.ground.progress import Track, silent
 from ssdi8_edge.ground.stream import GPU_TOKENS_PER_BATCH, TOKENS_PER_BATCH
 from ssdi8_edge.ground.tokens import CUSTOMARY_ENDS, open_tokenizer

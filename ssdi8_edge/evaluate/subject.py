@@ -12,13 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from runtime.failures import during
+from runtime.files import MANIFEST, TOKENIZER
+from runtime.session import Session
 from ssdi8_edge.checkpoints.checkpoint import open_checkpoint
 from ssdi8_edge.checkpoints.quantized import is_quantized_checkpoint, load_quantized, read_config
-from ssdi8_edge.ground.artifacts import QUANTIZED, TOKENIZER
-from ssdi8_edge.ground.board_runtime import bundle_folder, open_checked_bundle, runtime_module
+from ssdi8_edge.ground.artifacts import QUANTIZED
+from ssdi8_edge.ground.board_runtime import bundle_folder, open_checked_bundle
 from ssdi8_edge.ground.device import require_device
 from ssdi8_edge.ground.errors import UsageError
-from ssdi8_edge.ground.failures import during
 from ssdi8_edge.ground.inputs import expanded
 from ssdi8_edge.ground.tokens import end_ids, require_fitting, tokenizer_in
 from ssdi8_edge.models.block import States
@@ -115,7 +117,7 @@ def _open_subject(source: str, tokenizer: Path | None, device: str) -> Subject:
     folder = expanded(source)
     if device != "cpu" and is_quantized_checkpoint(folder / QUANTIZED):
         return _quantized_subject(source, folder / QUANTIZED, tokenizer, device)
-    if (bundle_folder(folder) / "manifest.json").is_file():
+    if (bundle_folder(folder) / MANIFEST).is_file():
         return _bundle_subject(source, folder, device)
     for place in (folder, folder / QUANTIZED):  # the latter in a run that ended early
         if is_quantized_checkpoint(place):
@@ -131,11 +133,12 @@ def _bundle_subject(source: str, folder: Path, device: str) -> Subject:
         )
     bundle = open_checked_bundle(folder)
     require_fitting(bundle.path(TOKENIZER), source, bundle.model.vocab_size)
-    backend = runtime_module("backends.onnxruntime").OnnxRuntimeBackend(bundle)
-    prefill = runtime_module("session").prefill
+    from runtime.backends.onnxruntime import OnnxRuntimeBackend
+
+    session = Session(bundle, OnnxRuntimeBackend(bundle))
 
     def forward(ids: Tensor, keep: int, scope: Scope) -> Tensor:
-        logits, _ = prefill(backend, bundle, ids.numpy().astype(np.int32), keep)
+        logits, _ = session.prefill(ids.numpy().astype(np.int32), keep)
         return torch.from_numpy(logits)
 
     def sequence() -> Running:
@@ -144,7 +147,7 @@ def _bundle_subject(source: str, folder: Path, device: str) -> Subject:
         def feed(ids: Tensor) -> Tensor:
             nonlocal states
             given = ids.numpy().astype(np.int32)
-            logits, states = prefill(backend, bundle, given, ids.shape[1], states)
+            logits, states = session.prefill(given, ids.shape[1], states)
             return torch.from_numpy(logits.copy())
 
         return feed
@@ -152,7 +155,7 @@ def _bundle_subject(source: str, folder: Path, device: str) -> Subject:
     return Subject(
         source,
         bundle.recipe,
-        backend.description,
+        session.backend.description,
         forward,
         sequence,
         bundle.path(TOKENIZER),

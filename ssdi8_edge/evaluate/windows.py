@@ -12,12 +12,12 @@ from statistics import stdev
 import torch
 from torch import Tensor
 
+from runtime.failures import during
+from runtime.files import sha256
 from ssdi8_edge.evaluate.subject import Subject
 from ssdi8_edge.evaluate.texts import Text, text_file
-from ssdi8_edge.ground.artifacts import sha256_file
 from ssdi8_edge.ground.decimals import fixed
 from ssdi8_edge.ground.errors import UsageError
-from ssdi8_edge.ground.failures import during
 from ssdi8_edge.ground.progress import Track, silent
 from ssdi8_edge.ground.stream import GPU_TOKENS_PER_BATCH
 
@@ -232,7 +232,7 @@ def _windows(
     read: dict[str, Tensor] = {}
     found = []
     for subject in subjects:
-        key = sha256_file(subject.tokenizer)
+        key = sha256(subject.tokenizer)
         if key not in read:
             read[key] = text.windows(subject.tokenizer, tokens, limit or ALL)
         found.append(read[key])

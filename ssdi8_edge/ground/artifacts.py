@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from runtime.files import HASHED_AT_LOAD, sha256
 from ssdi8_edge.ground.errors import Ssdi8Error
 from ssdi8_edge.ground.json_text import to_json
 
@@ -32,44 +33,18 @@ QUANTIZED = "quantized"
 ONNX = "onnx"
 BUNDLE = "bundle"
 
-WEIGHTS = "model.safetensors"
-PORTABLE_MODEL = "model.portable.onnx"
-TENSORRT_MODEL = "model.onnx"
-TOKENIZER = "tokenizer.json"
-GOLDEN = "golden.npz"
-MANIFEST = "manifest.json"
-BUNDLE_SCHEMA = 2
-
-HASHED_BYTES = 64 * 2**20
-
 # What a disk can say no with.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 
 ASIDE = ".old"
 
-_BLOCK = 1 << 22
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
-
-
-def sha256_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def key_of(parts: dict[str, Any]) -> str:
     """A short name of everything an artifact was made from."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def shipped(name: str) -> Path:
-    """`jetson`, `plugins` or `profiles`: inside the installed package, or in the source tree."""
-    package = Path(__file__).parents[1]
-    installed = package / "share" / name
-    return installed if installed.is_dir() else package.parent / name
 
 
 @contextmanager
@@ -160,7 +135,7 @@ def listing(folder: Path, without: str) -> dict[str, dict[str, Any]]:
     """Relative path -> {sha256, bytes} of every file but `without`, the record itself."""
     return {
         path.relative_to(folder).as_posix(): {
-            "sha256": sha256_file(path),
+            "sha256": sha256(path),
             "bytes": path.stat().st_size,
         }
         for path in sorted(folder.rglob("*"))
@@ -177,7 +152,7 @@ def is_intact(folder: Path, files: dict[str, dict[str, Any]]) -> bool:
         path = folder / name
         if not path.is_file() or path.stat().st_size != listed["bytes"]:
             return False
-        if listed["bytes"] <= HASHED_BYTES and sha256_file(path) != listed["sha256"]:
+        if listed["bytes"] <= HASHED_AT_LOAD and sha256(path) != listed["sha256"]:
             return False
     return True
 

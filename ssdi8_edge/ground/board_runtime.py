@@ -1,45 +1,39 @@
-"""The one bridge to the runtime that lives on boards: the package `runtime` in jetson/.
+"""Bundles on this machine: opened, and run by the script that runs on boards.
 
-The host does not share modules with a board; it runs the same files, from its own copy rather than
-from a bundle that may come from elsewhere.
+Both are the package's own copy of the board runtime (`runtime`, in jetson/), and not the one in a
+bundle, which may come from elsewhere.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from ssdi8_edge.ground.artifacts import shipped
+from runtime import options as shared
+from runtime.arguments import Parser
+from runtime.bundle import Bundle, open_bundle
+from runtime.files import HASHED_AT_LOAD, MANIFEST
+from runtime.problems import BundleProblem
 from ssdi8_edge.ground.errors import BundleError, UsageError
+from ssdi8_edge.ground.shipped import shipped
 
 
-def runtime_module(name: str) -> ModuleType:
-    """`runtime.<name>` of the shipped board runtime."""
-    folder = str(shipped("jetson"))
-    if folder not in sys.path:
-        sys.path.append(folder)
-    return importlib.import_module(f"runtime.{name}")
-
-
-def open_checked_bundle(folder: Path, *, hash_all: bool = False) -> Any:
+def open_checked_bundle(folder: Path, *, hash_all: bool = False) -> Bundle:
     """The bundle in `folder`, or in its subfolder bundle/ if `folder` is a run folder.
 
     Raises:
         BundleError: it is not a bundle, of another schema, or a file is missing or altered.
     """
-    module = runtime_module("bundle")
     try:
-        bundle = module.open_bundle(bundle_folder(folder))
-        bundle.check_files(None) if hash_all else bundle.check_files()
-    except module.BundleProblem as problem:
+        bundle = open_bundle(bundle_folder(folder))
+        bundle.check_files(None if hash_all else HASHED_AT_LOAD)
+    except BundleProblem as problem:
         raise BundleError(f"{problem.message};", f"{problem.hint}.") from problem
     return bundle
 
@@ -47,7 +41,7 @@ def open_checked_bundle(folder: Path, *, hash_all: bool = False) -> Any:
 def bundle_folder(folder: Path) -> Path:
     """A run folder stands for the bundle inside it."""
     inner = folder / "bundle"
-    return inner if (inner / "manifest.json").is_file() else folder
+    return inner if (inner / MANIFEST).is_file() else folder
 
 
 @dataclass(frozen=True)
@@ -67,8 +61,7 @@ def parse_run(words: Sequence[str]) -> RunRequest:
     Raises:
         UsageError: an option is unknown, or its value out of range.
     """
-    shared = runtime_module("options")
-    parser = runtime_module("arguments").Parser(
+    parser = Parser(
         prog="ssdi8-edge run",
         description="Generate text on this machine, with the script that runs on boards: on the"
         " CPU by onnxruntime from the bundle, on a GPU by the CUDA kernels from the run folder.",
@@ -82,7 +75,7 @@ def parse_run(words: Sequence[str]) -> RunRequest:
     shared.add(where, shared.RUNNING)
     try:
         asked = parser.parse_args(words)
-    except runtime_module("bundle").BundleProblem as problem:
+    except BundleProblem as problem:
         raise UsageError(f"{problem.message};", f"{problem.hint}.") from problem
     flags = (*shared.PROMPTS, *shared.GENERATING, *shared.RUNNING)
     return RunRequest(asked.bundle, asked.device, _written(flags, asked))

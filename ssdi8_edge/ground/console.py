@@ -8,7 +8,7 @@ import rich.console
 from rich.table import Column, Table
 from rich.text import Text
 
-from ssdi8_edge.ground.board_runtime import runtime_module
+from runtime.console import visible
 
 
 class Console(rich.console.Console):
@@ -33,12 +33,6 @@ class Console(rich.console.Console):
         if all(isinstance(each, str) for each in texts):
             options = {"soft_wrap": True, **options}
         super().print(*texts, **options)
-
-
-def visible(text: str, keep: str = "") -> str:
-    """`text` with escapes for control characters, see `runtime.console.visible`."""
-    shown: str = runtime_module("console").visible(text, keep)
-    return shown
 
 
 def table(*headings: str, title: str | None = None) -> Table:

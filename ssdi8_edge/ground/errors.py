@@ -13,6 +13,8 @@ Interrupted                exit code 130 Ctrl-C; no Exception, which a library c
 
 from __future__ import annotations
 
+from runtime.problems import INTERRUPTED
+
 
 class Ssdi8Error(Exception):
     """Base of every error that the command line reports without a traceback."""
@@ -66,4 +68,4 @@ class Interrupted(BaseException):
     is loading or calling back, and must not be lost there.
     """
 
-    exit_code = 130
+    exit_code = INTERRUPTED

@@ -15,8 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ssdi8_edge.ground.artifacts import TOKENIZER
-from ssdi8_edge.ground.board_runtime import runtime_module
+from runtime.files import TOKENIZER
+from runtime.problems import BundleProblem
+from runtime.tokenizer import Tokenizer
 from ssdi8_edge.ground.errors import CheckpointError, UsageError
 from ssdi8_edge.ground.foreign_json import read_object, typed
 
@@ -30,18 +31,17 @@ CUSTOMARY_ENDS = ("<|endoftext|>", "</s>")
 CONVERT = "pip install 'ssdi8-edge[convert]'"
 
 
-def open_tokenizer(path: Path) -> Any:
-    """`runtime.tokenizer.Tokenizer` of a tokenizer.json.
+def open_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer in a tokenizer.json.
 
     Raises:
         UsageError: the file is missing or is something else.
     """
     if not path.is_file():
         raise UsageError(f"tokenizer {path} does not exist", "name the model's tokenizer.json.")
-    problem = runtime_module("bundle").BundleProblem
     try:
-        return runtime_module("tokenizer").Tokenizer(path)
-    except problem as error:
+        return Tokenizer(path)
+    except BundleProblem as error:
         raise UsageError(
             f"{path} is not a tokenizer file ({error.__cause__});",
             "name the model's tokenizer.json.",

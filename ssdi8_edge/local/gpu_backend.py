@@ -16,9 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from runtime import command_line
+from runtime.backends.choose import BACKENDS
 from ssdi8_edge.checkpoints.quantized import is_quantized_checkpoint, load_quantized
 from ssdi8_edge.ground.artifacts import QUANTIZED
-from ssdi8_edge.ground.board_runtime import bundle_folder, runtime_module
+from ssdi8_edge.ground.board_runtime import bundle_folder
 from ssdi8_edge.ground.device import require_device
 from ssdi8_edge.ground.errors import Interrupted, UsageError
 from ssdi8_edge.models.block import States
@@ -62,7 +64,7 @@ class GpuBackend:
         self._states: dict[int, list[States]] = {}
         self._steps: dict[tuple[int, int, int], _Step | None] = {}
         self._pool = torch.cuda.graph_pool_handle()
-        self.versions = {
+        self.versions: Mapping[str, str] = {
             "numpy": np.__version__,
             "torch": torch.__version__,
             "cuda": str(torch.version.cuda),
@@ -155,14 +157,14 @@ def run_on_gpu(run: Path, arguments: list[str], device: str) -> int:
             "name the run folder of a build.",
         )
     kernel_library.load()
-    runtime_module("backends.choose").BACKENDS[GpuBackend.runtime] = lambda bundle, options: (
-        GpuBackend(load_quantized(run / QUANTIZED, device), device)
+    BACKENDS[GpuBackend.runtime] = lambda bundle, options: GpuBackend(
+        load_quantized(run / QUANTIZED, device), device
     )
     command = [str(bundle_folder(run)), "--backend", GpuBackend.runtime, *arguments]
     # The runtime answers Ctrl-C itself, which comes to it as in a process of its own.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        code: int = runtime_module("command_line").run(command, run)
+        code = command_line.run(command, run)
     except KeyboardInterrupt as stopped:
         raise Interrupted("stopped.") from stopped
     finally:

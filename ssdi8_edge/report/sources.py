@@ -10,9 +10,10 @@ from typing import Any, NamedTuple, TypeVar
 
 from pydantic import ValidationError
 
+from runtime.files import MANIFEST
 from ssdi8_edge.boards.points.points import PointId, read_points
 from ssdi8_edge.boards.points.records import Measured, Point, Profile, model_name, plain
-from ssdi8_edge.ground.artifacts import BUNDLE, MANIFEST
+from ssdi8_edge.ground.artifacts import BUNDLE
 from ssdi8_edge.ground.decimals import change
 from ssdi8_edge.ground.errors import UsageError
 from ssdi8_edge.ground.json_text import number_of

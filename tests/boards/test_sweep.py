@@ -912,7 +912,7 @@ def sweep_process(tmp_path: Path, out: Path) -> subprocess.Popen[str]:
         import sys
         from pathlib import Path
         from sweep_board import Record, SETTINGS, run_sweep, source_of
-        from ssdi8_edge.boards import board_sweep, sweep_commands
+        from ssdi8_edge.boards.sweep import board_sweep, sweep_commands
         from ssdi8_edge.boards.link.hosts import connect
         sweep_commands.INTERVAL_S = 0.02
         board_sweep.RETRY_S = (0.05, 0.1)

@@ -14,13 +14,12 @@ import pytest
 import torch
 from commands import COMMAND, Result, environment
 
+from runtime import command_line
+from runtime import failures as shared
+from runtime.problems import BundleProblem, MemoryRanOut
 from ssdi8_edge.compile import bundle
 from ssdi8_edge.ground import failures
-from ssdi8_edge.ground.board_runtime import runtime_module
 from ssdi8_edge.ground.errors import Ssdi8Error, UsageError
-
-shared = runtime_module("failures")
-BundleProblem = runtime_module("bundle").BundleProblem
 
 
 def raised(work: Any) -> BaseException:
@@ -56,7 +55,7 @@ def test_every_lack_of_memory_is_one_sentence(name: str) -> None:
     error, needed = WORDS[name]
 
     def work() -> None:
-        with failures.during("the stage export ran", "take less"), failures.during("", ""):
+        with shared.during("the stage export ran", "take less"), shared.during("", ""):
             raise error
 
     with pytest.raises(BaseException) as caught:
@@ -82,8 +81,8 @@ def wrapped(error: BaseException) -> BaseException:
 def test_the_innermost_stage_counts() -> None:
     with (
         pytest.raises(MemoryError) as caught,
-        failures.during("outside", "outer"),
-        failures.during("inside", "inner"),
+        shared.during("outside", "outer"),
+        shared.during("inside", "inner"),
     ):
         raise MemoryError
     assert str(failures.as_ours(caught.value, "x")) == "memory ran out while inside; inner."
@@ -181,8 +180,7 @@ def test_the_boards_scripts(tmp_path: Path) -> None:
 
 def test_board_keeps_its_own_words_for_memory(capsys: pytest.CaptureFixture[str]) -> None:
     """An exception that hides a lack of memory is not repeated; one that names it is."""
-    guarded = runtime_module("command_line")._guarded
-    ran_out = runtime_module("bundle").MemoryRanOut
+    guarded, ran_out = command_line._guarded, MemoryRanOut
 
     def fail(kind: Any) -> Any:
         def work() -> int:
@@ -200,7 +198,8 @@ def test_threads_and_objects_that_go_say_one_sentence(tmp_path: Path) -> None:
     """Neither `Exception in thread` nor `Exception ignored in`, nor a library's warning."""
     code = (
         "import threading, warnings\n"
-        "from ssdi8_edge import failures\n"
+        "import ssdi8_edge\n"
+        "from runtime import failures\n"
         "failures.quiet_libraries('ssdi8-edge')\n"
         "class Odd:\n"
         "    def __del__(self): 1 / 0\n"

@@ -20,12 +20,13 @@ from rich.table import Table
 from tiny_model import write_model, write_text
 from torch import Tensor
 
+from runtime.commands import info
+from runtime.console import print_json, visible
 from ssdi8_edge.evaluate import Subject, evaluate, plan
 from ssdi8_edge.evaluate.table import markdown, records, require_writable
 from ssdi8_edge.evaluate.windows import _Tally
 from ssdi8_edge.ground.artifacts import read_json, write_json
-from ssdi8_edge.ground.board_runtime import runtime_module
-from ssdi8_edge.ground.console import Console, table, visible
+from ssdi8_edge.ground.console import Console, table
 from ssdi8_edge.ground.decimals import change, fixed, percent
 from ssdi8_edge.ground.errors import UsageError
 from ssdi8_edge.ground.inputs import expanded, text_input
@@ -257,13 +258,13 @@ def test_help_shows_brackets() -> None:
 
 
 def test_board_shows_a_manifest_as_text(capsys: pytest.CaptureFixture[str]) -> None:
-    runtime_module("commands.info")._print("name \x1b[31m")
+    info._print("name \x1b[31m")
     assert capsys.readouterr().out == "name \\x1b[31m\n"
 
 
 def test_board_json_of_any_number(capsys: pytest.CaptureFixture[str]) -> None:
     report = {"error": math.nan, "rows": [{"worst": math.inf, "n": 1, "s": "nan"}]}
-    runtime_module("console").print_json(report)
+    print_json(report)
     expected = {"error": None, "rows": [{"worst": None, "n": 1, "s": "nan"}]}
     assert strict(capsys.readouterr().out) == expected
 

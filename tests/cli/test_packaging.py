@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 import zipfile
@@ -52,6 +53,28 @@ def test_wheel_carries_the_package_and_the_demo_model(wheel: zipfile.ZipFile) ->
     for name in (*demo, "evaluation.txt", "README.md"):
         data = wheel.read(f"ssdi8_edge/demo/{name}")
         assert data == (ROOT / "ssdi8_edge" / "demo" / name).read_bytes()
+
+
+def test_installed_package_finds_the_runtime_that_it_carries(
+    wheel: zipfile.ZipFile, tmp_path: Path
+) -> None:
+    """And no other package of that name."""
+    wheel.extractall(tmp_path)
+    code = "import ssdi8_edge.ground.board_runtime as host, runtime; print(runtime.__file__)"
+    other = tmp_path / "other" / "runtime"
+    other.mkdir(parents=True)
+    (other / "__init__.py").write_text("raise ImportError")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{other.parent}"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    expected = tmp_path / "ssdi8_edge" / "share" / "jetson" / "runtime" / "__init__.py"
+    assert Path(done.stdout.strip()) == expected
 
 
 def test_wheel_carries_nothing_else(wheel: zipfile.ZipFile) -> None:

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from runtime.files import _BLOCK, sha256
 from ssdi8_edge.ground import artifacts
-from ssdi8_edge.ground.artifacts import key_of, sha256_file, shipped, whole_or_absent
+from ssdi8_edge.ground.artifacts import key_of, whole_or_absent
 from ssdi8_edge.ground.errors import Ssdi8Error
+from ssdi8_edge.ground.shipped import shipped
 
 SMALL_DISK = 64 * 1024
 
@@ -200,12 +202,12 @@ def test_folder_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 # names and links
 
 
-@pytest.mark.parametrize("size", [0, 1, artifacts._BLOCK, artifacts._BLOCK + 1])
+@pytest.mark.parametrize("size", [0, 1, _BLOCK, _BLOCK + 1])
 def test_sha256_around_the_block_size(tmp_path: Path, size: int) -> None:
     """Reading in blocks loses nothing at their ends."""
     data = os.urandom(size)
     (tmp_path / "file").write_bytes(data)
-    assert sha256_file(tmp_path / "file") == hashlib.sha256(data).hexdigest()
+    assert sha256(tmp_path / "file") == hashlib.sha256(data).hexdigest()
 
 
 def test_key_depends_on_every_part_and_not_on_their_order() -> None:

@@ -28,11 +28,11 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import load_file
 from torch import Tensor
 
+from runtime.files import WEIGHTS
 from ssdi8_edge.checkpoints.checkpoint import DEMO_FOLDER, open_checkpoint
 from ssdi8_edge.compile import lowering
 from ssdi8_edge.compile.export import IR_VERSION, OPSET, GraphBuilder, export_model, nested_nodes
 from ssdi8_edge.compile.safetensors_writer import SafetensorsWriter
-from ssdi8_edge.ground.artifacts import WEIGHTS
 from ssdi8_edge.ground.stream import read_tokens
 from ssdi8_edge.models.block import States
 from ssdi8_edge.ops import OPS

@@ -22,13 +22,13 @@ from typing import Any
 import pytest
 import tiny_bundle
 import torch
-from runtime.bundle import BundleProblem
+from tiny_model import write_model, write_text
+
 from runtime.commands import build
 from runtime.engine import builder
 from runtime.engine.store import engines_in
 from runtime.engine.tensorrt_api import layer_information
-from tiny_model import write_model, write_text
-
+from runtime.problems import BundleProblem
 from ssdi8_edge.compile.pipeline import Build, BuildRequest
 from ssdi8_edge.recipes.presets import METHODS
 from ssdi8_edge.targets import load_target
@@ -38,7 +38,7 @@ if importlib.util.find_spec("tensorrt_rtx") is None:
         "NVIDIA's parser is not installed: pip install tensorrt-rtx-cu13", allow_module_level=True
     )
 
-STAND_IN = Path(__file__).with_name("rtx_as_tensorrt.py")
+STAND_IN = Path(__file__).parents[1] / "support" / "rtx_as_tensorrt.py"
 MIB = 2**20
 
 

@@ -17,9 +17,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "jetson"))
 
-from runtime.bundle import BundleProblem, RunFailure
 from runtime.engine.cuda import Gpu
 from runtime.engine.libcuda import LIBRARY, this_gpu
+from runtime.problems import BundleProblem, RunFailure
 
 pytest.importorskip("pycuda", reason="not installed: pip install pycuda, which needs nvcc")
 

@@ -15,10 +15,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 import ssdi8_edge
+from runtime.files import TOKENIZER
 from ssdi8_edge.checkpoints.checkpoint import open_checkpoint
 from ssdi8_edge.compile.calibrate import calibrate
 from ssdi8_edge.compile.quantize import quantize
-from ssdi8_edge.ground.artifacts import TOKENIZER
 from ssdi8_edge.ground.errors import UsageError
 from ssdi8_edge.local.gpu_backend import GpuBackend, run_on_gpu
 from ssdi8_edge.models.network import QuantizedModel

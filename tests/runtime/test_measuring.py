@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_bundle  # noqa: F401, puts jetson/ on the path
+from tiny_bundle import CHAIN, make_bundle, run_engine, run_json
+
 from runtime import machine
 from runtime.backends.onnxruntime import OnnxRuntimeBackend, _own_times
 from runtime.bench import summary
@@ -24,7 +26,6 @@ from runtime.command_line import _guarded
 from runtime.layer_times import Modules, median_times, model_layer_of, module_times
 from runtime.machine import this_machine
 from runtime.verify import suspects
-from tiny_bundle import CHAIN, make_bundle, run_engine, run_json
 
 
 @pytest.fixture(scope="module")

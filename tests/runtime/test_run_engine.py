@@ -6,6 +6,7 @@ import ast
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,14 +21,6 @@ import onnxruntime
 import pytest
 import tiny_bundle  # puts jetson/ on the path, so it comes first
 from onnx import TensorProto, helper
-from runtime.backends.choose import open_backend
-from runtime.backends.onnxruntime import UNWANTED_OPTIMIZERS, OnnxRuntimeBackend
-from runtime.backends.protocol import BackendOptions
-from runtime.bundle import Bundle, BundleProblem, RunFailure, open_bundle, sha256
-from runtime.sampling import Sampler, settings
-from runtime.session import Conversation, Timings, generate, prefill, prefill_pieces
-from runtime.text import REPLACEMENT, TextCodec, TextStream
-from runtime.verify import relative_error
 from tiny_bundle import (
     CHAIN,
     MAX_TOKENS,
@@ -40,6 +33,19 @@ from tiny_bundle import (
     run_engine,
     run_json,
 )
+
+import runtime
+from runtime.answer import Timings
+from runtime.backends.choose import open_backend
+from runtime.backends.onnxruntime import UNWANTED_OPTIMIZERS, OnnxRuntimeBackend
+from runtime.backends.protocol import BackendOptions
+from runtime.bundle import Bundle, open_bundle
+from runtime.files import sha256
+from runtime.problems import BundleProblem, RunFailure
+from runtime.sampling import Sampler, settings
+from runtime.session import Session, prefill_pieces
+from runtime.text import REPLACEMENT, TextCodec, TextStream
+from runtime.verify import relative_error
 
 
 @pytest.fixture(scope="module")
@@ -79,16 +85,60 @@ def test_jetson_imports_only_what_a_board_has() -> None:
     files = list(tiny_bundle.JETSON.rglob("*.py"))
     assert files
     for file in files:
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                assert node.level == 0, f"{file}: relative import"
-                names = [node.module or ""]
-            else:
-                continue
-            for name in names:
-                assert name.split(".")[0] in allowed, f"{file} imports {name}"
+        for name in imported(file):
+            assert name.split(".")[0] in allowed, f"{file} imports {name}"
+
+
+def imported(file: Path) -> list[str]:
+    """Modules that a file imports at any place; `from runtime import x` is runtime.x."""
+    names = []
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            module = node.module or ""
+            folder = module in ("runtime", "runtime.commands")
+            names += [f"{module}.{alias.name}" for alias in node.names] if folder else [module]
+    return names
+
+
+def test_imports_of_the_runtime_go_down_its_map() -> None:
+    """The map of files in runtime/__init__.py names all of them, users above what they use."""
+    root = tiny_bundle.JETSON / "runtime"
+    lines = (runtime.__doc__ or "").splitlines()
+    place = {}
+    for file in root.rglob("*.py"):
+        if file.stem != "__init__" and file.parent.name != "commands":
+            at = [i for i, line in enumerate(lines) if re.search(rf"(^|  ){file.stem}  ", line)]
+            assert len(at) == 1, f"{file.stem} stands {len(at)} times in the map"
+            place[".".join(file.relative_to(root.parent).with_suffix("").parts)] = at[0]
+    for name, line in place.items():
+        folder = name.rpartition(".")[0]
+        for other in imported(tiny_bundle.JETSON / f"{name.replace('.', '/')}.py"):
+            near = folder != "runtime" and other.startswith(f"{folder}.")
+            assert near or place.get(other, line) >= line, f"{name} imports {other}"
+
+
+def test_commands_are_imported_by_the_command_line_alone() -> None:
+    """A command reads options and prints; what two of them need lies elsewhere."""
+    for file in (tiny_bundle.JETSON / "runtime").rglob("*.py"):
+        if file.stem != "command_line":
+            assert not [name for name in imported(file) if name.startswith("runtime.commands")], (
+                file
+            )
+
+
+def test_session_closes_its_backend_whatever_happens(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = Session.open(bundle, BackendOptions(threads=1))
+    assert isinstance(session.backend, OnnxRuntimeBackend) and session.load_s > 0
+    closed: list[bool] = []
+    monkeypatch.setattr(session.backend, "close", lambda: closed.append(True))
+    with pytest.raises(RunFailure), session:
+        raise RunFailure("it went wrong", "try again")
+    assert closed == [True]
 
 
 @pytest.mark.parametrize(
@@ -116,7 +166,7 @@ def test_prefill_in_pieces_equals_one_prefill(
     backend = OnnxRuntimeBackend(bundle, threads=1)
     ids = np.random.default_rng(2).integers(0, 300, (2, length)).astype(np.int32)
     whole_logits, whole = backend.forward(ids, backend.zero_states(2), keep)
-    logits, states = prefill(backend, bundle, ids, keep)
+    logits, states = Session(bundle, backend).prefill(ids, keep)
     tolerance = 1e-5 if state_dtype == "fp32" else 2e-3
     assert logits.shape == (2, keep, VOCAB) and logits.dtype == np.float32
     assert relative_error(logits, whole_logits) < tolerance
@@ -128,7 +178,7 @@ def test_prefill_in_pieces_equals_one_prefill(
 def test_decode_continues_a_prefill(backend: OnnxRuntimeBackend, bundle: Bundle) -> None:
     ids = np.arange(9, dtype=np.int32)[None]
     whole, _ = backend.forward(ids, backend.zero_states(1))
-    _, states = prefill(backend, bundle, ids[:, :8])
+    _, states = Session(bundle, backend).prefill(ids[:, :8])
     step, _ = backend.forward(ids[:, 8:], states)
     fresh, _ = backend.forward(ids[:, 8:], backend.zero_states(1))
     assert relative_error(step, whole) < 1e-5
@@ -181,21 +231,22 @@ def test_a_conversation_goes_on_where_it_stopped(
         seen.append(logits.copy())
         return int(logits.argmax())
 
-    conversation = Conversation(backend, bundle)
+    session = Session(bundle, backend)
+    conversation = session.conversation()
     steps = conversation.generate(first, sample, 10, ())
     tokens = [next(steps).token for _ in range(4)]  # the fourth is sampled and not run yet
     steps.close()
     next(conversation.generate(second, sample, 1, ()))
     whole = np.concatenate([first, np.array([tokens], np.int32), second], axis=1)
-    expected, _ = prefill(backend, bundle, whole)
+    expected, _ = session.prefill(whole)
     assert relative_error(seen[-1], expected[0, -1]) < 1e-5
-    assert relative_error(seen[-1], prefill(backend, bundle, second)[0][0, -1]) > 1e-3
+    assert relative_error(seen[-1], session.prefill(second)[0][0, -1]) > 1e-3
 
 
 def test_generate_ends_after_the_end_token(backend: OnnxRuntimeBackend, bundle: Bundle) -> None:
     tokens = iter([5, 6, 0, 7])
     prompt = np.array([[1, 2]], np.int32)
-    steps = list(generate(backend, bundle, prompt, lambda _: next(tokens), 10, end_ids={0}))
+    steps = list(Session(bundle, backend).generate(prompt, lambda _: next(tokens), 10, end_ids={0}))
     assert [step.token for step in steps] == [5, 6, 0]
     assert all(step.seconds > 0 for step in steps)
 

@@ -17,13 +17,13 @@ from typing import Any
 
 import pytest
 import tiny_bundle  # puts jetson/ on the path, so it comes first
+from tiny_bundle import CHAIN, make_bundle
+
 from runtime import options as shared
 from runtime.backends.choose import BACKENDS
 from runtime.backends.onnxruntime import OnnxRuntimeBackend
 from runtime.bundle import open_bundle
 from runtime.sampling import SAMPLING
-from tiny_bundle import CHAIN, make_bundle
-
 from ssdi8_edge import cli
 from ssdi8_edge.ground.board_runtime import parse_run
 from ssdi8_edge.ground.errors import Interrupted, UsageError
@@ -224,9 +224,9 @@ def test_a_row_is_all_that_an_option_needs(packed: Path, tmp_path: Path) -> None
     table.write_text(text.replace(last, ROW + last), encoding="utf-8")
     board = [sys.executable, str(jetson / "run_engine.py")]
     start = (
-        "import pathlib, ssdi8_edge.ground.board_runtime as b;"
-        f"b.shipped = lambda name: pathlib.Path({str(tmp_path)!r}, name);"
-        "import ssdi8_edge.cli as c; c.main()"  # which loads the runtime
+        f"import pathlib, sys, ssdi8_edge; sys.path.insert(0, {str(jetson)!r});"
+        "import ssdi8_edge.ground.board_runtime as b, ssdi8_edge.cli as c;"
+        f"b.shipped = lambda name: pathlib.Path({str(tmp_path)!r}, name); c.main()"
     )
     host = [sys.executable, "-c", start, "run"]
     assert "never take this token" in rows_of_help(board)["--ban"] == rows_of_help(host)["--ban"]

@@ -10,7 +10,8 @@ import pytest
 import tiny_bundle  # noqa: F401  (puts jetson/ on the path)
 import torch
 import transformers
-from runtime.bundle import RunFailure
+
+from runtime.problems import RunFailure
 from runtime.sampling import SAMPLING, Sampler, Tokens, min_p, settings, top_p
 from runtime.sampling import frequency_penalty as frequency
 from runtime.sampling import presence_penalty as presence

@@ -8,6 +8,7 @@ import pytest
 import tiny_bundle  # noqa: F401  (puts jetson/ on the path)
 from hypothesis import given
 from hypothesis import strategies as st
+
 from runtime.stop import StopTexts
 
 FEW = st.text("ab ", max_size=30)

@@ -23,15 +23,18 @@ import pytest
 import tiny_bundle  # noqa: F401, puts jetson/ on the path
 from fake_cuda import Cuda
 from fake_tensorrt import Faults
+from tiny_bundle import CHAIN, MAX_TOKENS, PLUGINS, make_board_bundle
+
 from runtime.backends.choose import open_backend
 from runtime.backends.onnxruntime import OnnxRuntimeBackend
 from runtime.backends.protocol import BackendOptions, States
 from runtime.backends.tensorrt import TensorRtBackend
-from runtime.bundle import BundleProblem, RunFailure, open_bundle, sha256
+from runtime.bundle import open_bundle
 from runtime.command_line import run, run_build
+from runtime.files import sha256
 from runtime.machine import Board, Machine
-from runtime.session import generate, prefill
-from tiny_bundle import CHAIN, MAX_TOKENS, PLUGINS, make_board_bundle
+from runtime.problems import BundleProblem, RunFailure
+from runtime.session import Session
 
 Fakes = tuple[Cuda, Faults]
 JETSON_CLOCK = 918_000_000
@@ -54,7 +57,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fakes]:
 
 
 def set_machine(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
-    for module in ("tensorrt_backend", "commands.build", "commands.verify", "commands.bench"):
+    for module in ("backends.tensorrt", "commands.build", "commands.verify", "commands.bench"):
         monkeypatch.setattr(f"runtime.{module}.this_machine", lambda: machine)
 
 
@@ -87,7 +90,8 @@ def reference(built: Path) -> OnnxRuntimeBackend:
 
 
 def tokens_of(backend: Any, folder: Path, prompt: np.ndarray, count: int) -> list[int]:
-    steps = generate(backend, open_bundle(folder), prompt, lambda x: int(x.argmax()), count, ())
+    session = Session(open_bundle(folder), backend)
+    steps = session.generate(prompt, lambda x: int(x.argmax()), count, ())
     return [step.token for step in steps]
 
 
@@ -116,8 +120,8 @@ def test_logits_and_states_of_a_batch(
     bundle = open_bundle(built)
     for batch in (1, 2, 1, 2):
         ids = random_ids(batch, 9, seed=batch)
-        logits, states = prefill(backend, bundle, ids)
-        expected, expected_states = prefill(reference, bundle, ids)
+        logits, states = Session(bundle, backend).prefill(ids)
+        expected, expected_states = Session(bundle, reference).prefill(ids)
         np.testing.assert_array_equal(logits, expected)
         for step in range(6):
             token = random_ids(batch, 1, seed=step)

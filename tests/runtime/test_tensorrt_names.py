@@ -17,7 +17,8 @@ import pytest
 import tiny_bundle
 
 FILES = (
-    *("builder.py", "tensorrt_api.py", "tensorrt_backend.py", "tensorrt_context.py"),
+    *("engine/builder.py", "engine/tensorrt_api.py"),
+    *("backends/tensorrt.py", "backends/tensorrt_context.py"),
     "commands/build.py",
 )
 # What a variable (or an attribute of self) of that name holds in these files.

@@ -12,14 +12,14 @@ import pytest
 import tiny_bundle  # puts jetson/ on the path, so it comes first
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runtime.bundle import BundleProblem
-from runtime.text import REPLACEMENT, TextStream
-from runtime.tokenizer import Tokenizer
 from tiny_bundle import CHAIN, SENTENCE, make_bundle, pack, run_engine, run_json
 from tiny_model import byte_tokenizer, one_thread, write_model, write_text
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Library
 
+from runtime.problems import BundleProblem
+from runtime.text import REPLACEMENT, TextStream
+from runtime.tokenizer import Tokenizer
 from ssdi8_edge.checkpoints.checkpoint import DEMO_FOLDER
 from ssdi8_edge.compile.pipeline import Build, BuildRequest, named_tokenizer
 from ssdi8_edge.evaluate import open_subject

@@ -12,10 +12,10 @@ from case_table import apply_recipe, random_ids, tiny_recipe, write_checkpoint
 from conftest import make_config
 from plugin_harness import Form, Harness, Plugin, Value, forms
 
+from runtime.files import WEIGHTS
 from ssdi8_edge.compile import lowering
 from ssdi8_edge.compile.export import export_model
 from ssdi8_edge.compile.safetensors_writer import SafetensorsWriter
-from ssdi8_edge.ground.artifacts import WEIGHTS
 from ssdi8_edge.ops import OPS
 from ssdi8_edge.ops.op import Op
 

@@ -21,7 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 JETSON = Path(__file__).parents[2] / "jetson"
 sys.path.insert(0, str(JETSON))
 
-from runtime.bundle import sha256  # noqa: E402
+from runtime.files import sha256  # noqa: E402
 
 LAYERS, D_MODEL, VOCAB = 2, 8, 320
 NHEADS, HEADDIM, D_STATE, D_CONV, CONV_DIM = 2, 8, 4, 4, 24

@@ -6,7 +6,8 @@ import sys
 from collections.abc import Callable
 
 from runtime.backends.protocol import Backend, BackendOptions
-from runtime.bundle import Bundle, BundleProblem
+from runtime.bundle import Bundle
+from runtime.problems import BundleProblem
 
 
 def _open_onnxruntime(bundle: Bundle, options: BackendOptions) -> Backend:

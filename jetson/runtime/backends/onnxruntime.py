@@ -13,9 +13,10 @@ import numpy as np
 import onnxruntime
 
 from runtime.backends.protocol import LayerTimes, States
-from runtime.bundle import Bundle, BundleProblem, RunFailure
+from runtime.bundle import Bundle
+from runtime.files import PORTABLE_MODEL
+from runtime.problems import BundleProblem, RunFailure
 
-GRAPH = "model.portable.onnx"
 # Its warnings speak to those who export a graph, and its errors come as exceptions, too.
 SILENT = 4
 # Up to 1.23, the last for Python 3.10, it makes an op for FP64 that onnxruntime does not have.
@@ -41,7 +42,7 @@ class OnnxRuntimeBackend:
         if self._trace:
             options.enable_profiling = True
             options.profile_file_prefix = str(self._trace / "trace")
-        path = bundle.path(GRAPH)
+        path = bundle.path(PORTABLE_MODEL)
         try:
             self._session = onnxruntime.InferenceSession(
                 path,
@@ -71,7 +72,8 @@ class OnnxRuntimeBackend:
         if found != expected:
             odd = sorted(found ^ expected)[0]
             raise BundleProblem(
-                f"{GRAPH} and the manifest disagree about the input {odd}", "pack the bundle again"
+                f"{PORTABLE_MODEL} and the manifest disagree about the input {odd}",
+                "pack the bundle again",
             )
         self._outputs = ["logits", *self._output_of.values()]
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from runtime.backends.protocol import BackendOptions, LayerTimes, States
 from runtime.backends.tensorrt_context import Context
-from runtime.bundle import HASHED_AT_LOAD, Bundle, BundleProblem, RunFailure
+from runtime.bundle import HASHED_AT_LOAD, Bundle
 from runtime.engine.cuda import Gpu
 from runtime.engine.libcuda import Graph, this_gpu
 from runtime.engine.store import (
@@ -35,6 +35,7 @@ from runtime.engine.store import (
 )
 from runtime.engine.tensorrt_api import LogLines, deserialize, import_tensorrt, load_plugins, logger
 from runtime.machine import this_machine
+from runtime.problems import BundleProblem, RunFailure
 
 PREFILL, DECODE = 0, 1  # optimization profiles
 ALIGNMENT = 256  # bytes, which TensorRT asks for

@@ -7,9 +7,9 @@ from types import ModuleType
 from typing import Any
 
 from runtime.backends.protocol import LayerTimes
-from runtime.bundle import RunFailure
 from runtime.engine.cuda import Gpu
 from runtime.engine.tensorrt_api import LogLines
+from runtime.problems import RunFailure
 
 MILLISECOND = 1e-3
 

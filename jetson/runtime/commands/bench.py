@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 
-from runtime.bench import BenchOptions, Opened, measure
+from runtime.bench import BenchOptions, measure
 from runtime.bundle import Bundle
-from runtime.commands.generate import open_timed, show_notes
-from runtime.console import print_json
+from runtime.console import print_json, show_notes
 from runtime.machine import available_memory, this_machine
+from runtime.options import open_session
 
 
 def run(bundle: Bundle, options: argparse.Namespace) -> int:
@@ -16,8 +16,7 @@ def run(bundle: Bundle, options: argparse.Namespace) -> int:
     bundle.check_files()
     machine = this_machine()
     available = available_memory()
-    backend, load_s = open_timed(bundle, options)
-    try:
+    with open_session(bundle, options) as session:
         wanted = BenchOptions(
             seq_lens=options.seq_lens,
             new_tokens=options.new_tokens,
@@ -26,9 +25,7 @@ def run(bundle: Bundle, options: argparse.Namespace) -> int:
             seconds=options.seconds,
             threads=options.threads,
         )
-        for record in measure(Opened(backend, load_s, available), bundle, machine, wanted):
+        for record in measure(session, machine, available, wanted):
             print_json(record, indent=None)
-        show_notes(backend)
-    finally:
-        backend.close()
+        show_notes(session.backend.notes)
     return 0

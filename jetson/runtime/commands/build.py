@@ -19,18 +19,13 @@ from types import ModuleType
 from typing import Any
 
 from runtime.arguments import Parser, number
-from runtime.bundle import Bundle, BundleProblem, open_bundle, sha256
+from runtime.bundle import Bundle, open_bundle
 from runtime.console import print_json, size
 from runtime.engine.builder import MIB, EngineBuilder, estimate_disk, estimate_memory
 from runtime.engine.libcuda import Gpu, this_gpu
 from runtime.engine.store import (
-    ENGINE,
-    GRAPH,
-    LOG,
     SCHEMA,
     STORE,
-    TIMING_CACHE,
-    WEIGHTS,
     Engine,
     Surroundings,
     engines_in,
@@ -45,9 +40,18 @@ from runtime.engine.tensorrt_api import (
     load_plugins,
     logger,
 )
+from runtime.files import (
+    BUILD_LOG,
+    BUILD_MESSAGES,
+    ENGINE,
+    TENSORRT_MODEL,
+    TIMING_CACHE,
+    WEIGHTS,
+    sha256,
+)
 from runtime.machine import Machine, available_memory, process_memory, swap_free, this_machine
+from runtime.problems import BundleProblem
 
-MESSAGES = "build.txt"  # of the last build in this store, also of one that failed
 LOCK = ".lock"
 PARTIAL = ".partial"
 
@@ -135,7 +139,7 @@ def build(options: argparse.Namespace) -> int:
         if not options.json:
             print(
                 f"building for {job.gpu.name}, {job.gpu.sms} SMs; TensorRT's messages go to"
-                f" {store / MESSAGES}",
+                f" {store / BUILD_MESSAGES}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -144,7 +148,7 @@ def build(options: argparse.Namespace) -> int:
 
 def _build(job: _Job) -> Engine:
     lines = LogLines()
-    with (job.store / MESSAGES).open("w", encoding="utf-8") as messages:
+    with (job.store / BUILD_MESSAGES).open("w", encoding="utf-8") as messages:
 
         def write(severity: str, message: str) -> None:
             messages.write(f"{severity}: {message}\n")
@@ -156,7 +160,7 @@ def _build(job: _Job) -> Engine:
         builder = EngineBuilder(job.trt, log, lines)
         with _ctrl_c_kills():
             plan, timings = builder.build(
-                job.bundle.path(GRAPH), job.bundle, job.workspace, _read_bytes(job.cache)
+                job.bundle.path(TENSORRT_MODEL), job.bundle, job.workspace, _read_bytes(job.cache)
             )
         _write(job.cache, timings)
         with _scratch(job.store, job.here.key) as folder:
@@ -166,7 +170,7 @@ def _build(job: _Job) -> Engine:
             information = _inspect(job.trt, log, lines, folder / ENGINE)
             builder.seconds["load"] = time.perf_counter() - started
             record = _record(job, builder.seconds, folder / ENGINE) | information
-            (folder / LOG).write_text(json.dumps(record, indent=1), encoding="utf-8")
+            (folder / BUILD_LOG).write_text(json.dumps(record, indent=1), encoding="utf-8")
     return Engine(job.store / job.here.key, record)
 
 

@@ -16,11 +16,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from runtime.bundle import Bundle, BundleProblem
-from runtime.commands.generate import collect, describe, open_timed, sampler, show_notes
-from runtime.console import print_json, stdin
+from runtime.answer import collect
+from runtime.bundle import Bundle
+from runtime.console import print_json, show_notes, stdin, text_on_stdout
 from runtime.machine import this_machine
-from runtime.session import Conversation, Timings
+from runtime.options import open_session
+from runtime.problems import BundleProblem
+from runtime.sampling import Sampler, settings
 from runtime.text import TextCodec
 
 PROMPT = "> "
@@ -52,16 +54,16 @@ def run(bundle: Bundle, options: argparse.Namespace) -> int:
     _read_bytes_as_utf8()
     bundle.check_files()
     codec = TextCodec(bundle)
-    backend, load_s = open_timed(bundle, options)
-    try:
+    with open_session(bundle, options) as session:
+        backend = session.backend
         print(
-            f"{backend.description} on {this_machine()}; loaded in {load_s:.2f} s\n"
+            f"{backend.description} on {this_machine()}; loaded in {session.load_s:.2f} s\n"
             "Ctrl-C stops an answer, Ctrl-D ends.",
             file=sys.stderr,
         )
-        show_notes(backend)
-        conversation = Conversation(backend, bundle)
-        sample = sampler(codec, options)
+        show_notes(backend.notes)
+        conversation = session.conversation()
+        sample = Sampler(codec.vocabulary, **settings(vars(options)))
         continues = False
         for number, line in enumerate(iter(_read_line, None), start=1):
             if not line:
@@ -74,19 +76,17 @@ def run(bundle: Bundle, options: argparse.Namespace) -> int:
                 continue
             sample.read(prompt)
             stop = _Stop()
-            with stop.listening():
+            with stop.listening(), text_on_stdout(not options.json) as show:
                 steps = conversation.generate(prompt, sample, options.max_new_tokens, codec.end_ids)
-                output = collect(steps, codec, prompt, options.stop, not options.json, stop)
-            timings = Timings.of(prompt.shape[1], output.seconds)
+                answer = collect(steps, codec, prompt, options.stop, show, stop)
             if options.json:
-                turn = {"prompt": line, "text": output.text, "tokens": output.tokens}
+                timings = answer.timings
+                turn = {"prompt": line, "text": answer.text, "tokens": answer.tokens}
                 times = {"ttft_s": timings.ttft_s, "tpot_s": timings.tpot_s}
-                print_json({**turn, "finish": output.finish, **times}, indent=None)
+                print_json({**turn, "finish": answer.finish, **times}, indent=None)
             else:
-                print(describe(timings, len(output.tokens)), file=sys.stderr)
+                print(answer.describe(), file=sys.stderr)
             continues = True
-    finally:
-        backend.close()
     return 0
 
 

@@ -6,9 +6,10 @@ import argparse
 import math
 from typing import Any
 
-from runtime.bundle import Bundle, BundleProblem
+from runtime.bundle import Bundle
 from runtime.console import pairs, print_json, size, visible
 from runtime.engine.store import STORE, engines_in
+from runtime.problems import BundleProblem
 
 
 def run(bundle: Bundle, options: argparse.Namespace) -> int:

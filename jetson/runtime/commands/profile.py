@@ -12,14 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from runtime.backends.protocol import Backend
 from runtime.bench import SEED
 from runtime.bundle import Bundle
-from runtime.commands.generate import open_timed, show_notes
-from runtime.console import print_json, table
+from runtime.console import print_json, show_notes, table
 from runtime.layer_times import LayerTime, Modules, median_times, module_times
 from runtime.machine import this_machine
-from runtime.session import prefill_pieces
+from runtime.options import open_session
+from runtime.session import Session
 
 SCHEMA = 1
 LAYERS_SHOWN = 20
@@ -29,11 +28,9 @@ def run(bundle: Bundle, options: argparse.Namespace) -> int:
     """Time prompts of the first of --seq-lens, and tokens after each; returns the exit code."""
     bundle.check_files()
     length = options.seq_lens[0]
-    backend, _ = open_timed(bundle, options, profiling=True)
-    try:
-        prefill, decode = _measure(backend, bundle, length, options)
-    finally:
-        backend.close()
+    with open_session(bundle, options, profiling=True) as session:
+        prefill, decode = _measure(session, length, options)
+    backend = session.backend
     phases = [_phase("prefill", length, prefill), _phase("decode", 1, decode)]
     if options.json:
         print_json(
@@ -57,19 +54,20 @@ def run(bundle: Bundle, options: argparse.Namespace) -> int:
         )
         return 0
     print(f"{backend.description} on {this_machine()}")
-    show_notes(backend)
+    show_notes(backend.notes)
     for phase in phases:
         _show(phase)
     return 0
 
 
 def _measure(
-    backend: Backend, bundle: Bundle, length: int, options: argparse.Namespace
+    session: Session, length: int, options: argparse.Namespace
 ) -> tuple[list[LayerTime], list[LayerTime]]:
     """Layers of a prefill of `length` tokens (its pieces added up), and of one decode step."""
-    ids = np.random.default_rng(SEED).integers(0, bundle.model.vocab_size, (1, length + 1))
+    backend, model = session.backend, session.bundle.model
+    ids = np.random.default_rng(SEED).integers(0, model.vocab_size, (1, length + 1))
     ids = ids.astype(np.int32)
-    pieces = prefill_pieces(length, bundle.max_tokens, bundle.model.prompt_multiple)
+    pieces = session.pieces(length)
     rounds = options.warmup + options.repeat
     for _ in range(rounds):
         states = backend.zero_states(1)
@@ -83,7 +81,7 @@ def _measure(
         *parts, step = runs[i * each : (i + 1) * each]
         prefills.append([layer for part in parts for layer in part])
         decodes.append(step)
-    modules = Modules(bundle.model.ops)
+    modules = Modules(model.ops)
     return median_times(prefills, modules), median_times(decodes, modules)
 
 

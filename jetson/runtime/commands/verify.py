@@ -8,10 +8,11 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from runtime.bundle import Bundle, BundleProblem
-from runtime.commands.generate import open_timed, show_notes
-from runtime.console import print_json, size
+from runtime.bundle import Bundle
+from runtime.console import print_json, show_notes, size
 from runtime.machine import this_machine
+from runtime.options import open_session
+from runtime.problems import BundleProblem
 from runtime.verify import Comparison, compare_with_golden, suspects
 
 
@@ -34,11 +35,9 @@ def run(bundle: Bundle, options: argparse.Namespace) -> int:
         return _report(report, options)
     if not options.json:
         print(f"files: {len(bundle.files)} as packed ({size(hashed)} hashed)", flush=True)
-    backend, _ = open_timed(bundle, options, hash_all=True)
-    try:
-        compared = list(compare_with_golden(backend, bundle))
-    finally:
-        backend.close()
+    with open_session(bundle, options, hash_all=True) as session:
+        compared = list(compare_with_golden(session))
+    backend = session.backend
     report["backend"], report["notes"] = backend.description, list(backend.notes)
     report["comparisons"] = [
         {
@@ -61,7 +60,7 @@ def run(bundle: Bundle, options: argparse.Namespace) -> int:
             f" worst relative error {worst.relative_error:.1e} in {_place(worst.name)}"
         )
         print(f"verified with {backend.description} on {this_machine()}")
-        show_notes(backend)
+        show_notes(backend.notes)
     return _report(report, options)
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from runtime.bundle import Bundle, BundleProblem, RunFailure
+from runtime.bundle import Bundle
 from runtime.engine.tensorrt_api import LogLines, strongly_typed
+from runtime.problems import BundleProblem, RunFailure
 
 MIB = 2**20
 # Not measured on a board yet. Others report three to four times the parameters while building;

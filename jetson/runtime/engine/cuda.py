@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from runtime.bundle import BundleProblem, MemoryRanOut, RunFailure
 from runtime.engine.libcuda import Graph
+from runtime.problems import BundleProblem, MemoryRanOut, RunFailure
 
 
 class Gpu:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 
-from runtime.bundle import BundleProblem, RunFailure
+from runtime.problems import BundleProblem, RunFailure
 
 LIBRARY = "libcuda.so.1"
 MULTIPROCESSOR_COUNT = 16

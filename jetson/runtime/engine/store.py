@@ -19,17 +19,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime.bundle import HASHED_AT_LOAD, Bundle, BundleProblem, sha256
+from runtime.bundle import Bundle
 from runtime.engine.libcuda import Gpu
 from runtime.engine.tensorrt_api import PLUGIN_LIBRARY
+from runtime.files import BUILD_LOG, ENGINE, HASHED_AT_LOAD, TENSORRT_MODEL, WEIGHTS, sha256
 from runtime.machine import Machine
+from runtime.problems import BundleProblem
 
 STORE = "engine"
-ENGINE = "model.engine"
-LOG = "build_log.json"
-TIMING_CACHE = "timing.cache"
-GRAPH = "model.onnx"
-WEIGHTS = "model.safetensors"
 SCHEMA = 1
 KEY_LETTERS = 16
 REBUILD = "python3 build_engine.py"
@@ -105,7 +102,7 @@ class Engine:
         found = self.path.stat().st_size
         if found != listed["bytes"]:
             raise BundleProblem(
-                f"{self.path} has {found} bytes and {LOG} lists {listed['bytes']}",
+                f"{self.path} has {found} bytes and {BUILD_LOG} lists {listed['bytes']}",
                 f"build it again: {REBUILD}",
             )
         fits = hash_up_to is None or listed["bytes"] <= hash_up_to
@@ -130,7 +127,7 @@ def surroundings(
     board = asdict(machine.board) if machine.board else {}
     return Surroundings(
         requirements={
-            "onnx": files[GRAPH]["sha256"] if GRAPH in files else None,
+            "onnx": files[TENSORRT_MODEL]["sha256"] if TENSORRT_MODEL in files else None,
             "weights": files[WEIGHTS]["sha256"] if WEIGHTS in files else None,
             "shapes": {name: shapes.get(name) for name in ("batch", "tokens")},
             "plugins": sha256(plugins) if plugins else None,
@@ -164,7 +161,7 @@ def find_plugins(bundle: Bundle, named: Path | None) -> Path | None:
 def engines_in(store: Path) -> list[Engine]:
     """Those with a readable log, newest first."""
     found = []
-    for path in store.glob(f"*/{LOG}"):
+    for path in store.glob(f"*/{BUILD_LOG}"):
         try:
             log = json.loads(path.read_text(encoding="utf-8"))
             typed = all(isinstance(_entry(log, at), kind) for at, kind in LOG_TYPES.items())

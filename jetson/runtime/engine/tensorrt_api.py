@@ -12,9 +12,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from runtime.bundle import BundleProblem, RunFailure
+from runtime.problems import BundleProblem, RunFailure
 
-OLDEST = (10, 3)  # JetPack 6.1; earlier ones lack IPluginV3OneBuildV2, which the plugins implement
+# JetPack 6.1; earlier ones lack IPluginV3OneBuildV2, which the plugins implement.
+OLDEST_TENSORRT = (10, 3)
 PLUGIN_LIBRARY = "libssdi8_plugins.so"
 PLUGIN_PREFIX = "Ssdi8"
 
@@ -34,7 +35,7 @@ def import_tensorrt() -> ModuleType:
             " environment with setup.sh, so that it sees the system's packages",
         ) from error
     found = re.match(r"(\d+)\.(\d+)", tensorrt.__version__)
-    if not found or tuple(int(part) for part in found.groups()) < OLDEST:
+    if not found or tuple(int(part) for part in found.groups()) < OLDEST_TENSORRT:
         raise BundleProblem(
             f"TensorRT {tensorrt.__version__} is too old, this needs 10.3 or newer",
             "install JetPack 6.1 or newer",

@@ -8,6 +8,7 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from runtime.engine.tensorrt_api import OLDEST_TENSORRT
 from ssdi8_edge.boards.facts.board_facts import MODULE_SMS, BoardFacts
 from ssdi8_edge.boards.facts.interpreter import venv_remedy
 from ssdi8_edge.boards.link.connection import Connection
@@ -15,7 +16,6 @@ from ssdi8_edge.ground.errors import BoardError
 from ssdi8_edge.targets import load_target
 
 OLDEST_L4T = (36, 4)
-OLDEST_TENSORRT = (10, 3)
 OLDEST_PYTHON = (3, 10)
 LITTLE_DISK_MB = 4000.0
 MEMORY_GB = (4, 8, 16, 32, 64)

@@ -7,6 +7,7 @@ The bench part is what `run_engine.py --bench` prints; jetson/runtime/bench.py d
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -20,7 +21,7 @@ def plain(text: str) -> str:
     return text if len(text) <= LONGEST_TEXT else text[: LONGEST_TEXT - 1] + "…"
 
 
-def model_name(manifest: dict[str, Any]) -> str:
+def model_name(manifest: Mapping[str, Any]) -> str:
     """Of a bundle's manifest: its name without recipe and target."""
     suffix = f"--{manifest['recipe']['name']}--{manifest['target']['name']}"
     return str(manifest["name"]).removesuffix(suffix)

@@ -8,18 +8,14 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from runtime.files import BUILD_LOG, BUILD_MESSAGES, ENGINE, TIMING_CACHE, sha256
 from ssdi8_edge.boards.link.connection import Connection, Say
 from ssdi8_edge.boards.store.jobs import start_job
-from ssdi8_edge.ground.artifacts import sha256_file, whole_or_absent
+from ssdi8_edge.ground.artifacts import whole_or_absent
 from ssdi8_edge.ground.errors import BoardError
 
 PYTHON = ".venv/bin/python"  # made by setup.sh inside the bundle
 MISSING = "missing  "  # begins a line of setup.sh
-# What build_engine.py leaves behind.
-ENGINE = "model.engine"
-LOG = "build_log.json"
-MESSAGES = "build.txt"
-TIMING_CACHE = "timing.cache"
 
 # Both tools do nothing where nothing is to be done, so that a second deploy runs them again.
 _BUILD = f'bash setup.sh && exec {PYTHON} build_engine.py --json --timing-cache "$1"'
@@ -117,13 +113,13 @@ def _report(lines: list[str]) -> dict[str, Any] | None:
 def _fetch(connection: Connection, report: Mapping[str, Any], cache: str, results: Path) -> None:
     """What is new; the engine only where another one, or none, is here."""
     engine = PurePosixPath(str(report["path"]))
-    if (results / ENGINE).is_file() and sha256_file(results / ENGINE) == report["engine"]["sha256"]:
+    if (results / ENGINE).is_file() and sha256(results / ENGINE) == report["engine"]["sha256"]:
         return
     # The engine last: it is there only with its log.
     for there, here in (
-        (str(engine.parent.parent / MESSAGES), MESSAGES),
+        (str(engine.parent.parent / BUILD_MESSAGES), BUILD_MESSAGES),
         (cache, TIMING_CACHE),
-        (str(engine.parent / LOG), LOG),
+        (str(engine.parent / BUILD_LOG), BUILD_LOG),
         (str(engine), ENGINE),
     ):
         # Not all of it need be there: an engine may have been built by hand.

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runtime.files import MANIFEST
 from ssdi8_edge.boards.link.connection import Connection
-from ssdi8_edge.ground.artifacts import MANIFEST
 from ssdi8_edge.ground.errors import BundleError
 
 # Of (bytes so far, bytes in all) of this upload.

@@ -253,6 +253,10 @@ def evaluate(
     long_context: Annotated[
         bool, typer.Option("--long-context", help="Add windows of 512, 2048 and 8192 tokens.")
     ] = False,
+    decode: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(metavar="TOKENS", help="Also decode so many tokens of each text one by one."),
+    ] = None,
     device: DeviceOption = "cpu",
     calibration: Annotated[
         Optional[Path],  # noqa: UP045
@@ -268,7 +272,7 @@ def evaluate(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Perplexity, zero-shot accuracy and long context; the first model is the one compared with.
+    """Perplexity, zero-shot accuracy, long context, decoding; compared with the first model.
 
     With --methods that is the checkpoint itself, in FP32.
     """
@@ -276,7 +280,7 @@ def evaluate(
     from ssdi8_edge.evaluate import open_subject, plan, require_device
     from ssdi8_edge.evaluate.table import require_writable, save_results, show
 
-    measures = plan(_names(tasks), text or [], data, limit, long_context)
+    measures = plan(_names(tasks), text or [], data, limit, long_context, decode)
     require_device(device)
     require_writable(save or [])
     keep_freed_memory()

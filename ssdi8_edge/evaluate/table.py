@@ -121,11 +121,10 @@ def notes(rows: Sequence[Evaluation]) -> list[str]:
     found = [
         f"{each.text}: {each.windows} × {each.window_tokens} tokens" for each in first.perplexities
     ]
-    reasons = [
-        each.reason
-        for row in rows
-        for each in (*row.perplexities, *row.long_context, *row.decodings)
-    ]
+    reasons: list[str | None] = []
+    for row in rows:
+        reasons += [each.reason for each in (*row.perplexities, *row.long_context)]
+        reasons += [each.reason for each in row.decodings]
     found += dict.fromkeys(reason for reason in reasons if reason)
     if len(rows) > 1:
         found.append(

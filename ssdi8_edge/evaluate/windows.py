@@ -18,7 +18,7 @@ from ssdi8_edge.ground.artifacts import sha256_file
 from ssdi8_edge.ground.errors import UsageError
 from ssdi8_edge.ground.failures import during
 from ssdi8_edge.ground.progress import Track, silent
-from ssdi8_edge.ground.stream import GPU_TOKENS_PER_BATCH
+from ssdi8_edge.ground.spool import GPU_TOKENS_PER_BATCH
 
 # docs/method.md §11.1: non-overlapping blocks of 2048 tokens.
 WINDOW = 2048

@@ -21,6 +21,7 @@ from tiny_model import write_model, write_text
 from torch import Tensor
 
 from ssdi8_edge.evaluate import Subject, evaluate, plan
+from ssdi8_edge.evaluate.subject import Running
 from ssdi8_edge.evaluate.table import markdown, records, require_writable
 from ssdi8_edge.evaluate.windows import _Tally
 from ssdi8_edge.ground.artifacts import read_json, write_json
@@ -30,7 +31,7 @@ from ssdi8_edge.ground.decimals import change, fixed, percent
 from ssdi8_edge.ground.errors import UsageError
 from ssdi8_edge.ground.inputs import expanded, text_input
 from ssdi8_edge.ground.json_text import json_safe, number_of, to_json
-from ssdi8_edge.ground.stream import read_tokens
+from ssdi8_edge.ground.windows import read_tokens
 from ssdi8_edge.report.figures import figures
 from ssdi8_edge.report.figures import percent as signed
 from ssdi8_edge.report.sources import _evaluations
@@ -119,6 +120,11 @@ def test_table_and_json_of_any_perplexity(value: float) -> None:
         assert 10.0 in [record.get("perplexity") for record in found]
 
 
+def never_fed() -> Running:
+    """Of a subject whose test starts no sequence."""
+    raise AssertionError("a sequence was started")
+
+
 def tally(*losses: Tensor) -> _Tally:
     found, targets = _Tally(), torch.zeros(1, 4, dtype=torch.int64)
     for logits in losses:
@@ -139,7 +145,7 @@ def tally(*losses: Tensor) -> _Tally:
 )
 def test_any_logits_are_evaluated(logits: list[float], perplexity: float) -> None:
     """Infinite, NaN and huge ones; a model that says nothing agrees with nobody."""
-    subject = Subject("s", "s", "e", lambda *_: torch.zeros(0), Path("t"), 3)
+    subject = Subject("s", "s", "e", lambda *_: torch.zeros(0), never_fed, Path("t"), 3)
     text = type("T", (), {"name": "t"})()
     good = tally(torch.zeros(3), torch.zeros(3))
     bad = tally(torch.tensor(logits), torch.zeros(3))
@@ -268,7 +274,9 @@ def test_short_text_speaks_of_evaluating(tmp_path: Path) -> None:
     model = write_model(tmp_path / "tiny")
     short = tmp_path / "five.txt"
     short.write_text("five")
-    subject = Subject("s", "s", "e", lambda *_: torch.zeros(0), model / "tokenizer.json", 256)
+    subject = Subject(
+        "s", "s", "e", lambda *_: torch.zeros(0), never_fed, model / "tokenizer.json", 256
+    )
     with pytest.raises(UsageError, match=r"five\.txt holds 4 tokens; evaluating needs at least 16"):
         evaluate([subject], plan([], [short]))
     with pytest.raises(UsageError, match="calibration needs at least 16"):
@@ -285,7 +293,7 @@ def test_too_short_for_long_context_is_said_first(tmp_path: Path) -> None:
     def never(*_: Any) -> Tensor:
         raise AssertionError("the model ran")
 
-    subject = Subject("s", "s", "e", never, model / "tokenizer.json", 256)
+    subject = Subject("s", "s", "e", never, never_fed, model / "tokenizer.json", 256)
     with pytest.raises(UsageError, match="the long-context table needs"):
         evaluate([subject], plan([], [text], long_context=True))
 

@@ -24,7 +24,8 @@ from ssdi8_edge.checkpoints.checkpoint import DEMO_FOLDER
 from ssdi8_edge.compile.calibrate import calibrate, fp32_layer
 from ssdi8_edge.compile.quantize import quantize
 from ssdi8_edge.ground.errors import UsageError
-from ssdi8_edge.ground.stream import TOKENS_PER_BATCH, DeviceSpool, FileSpool, batches, read_tokens
+from ssdi8_edge.ground.spool import TOKENS_PER_BATCH, DeviceSpool, FileSpool, batches
+from ssdi8_edge.ground.windows import read_tokens
 from ssdi8_edge.models.float import FloatModel
 from ssdi8_edge.models.kinds.mamba2.calibration import PERCENTILE, PERCENTILE_MOMENTUM
 from ssdi8_edge.models.kinds.mamba2.clusters import sort_and_cluster

@@ -33,7 +33,7 @@ from ssdi8_edge.compile import lowering
 from ssdi8_edge.compile.export import IR_VERSION, OPSET, GraphBuilder, export_model, nested_nodes
 from ssdi8_edge.compile.safetensors_writer import SafetensorsWriter
 from ssdi8_edge.ground.artifacts import WEIGHTS
-from ssdi8_edge.ground.stream import read_tokens
+from ssdi8_edge.ground.windows import read_tokens
 from ssdi8_edge.models.block import States
 from ssdi8_edge.ops import OPS
 from ssdi8_edge.ops.op import DOMAIN, Op

@@ -43,7 +43,7 @@ from ssdi8_edge.compile.quantize.gptq import quantize_w4, quantize_w8
 from ssdi8_edge.compile.quantize.linears import InputStatistics
 from ssdi8_edge.compile.safetensors_writer import SafetensorsWriter
 from ssdi8_edge.ground.errors import CheckpointError, UsageError
-from ssdi8_edge.ground.stream import read_tokens
+from ssdi8_edge.ground.windows import read_tokens
 from ssdi8_edge.models.block import States
 from ssdi8_edge.models.float import FloatModel
 from ssdi8_edge.models.kinds.mamba2.clusters import permuted, sort_and_cluster

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from ssdi8_edge.checkpoints.state_spaces import stored_name
+from ssdi8_edge.checkpoints.layouts.state_spaces import stored_name
 from ssdi8_edge.compile.bundle import TOKENIZER
 from ssdi8_edge.compile.safetensors_writer import SafetensorsWriter
 from ssdi8_edge.ground.artifacts import WEIGHTS, whole_or_absent, write_json

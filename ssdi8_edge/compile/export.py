@@ -246,7 +246,7 @@ def export_model(
     flat = (state for of_block in new_states for state in of_block)
     for (name, spec), state in zip(model.states(recipe), flat, strict=True):
         graph.output(state, output_name(name), STATE_TYPES[spec.dtype], _state_shape(spec))
-    return graph.model("mamba2")
+    return graph.model("-".join(sorted({block.kind for block in model.blocks})))
 
 
 def _state_shape(spec: StateSpec) -> list[int | str]:

@@ -35,12 +35,16 @@ def _show_bundle(found: dict[str, Any]) -> None:
         files.add_row(name, f"{size / 1e6:.2f}")
     results.print(files)
     if any(layer["scales"] for layer in found["layers"]):
-        names = [name.removesuffix("_scale") for name in found["layers"][0]["scales"]]
-        scales = table("scales", *names, "worst saturation", title="largest scale per layer")
+        # Blocks of other kinds have other scales.
+        names = list(dict.fromkeys(name for layer in found["layers"] for name in layer["scales"]))
+        headings = [name.removesuffix("_scale") for name in names]
+        scales = table("scales", *headings, "worst saturation", title="largest scale per layer")
         for i, layer in enumerate(found["layers"]):
-            cells = [f"{high:.1g}" for _, high in layer["scales"].values()]
-            site, fraction = max(layer["saturation"].items(), key=lambda item: item[1])
-            scales.add_row(str(i), *cells, f"{site} {percent(fraction, 4)}")
+            largest = [layer["scales"].get(name) for name in names]
+            cells = [f"{ends[1]:.1g}" if ends else "" for ends in largest]
+            worst = sorted(layer["saturation"].items(), key=lambda item: -item[1])[:1]
+            cells += [f"{site} {percent(fraction, 4)}" for site, fraction in worst] or [""]
+            scales.add_row(str(i), *cells)
         results.print(scales)
     for note in found["checkpoint"].get("notes", ()):
         results.print(f"note: {note}")

@@ -81,11 +81,11 @@ def _text_columns(of_text: Sequence[Perplexity], alone: bool) -> list[Column]:
 
 def _decoding_columns(of_text: Sequence[Decoding]) -> list[Column]:
     first = of_text[0]
-    prefix = f"{first.text}\n{first.tokens} tokens decoded,"
+    prefix = f"{first.text}\n{first.tokens} tokens decoded\n"
     return [
-        Column(f"{prefix} perplexity", [_with_change(each, first) for each in of_text]),
-        Column(f"{prefix} KL", [_distance(each.kl) for each in of_text]),
-        Column(f"{prefix} KL of prefill", [_distance(each.prefill_kl) for each in of_text]),
+        Column(f"{prefix}perplexity", [_with_change(each, first) for each in of_text]),
+        Column(f"{prefix}KL", [_distance(each.kl) for each in of_text]),
+        Column(f"{prefix}KL of prefill", [_distance(each.prefill_kl) for each in of_text]),
     ]
 
 

@@ -187,7 +187,7 @@ def test_the_command_measures_methods(model: Path, text: Path, tmp_path: Path) -
     assert done.returncode == 0, done.stderr
     table = saved[0].read_text()
     for heading in ("perplexity", "KL", "KL of prefill"):
-        assert f"held-out.txt 40 tokens decoded, {heading} |" in table
+        assert f"held-out.txt 40 tokens decoded {heading} |" in table
     assert "the text is given token by token" in table
     assert "decoded by edge-w8a8 (torch reference): KL" in table
     records = [r for r in json.loads(saved[1].read_text()) if r["measure"] == "decode"]

@@ -27,7 +27,7 @@ Body = Callable[[Attributes, BodyForm], str]
 
 
 class Emitter(Protocol):
-    """Where nodes go; implemented by `export.GraphBuilder`."""
+    """Where nodes go; implemented by `compile.export.GraphBuilder`."""
 
     def emit(
         self, op: Op, inputs: tuple[GraphValue, ...], attributes: Attributes

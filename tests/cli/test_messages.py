@@ -20,6 +20,7 @@ from rich.table import Table
 from tiny_model import write_model, write_text
 from torch import Tensor
 
+from ssdi8_edge.cli import output
 from ssdi8_edge.evaluate import Subject, evaluate, plan
 from ssdi8_edge.evaluate.subject import Running
 from ssdi8_edge.evaluate.table import markdown, records, require_writable
@@ -221,8 +222,6 @@ def test_nothing_steers_the_terminal() -> None:
 
 
 def test_labels_of_progress_are_no_markup() -> None:
-    from ssdi8_edge import cli
-
     taken: list[Any] = []
 
     class Watched(Progress):
@@ -232,8 +231,8 @@ def test_labels_of_progress_are_no_markup() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rich.progress.Progress", Watched)
-        patch.setattr(cli, "human", Console(file=io.StringIO(), force_terminal=True))
-        assert list(cli.progress([1, 2], ODD)) == [1, 2]
+        patch.setattr(output, "human", Console(file=io.StringIO(), force_terminal=True))
+        assert list(output.progress([1, 2], ODD)) == [1, 2]
     task = type("Task", (), {"description": ODD})()
     assert taken[0].render(task).plain == ODD
 

@@ -23,6 +23,7 @@ from ssdi8_edge.evaluate.subject import Running
 from ssdi8_edge.evaluate.table import markdown
 from ssdi8_edge.evaluate.texts import text_file
 from ssdi8_edge.ground.errors import UsageError
+from ssdi8_edge.ground.failures import as_ours
 from ssdi8_edge.ground.json_text import to_json
 from ssdi8_edge.ground.progress import silent
 from ssdi8_edge.recipes.presets import METHODS
@@ -148,6 +149,22 @@ def test_what_is_no_number_is_said(model: Path, text: Path) -> None:
     assert record["measure"] == "decode" and record["perplexity"] is None
     assert record["not_finite"]["perplexity"] == "nan"
     assert "logits that are not numbers" in markdown(rows)
+
+
+def test_lack_of_memory_names_the_model_and_the_text(model: Path, text: Path) -> None:
+    fp32 = open_subject(str(model))
+
+    def large() -> Running:
+        def feed(ids: Tensor) -> Tensor:
+            raise MemoryError
+
+        return feed
+
+    with pytest.raises(MemoryError) as caught:
+        decodings([fp32, changed(fp32, large)], text_file(text), 20)
+    sentence = str(as_ours(caught.value, "running evaluate"))
+    assert "while decoding held-out.txt by changed" in sentence
+    assert "name fewer models at once" in sentence
 
 
 @pytest.mark.parametrize("tokens", [1, 0, -3])

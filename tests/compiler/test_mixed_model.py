@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import onnx
 import pytest
 import torch
 from commands import ssdi8
@@ -31,6 +32,8 @@ from ssdi8_edge.evaluate import open_subject
 from ssdi8_edge.models import kinds
 from ssdi8_edge.models.description import Description
 from ssdi8_edge.models.kinds import kind_named
+from ssdi8_edge.ops import OPS
+from ssdi8_edge.ops.op import DOMAIN
 from ssdi8_edge.recipes.presets import METHODS
 from ssdi8_edge.targets import load_target
 
@@ -58,10 +61,10 @@ def test_a_layout_is_asked_before_the_one_that_takes_all() -> None:
 
 
 def mixed() -> Description:
-    """Mamba-2, two MLPs, Mamba-2."""
-    mamba2 = make_config().blocks[0]
-    mlp = kind_named("mlp").from_dict({"hidden": 96})
-    return Description(d_model=64, vocab_size=256, blocks=(mamba2, mlp, mlp, mamba2))
+    """Mamba-2, two MLPs, Mamba-2; all of other sizes, so that ops come with other attributes."""
+    first, last = make_config(headdim=16).blocks[0], make_config(2, headdim=32).blocks[0]
+    narrow, wide = (kind_named("mlp").from_dict({"hidden": size}) for size in (96, 128))
+    return Description(d_model=64, vocab_size=256, blocks=(first, narrow, wide, last))
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +120,14 @@ def test_the_bundle_computes_the_same_bits(run: Path) -> None:
             torch.testing.assert_close(found, wanted, rtol=0.01, atol=0.01)
         else:
             assert torch.equal(found, wanted)
+
+
+def test_nodes_for_tensorrt_have_one_domain(run: Path) -> None:
+    """Also of an op that comes with other attributes; its name is that of the plugin."""
+    graph = onnx.load(run / "bundle" / "model.onnx", load_external_data=False).graph
+    nodes = [node for node in graph.node if node.domain]
+    assert {node.domain for node in nodes} <= {DOMAIN}
+    assert all(OPS[node.op_type].plugin for node in nodes)
 
 
 def test_the_runtime_knows_no_kind(run: Path) -> None:

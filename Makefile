@@ -5,6 +5,8 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 # Test files at a time. More would fight for the cores that torch uses.
 WORKERS ?= 2
+# A run in CI tells where its time went.
+SLOWEST := $(if $(CI),--durations=30)
 DEMO := .venv-demo
 DEV := .venv
 PIP_INSTALL := -m pip --disable-pip-version-check install --constraint constraints.txt
@@ -51,7 +53,7 @@ demo: $(DEMO)/installed
 	@du --apparent-size --block-size=1 --summarize $(DEMO_RUN)/bundle
 
 test: $(DEV)/installed
-	OMP_NUM_THREADS=1 $(DEV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(DEV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(SLOWEST) $(PYTEST_ARGS)
 
 check: $(DEV)/installed
 	$(DEV)/bin/ruff format --check .

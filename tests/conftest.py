@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ssdi8_edge.checkpoints.state_spaces import stored_name
+from ssdi8_edge.checkpoints.layouts.state_spaces import stored_name
 from ssdi8_edge.models.description import Description
 from ssdi8_edge.models.float import FloatModel
 from ssdi8_edge.models.kinds.mamba2 import Mamba2

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from runtime.files import TOKENIZER, WEIGHTS
-from ssdi8_edge.checkpoints.state_spaces import stored_name
+from ssdi8_edge.checkpoints.layouts.state_spaces import stored_name
 from ssdi8_edge.compile.safetensors_writer import SafetensorsWriter
 from ssdi8_edge.ground.artifacts import whole_or_absent, write_json
 from ssdi8_edge.models.block import OUT_PROJ

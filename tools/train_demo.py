@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssdi8_edge.checkpoints.state_spaces import stored_name
+from ssdi8_edge.checkpoints.layouts.state_spaces import stored_name
 from ssdi8_edge.models.block import FloatBlock
 from ssdi8_edge.models.description import Description
 from ssdi8_edge.models.float import FloatModel

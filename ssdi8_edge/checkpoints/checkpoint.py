@@ -1,6 +1,6 @@
 """A checkpoint on disk: what the model is, and its tensors under our names.
 
-A layout (`state_spaces.py`, `mamba2_hf.py`) says how sizes and tensors are named. Opening a
+A layout (`layouts/`) says how sizes and tensors are named. Opening a
 checkpoint checks the name, shape and type of every tensor; data is read only where a name is stored
 twice. A tensor that is read holds finite FP32 numbers, or is refused.
 """
@@ -22,8 +22,7 @@ from ssdi8_edge.checkpoints.config import ORIGINAL, read_config
 from ssdi8_edge.checkpoints.files import FLOAT_TYPES, WeightFile, open_weights, weight_files
 from ssdi8_edge.checkpoints.hub import fetch_checkpoint
 from ssdi8_edge.checkpoints.layout import EMBEDDING, HEAD, Layout, expected_shapes
-from ssdi8_edge.checkpoints.mamba2_hf import MAMBA2_HF
-from ssdi8_edge.checkpoints.state_spaces import STATE_SPACES
+from ssdi8_edge.checkpoints.layouts import layouts
 from ssdi8_edge.ground.errors import CheckpointError
 from ssdi8_edge.ground.progress import Track, silent
 from ssdi8_edge.models.description import Description
@@ -31,8 +30,6 @@ from ssdi8_edge.numerics.fp16_range import all_finite
 
 DEMO_FOLDER = Path(__file__).parents[1] / "demo"
 HASH_BLOCK_BYTES = 4 << 20
-# The first that recognises a config.json reads it.
-LAYOUTS = (STATE_SPACES, MAMBA2_HF)
 
 # Parts of names of adapters that lie beside the weights, and of quantized weights.
 ADAPTER_MARKS = ("lora_", "base_layer.", "base_model.")
@@ -125,7 +122,7 @@ class Checkpoint:
         self.tokenizer_path = tokenizer if tokenizer.is_file() else None
 
     def _layout_of(self, config: dict[str, Any]) -> Layout:
-        for layout in LAYOUTS:
+        for layout in layouts():
             if layout.recognises(config):
                 return layout
         raise CheckpointError(

@@ -22,6 +22,7 @@ class Layout:
         describe: the model that it describes. Raises CheckpointError where it does not fit.
         stored_name: the name of a tensor of ours in its files, without wrappers and variants.
         canonical: that name for a name that a file has, with wrappers and variants.
+        fallback: asked after all others: it says of what it recognises too broadly what is wrong.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Layout:
     describe: Callable[[Mapping[str, Any]], Description]
     stored_name: Callable[[str], str]
     canonical: Callable[[str], str]
+    fallback: bool = False
 
 
 def expected_shapes(model: Description) -> dict[str, tuple[int, ...]]:

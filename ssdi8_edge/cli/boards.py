@@ -12,6 +12,7 @@ from rich.table import Column, Table
 
 from ssdi8_edge.boards.link.connection import DEFAULT_STORE
 from ssdi8_edge.boards.link.hosts import THIS_MACHINE, connect
+from ssdi8_edge.cli.options import JsonOption
 from ssdi8_edge.ground.console import human, results
 from ssdi8_edge.ground.errors import UsageError
 from ssdi8_edge.ground.json_text import to_json
@@ -33,7 +34,6 @@ PythonOption = Annotated[
     Optional[str],  # noqa: UP045  (typer reads this at run time, also on Python 3.10)
     typer.Option(help="Interpreter on the board that runs portable bundles."),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
 def doctor(

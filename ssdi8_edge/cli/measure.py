@@ -9,7 +9,8 @@ import typer
 
 from ssdi8_edge.boards.link.connection import DEFAULT_STORE
 from ssdi8_edge.boards.link.hosts import THIS_MACHINE, connect
-from ssdi8_edge.cli.boards import AcceptOption, JsonOption, PythonOption, StoreOption
+from ssdi8_edge.cli.boards import AcceptOption, PythonOption, StoreOption
+from ssdi8_edge.cli.options import JsonOption
 from ssdi8_edge.ground.console import human, results, table
 from ssdi8_edge.ground.errors import Ssdi8Error, UsageError
 from ssdi8_edge.ground.failures import as_ours

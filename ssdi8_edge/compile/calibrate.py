@@ -19,7 +19,7 @@ from ssdi8_edge.checkpoints.layout import EMBEDDING
 from ssdi8_edge.ground.allocator import return_freed_memory
 from ssdi8_edge.ground.errors import CheckpointError
 from ssdi8_edge.ground.progress import Track, silent
-from ssdi8_edge.ground.stream import batches, open_spool
+from ssdi8_edge.ground.spool import batches, open_spool
 from ssdi8_edge.models.float import load_block
 from ssdi8_edge.models.rewrites import rotate_embedding, rotate_layer
 from ssdi8_edge.numerics.fp16_range import IN_FP32, LARGEST

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import onnx
 from onnx import TensorProto, helper, parser
@@ -28,6 +28,14 @@ OPSET = 18
 IR_VERSION = 9
 
 
+class _Body(NamedTuple):
+    """An op's function for these attributes and so many inputs."""
+
+    attributes: dict[str, Any]
+    n_inputs: int
+    function: onnx.FunctionProto
+
+
 class GraphBuilder:
     """Collects nodes while the forward runs on `GraphValue`s; implements `ops.op.Emitter`."""
 
@@ -38,7 +46,7 @@ class GraphBuilder:
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
         self._initializers: list[onnx.TensorProto] = []
-        self._functions: dict[str, tuple[dict[str, Any], int, onnx.FunctionProto]] = {}
+        self._functions: dict[str, list[_Body]] = {}
 
     @contextmanager
     def scope(self, name: str) -> Iterator[None]:
@@ -68,44 +76,54 @@ class GraphBuilder:
         """Append one node of `op`; returns its outputs."""
         if set(attributes) != set(op.attributes):
             raise ValueError(f"{op.name} takes {op.attributes}, got {tuple(attributes)}")
-        self._define(op, len(inputs), attributes)
+        domain = self._define(op, len(inputs), attributes)
         prefix = "/".join(self._scope)
         index = sum(node.name.startswith(f"{prefix}/{op.name}") for node in self._nodes[-64:])
         name = f"{prefix}/{op.name}" + (f".{index}" if index else "")
         outputs = [f"{name}.{output}" for output in op.outputs]
         node = helper.make_node(
-            op.name, [v.name for v in inputs], outputs, name=name, domain=DOMAIN
+            op.name, [v.name for v in inputs], outputs, name=name, domain=domain
         )
         node.attribute.extend(helper.make_attribute(k, v) for k, v in attributes.items())
         self._nodes.append(node)
         return tuple(GraphValue(output, self) for output in outputs)
 
-    def _define(self, op: Op, n_inputs: int, attributes: Attributes) -> None:
-        known = self._functions.get(op.name)
-        if known is not None:
-            if known[:2] != (attributes, n_inputs):
-                raise ValueError(
-                    f"{op.name} has two bodies in one graph: {known[0]} and {attributes}"
-                )
-            return
+    def _define(self, op: Op, n_inputs: int, attributes: Attributes) -> str:
+        """Have the op's function in the graph; returns its domain.
+
+        An op that blocks use with other attributes has another body, in a domain of its own: the
+        name stays the same, since it is the name of a plugin.
+        """
+        known = self._functions.setdefault(op.name, [])
+        for body in known:
+            if (body.attributes, body.n_inputs) == (attributes, n_inputs):
+                return str(body.function.domain)
         function = parser.parse_function(op.function_text(n_inputs, attributes, self.form, OPSET))
+        if known:
+            function.domain = f"{DOMAIN}.{len(known) + 1}"
         # Inference libraries keep these names, so that times can be added up by op.
         for i, node in enumerate(nested_nodes(function.node)):
             node.name = f"{op.name}/{node.op_type}.{i}"
-        self._functions[op.name] = (dict(attributes), n_inputs, function)
+        known.append(_Body(dict(attributes), n_inputs, function))
         for node in nested_nodes(function.node):
             if node.domain == DOMAIN:
                 values = {a.name: _plain(helper.get_attribute_value(a)) for a in node.attribute}
-                self._define(OPS[node.op_type], len(node.input), values)
+                node.domain = self._define(OPS[node.op_type], len(node.input), values)
+                if node.domain not in {each.domain for each in function.opset_import}:
+                    function.opset_import.append(helper.make_opsetid(node.domain, 1))
+        return str(function.domain)
 
     def model(self, name: str) -> onnx.ModelProto:
         graph = helper.make_graph(
             self._nodes, name, self._inputs, self._outputs, initializer=self._initializers
         )
+        functions = [body.function for bodies in self._functions.values() for body in bodies]
+        domains = dict.fromkeys([DOMAIN, *(function.domain for function in functions)])
+        own = [helper.make_opsetid(domain, 1) for domain in domains]
         return helper.make_model(
             graph,
-            opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)],
-            functions=[function for _, _, function in self._functions.values()],
+            opset_imports=[helper.make_opsetid("", OPSET), *own],
+            functions=functions,
             ir_version=IR_VERSION,
             producer_name="ssdi8-edge",
         )
@@ -246,7 +264,7 @@ def export_model(
     flat = (state for of_block in new_states for state in of_block)
     for (name, spec), state in zip(model.states(recipe), flat, strict=True):
         graph.output(state, output_name(name), STATE_TYPES[spec.dtype], _state_shape(spec))
-    return graph.model("mamba2")
+    return graph.model("-".join(sorted({block.kind for block in model.blocks})))
 
 
 def _state_shape(spec: StateSpec) -> list[int | str]:

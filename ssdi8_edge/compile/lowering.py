@@ -23,7 +23,7 @@ PLUGIN_NAMESPACE = ""
 
 def inline_standard_ops(model: onnx.ModelProto) -> onnx.ModelProto:
     """Replace the ops that have no plugin by their bodies; the others keep theirs."""
-    standard = [(DOMAIN, name) for name, op in OPS.items() if not op.plugin]
+    standard = [(f.domain, f.name) for f in model.functions if not OPS[f.name].plugin]
     return inliner.inline_selected_functions(model, standard)
 
 
@@ -38,7 +38,9 @@ def lower(model: onnx.ModelProto) -> onnx.ModelProto:
     del model.functions[:]
     graph = gs.import_onnx(model)
     for node in graph.nodes:
-        if node.domain == DOMAIN:
+        # One that is used with other attributes has a number behind its domain.
+        if (node.domain or "").split(".")[0] == DOMAIN:
+            node.domain = DOMAIN
             node.attrs["plugin_version"] = PLUGIN_VERSION
             node.attrs["plugin_namespace"] = PLUGIN_NAMESPACE
     keep = next(tensor for tensor in graph.inputs if tensor.name == "logits_to_keep")

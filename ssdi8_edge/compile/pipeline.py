@@ -61,7 +61,6 @@ from ssdi8_edge.ground.errors import UsageError
 from ssdi8_edge.ground.inputs import expanded, text_input
 from ssdi8_edge.ground.progress import Track, silent
 from ssdi8_edge.ground.shipped import shipped
-from ssdi8_edge.ground.stream import read_tokens
 from ssdi8_edge.ground.tokens import (
     converted,
     end_ids,
@@ -69,6 +68,7 @@ from ssdi8_edge.ground.tokens import (
     require_fitting,
     tokenizer_in,
 )
+from ssdi8_edge.ground.windows import read_tokens
 from ssdi8_edge.models.description import Description
 from ssdi8_edge.numerics import hadamard
 from ssdi8_edge.ops.kernel_library import references_only

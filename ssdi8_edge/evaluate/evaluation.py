@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ssdi8_edge.evaluate.decode import Decoding, decodings, require_length
 from ssdi8_edge.evaluate.local_data import Row
 from ssdi8_edge.evaluate.subject import Subject
 from ssdi8_edge.evaluate.tasks import TASKS, Accuracy, Task, require_lm_eval
@@ -27,6 +28,7 @@ class Measures:
         rows: task -> its local data set; empty where the hub's are taken.
         limit: the first so many windows of a text and items of a task; None takes all.
         long_context: whether also the last tokens of windows of several lengths count.
+        decode: so many tokens from the start of each text are also decoded one by one.
     """
 
     texts: tuple[Text, ...]
@@ -34,6 +36,7 @@ class Measures:
     rows: dict[str, list[Row]]
     limit: int | None = None
     long_context: bool = False
+    decode: int | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class Evaluation:
     perplexities: list[Perplexity] = field(default_factory=list)
     long_context: list[Perplexity] = field(default_factory=list)
     accuracies: list[Accuracy] = field(default_factory=list)
+    decodings: list[Decoding] = field(default_factory=list)
 
     @property
     def average(self) -> Average | None:
@@ -75,11 +79,12 @@ class Evaluation:
     def records(self) -> list[dict[str, Any]]:
         """Every figure with its name; a number may be infinite or NaN, see `json_text`."""
         average = self.average
-        measured: list[tuple[str, Perplexity | Accuracy | Average]] = [
+        measured: list[tuple[str, Perplexity | Accuracy | Average | Decoding]] = [
             *(("perplexity", each) for each in self.perplexities),
             *(("accuracy", each) for each in self.accuracies),
             *((("average", average),) if average else ()),
             *(("long_context", each) for each in self.long_context),
+            *(("decode", each) for each in self.decodings),
         ]
         return [
             {"measure": measure, "source": self.source, **asdict(each)}
@@ -93,6 +98,7 @@ def plan(
     data: Path | None = None,
     limit: int | None = None,
     long_context: bool = False,
+    decode: int | None = None,
 ) -> Measures:
     """What to measure, with everything in place that it needs.
 
@@ -110,6 +116,8 @@ def plan(
             raise UsageError(f"unknown task {name!r};", f"known: {', '.join(known)}.")
     if limit is not None and limit < 1:
         raise UsageError(f"--limit {limit} evaluates nothing;", "give at least 1.")
+    if decode is not None and decode < 2:
+        raise UsageError(f"--decode {decode} predicts no token;", "give at least 2.")
     if not names and not texts:
         raise UsageError("there is nothing to evaluate on;", "name --tasks or a --text.")
     # In the order of the paper's table, each once.
@@ -119,11 +127,13 @@ def plan(
     rows = {task.name: task.local_rows(data) for task in tasks} if data is not None else {}
     found = [wikitext2(data)] if WIKITEXT2 in names else []
     found += [text_file(path) for path in texts]
-    if long_context and not found:
-        raise UsageError(
-            "--long-context needs a text;", f"add {WIKITEXT2} to --tasks or name a --text."
-        )
-    return Measures(tuple(found), tasks, rows, limit, long_context)
+    asked = {"--long-context": long_context, "--decode": decode is not None}
+    for option, given in asked.items():
+        if given and not found:
+            raise UsageError(
+                f"{option} needs a text;", f"add {WIKITEXT2} to --tasks or name a --text."
+            )
+    return Measures(tuple(found), tasks, rows, limit, long_context, decode)
 
 
 def evaluate(
@@ -132,6 +142,9 @@ def evaluate(
     """Measure every model, the first being the one that the others are compared with."""
     for text in measures.texts if measures.long_context else ():
         require_contexts(subjects, text)
+    if measures.decode is not None:
+        for text in measures.texts:
+            require_length(subjects, text, measures.decode)
     rows = [Evaluation(each.source, each.name, each.engine) for each in subjects]
     for text in measures.texts:
         found = perplexities(subjects, text, measures.limit, track)
@@ -142,6 +155,11 @@ def evaluate(
             rows, long_context(subjects, text, measures.limit, track), strict=True
         ):
             row.long_context += results
+    if measures.decode is not None:
+        for text in measures.texts:
+            decoded = decodings(subjects, text, measures.decode, track)
+            for row, decoding in zip(rows, decoded, strict=True):
+                row.decodings.append(decoding)
     if measures.tasks:
         _zero_shot(subjects, rows, measures, track)
     return rows

@@ -31,7 +31,7 @@ from ssdi8_edge.evaluate.subject import Subject
 from ssdi8_edge.evaluate.tasks import Accuracy, Task
 from ssdi8_edge.ground.errors import UsageError
 from ssdi8_edge.ground.progress import Track, silent
-from ssdi8_edge.ground.stream import GPU_TOKENS_PER_BATCH, TOKENS_PER_BATCH
+from ssdi8_edge.ground.spool import GPU_TOKENS_PER_BATCH, TOKENS_PER_BATCH
 from ssdi8_edge.ground.tokens import CUSTOMARY_ENDS, open_tokenizer
 
 # docs/method.md §11.2: longer inputs lose their beginning.

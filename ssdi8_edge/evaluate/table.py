@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from rich.table import Table
 
+from ssdi8_edge.evaluate.decode import Decoding
 from ssdi8_edge.evaluate.evaluation import Evaluation
 from ssdi8_edge.evaluate.windows import Perplexity
 from ssdi8_edge.ground.artifacts import whole_or_absent
@@ -46,6 +47,8 @@ def columns(rows: Sequence[Evaluation]) -> list[Column]:
         first = of_length[0]
         heading = f"{first.text}\nlast {first.scored_tokens} of {first.window_tokens}"
         found.append(Column(heading, [_with_change(each, first) for each in of_length]))
+    for of_text in zip(*(row.decodings for row in rows), strict=True):
+        found += _decoding_columns(of_text)
     return found
 
 
@@ -63,7 +66,7 @@ def _text_columns(of_text: Sequence[Perplexity], alone: bool) -> list[Column]:
     prefix = "" if alone else f"{first.text}\n"
     found = [Column(f"{first.text}\nperplexity", [_with_change(each, first) for each in of_text])]
     if any(each.kl is not None for each in of_text):
-        distance = ["" if each.kl is None else f"{each.kl:.3g}" for each in of_text]
+        distance = [_distance(each.kl) for each in of_text]
         agreement = [
             "" if each.top1_agreement is None else percent(each.top1_agreement, 2)
             for each in of_text
@@ -76,13 +79,28 @@ def _text_columns(of_text: Sequence[Perplexity], alone: bool) -> list[Column]:
     return found
 
 
-def _with_change(result: Perplexity, first: Perplexity) -> str:
+def _decoding_columns(of_text: Sequence[Decoding]) -> list[Column]:
+    first = of_text[0]
+    prefix = f"{first.text}\n{first.tokens} tokens decoded\n"
+    return [
+        Column(f"{prefix}perplexity", [_with_change(each, first) for each in of_text]),
+        Column(f"{prefix}KL", [_distance(each.kl) for each in of_text]),
+        Column(f"{prefix}KL of prefill", [_distance(each.prefill_kl) for each in of_text]),
+    ]
+
+
+def _distance(kl: float | None) -> str:
+    return "" if kl is None else f"{kl:.3g}"
+
+
+def _with_change(result: Perplexity | Decoding, first: Perplexity | Decoding) -> str:
     if result is first:
         return fixed(result.perplexity, 4)
     relative = change(result.perplexity, first.perplexity)
     if relative is None:
         return fixed(result.perplexity, 4)
-    error = "" if result.change_stderr is None else f" ± {percent(result.change_stderr, 2)}"
+    stderr = result.change_stderr if isinstance(result, Perplexity) else None
+    error = "" if stderr is None else f" ± {percent(stderr, 2)}"
     return f"{fixed(result.perplexity, 4)} ({percent(relative, 2, sign=True)}{error})"
 
 
@@ -103,7 +121,10 @@ def notes(rows: Sequence[Evaluation]) -> list[str]:
     found = [
         f"{each.text}: {each.windows} × {each.window_tokens} tokens" for each in first.perplexities
     ]
-    reasons = [each.reason for row in rows for each in (*row.perplexities, *row.long_context)]
+    reasons: list[str | None] = []
+    for row in rows:
+        reasons += [each.reason for each in (*row.perplexities, *row.long_context)]
+        reasons += [each.reason for each in row.decodings]
     found += dict.fromkeys(reason for reason in reasons if reason)
     if len(rows) > 1:
         found.append(
@@ -121,7 +142,23 @@ def notes(rows: Sequence[Evaluation]) -> list[str]:
             f"long context: the last {longest.scored_tokens} tokens of {longest.windows} windows "
             "that end at the same places, after more or less of what precedes them"
         )
+    if first.decodings:
+        found.append(
+            f"decoded: the text is given token by token, as when generating; KL to the prefill of "
+            f"{first.model}, and the same of the model's own prefill"
+        )
+    found += [_along(each) for row in rows for each in row.decodings if len(each.kl_parts) > 1]
     return found
+
+
+def _along(decoding: Decoding) -> str:
+    """Whether the error of decoding grows along the text."""
+    begin, end = decoding.kl_parts[0], decoding.kl_parts[-1]
+    parts = len(decoding.kl_parts)
+    return (
+        f"{decoding.text}, decoded by {decoding.model} ({decoding.engine}): KL {_distance(begin)} "
+        f"in the first of {parts} parts of the text, {_distance(end)} in the last"
+    )
 
 
 def require_writable(paths: Sequence[Path]) -> None:

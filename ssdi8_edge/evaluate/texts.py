@@ -13,8 +13,8 @@ from torch import Tensor
 from ssdi8_edge.evaluate.local_data import AGAIN, find_file
 from ssdi8_edge.ground.errors import UsageError
 from ssdi8_edge.ground.inputs import text_input
-from ssdi8_edge.ground.stream import read_tokens, require_tokens
 from ssdi8_edge.ground.tokens import open_tokenizer
+from ssdi8_edge.ground.windows import read_tokens, require_tokens
 
 PURPOSE = "evaluating"
 WIKITEXT2 = "wikitext2"

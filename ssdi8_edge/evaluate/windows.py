@@ -19,7 +19,7 @@ from ssdi8_edge.evaluate.texts import Text, text_file
 from ssdi8_edge.ground.decimals import fixed
 from ssdi8_edge.ground.errors import UsageError
 from ssdi8_edge.ground.progress import Track, silent
-from ssdi8_edge.ground.stream import GPU_TOKENS_PER_BATCH
+from ssdi8_edge.ground.spool import GPU_TOKENS_PER_BATCH
 
 # docs/method.md §11.1: non-overlapping blocks of 2048 tokens.
 WINDOW = 2048
@@ -68,12 +68,23 @@ class Perplexity:
     reason: str | None = None
 
 
-def _exp(loss: float) -> float:
+def exponential(loss: float) -> float:
     """Infinite where the result is beyond a float: from 709.8 nats on."""
     try:
         return math.exp(loss)
     except OverflowError:
         return math.inf
+
+
+def reason_of(subject: Subject, loss: float, beyond_fp16: Sequence[str]) -> str | None:
+    """Why figures are infinite or no numbers, in a sentence; None: they are not."""
+    if beyond_fp16:
+        return beyond_fp16[0]
+    if not math.isfinite(loss):
+        return f"{subject.source} ({subject.name}) computes logits that are not numbers."
+    if not math.isfinite(exponential(loss)):
+        return f"{subject.source} ({subject.name}) loses {fixed(loss, 0)} nats per token."
+    return None
 
 
 class _Tally:
@@ -144,23 +155,14 @@ class _Tally:
             windows=len(self.losses),
             window_tokens=window,
             scored_tokens=scored,
-            perplexity=_exp(loss),
+            perplexity=exponential(loss),
             loss=loss,
             kl=self.kl / self.compared if self.compared else None,
             top1_agreement=self.same_top / self.compared if self.compared else None,
             change_stderr=self.change_stderr(first),
             saturation=self.worst_saturation(),
-            reason=self._reason(subject, loss),
+            reason=reason_of(subject, loss, self.beyond_fp16),
         )
-
-    def _reason(self, subject: Subject, loss: float) -> str | None:
-        if self.beyond_fp16:
-            return self.beyond_fp16[0]
-        if not math.isfinite(loss):
-            return f"{subject.source} ({subject.name}) computes logits that are not numbers."
-        if not math.isfinite(_exp(loss)):
-            return f"{subject.source} ({subject.name}) loses {fixed(loss, 0)} nats per token."
-        return None
 
 
 def perplexity(
@@ -181,7 +183,7 @@ def perplexities(
     Raises:
         UsageError: a tokenizer that belongs to another model, or a text too short.
     """
-    return _measure(subjects, text, _windows(subjects, text, WINDOW, limit), track)
+    return _measure(subjects, text, windows_of(subjects, text, WINDOW, limit), track)
 
 
 def long_context(
@@ -202,7 +204,7 @@ def long_context(
     # The text as windows of one token: no more of it than the windows take.
     tokens = CONTEXTS[-1] + (limit - 1) * SPACING if limit else None
     require_contexts(subjects, text)
-    ids = [each.flatten() for each in _windows(subjects, text, 1, tokens)]
+    ids = [each.flatten() for each in windows_of(subjects, text, 1, tokens)]
     windows = [each.unfold(0, CONTEXTS[-1], SPACING) for each in ids]
     by_length = [
         _measure(subjects, text, [each[:, -length:] for each in windows], track, LAST)
@@ -217,7 +219,7 @@ def require_contexts(subjects: Sequence[Subject], text: Text) -> None:
     Raises:
         UsageError: it is shorter than the longest window.
     """
-    found = min(len(each) for each in _windows(subjects, text, 1, CONTEXTS[-1]))
+    found = min(len(each) for each in windows_of(subjects, text, 1, CONTEXTS[-1]))
     if found < CONTEXTS[-1]:
         raise UsageError(
             f"{text.name} holds {found} tokens;",
@@ -225,7 +227,7 @@ def require_contexts(subjects: Sequence[Subject], text: Text) -> None:
         )
 
 
-def _windows(
+def windows_of(
     subjects: Sequence[Subject], text: Text, tokens: int, limit: int | None
 ) -> list[Tensor]:
     """Windows (S, T) INT64 of each model; those with the same tokenizer share them."""
@@ -263,7 +265,9 @@ def _measure(
         if not len(ids):
             continue
         count = scored or ids.shape[1] - 1
-        with during(f"evaluating {subjects[n].name} on {text.name}", _lower(subjects, longest)):
+        with during(
+            f"evaluating {subjects[n].name} on {text.name}", less_memory(subjects, longest)
+        ):
             subjects[n].beyond_fp16.clear()
             logits, fractions = subjects[n].counted_logits(ids, count + 1)
             tallies[n].beyond_fp16 += subjects[n].beyond_fp16[:1]
@@ -281,7 +285,7 @@ def _measure(
     ]
 
 
-def _lower(subjects: Sequence[Subject], window: int) -> str:
+def less_memory(subjects: Sequence[Subject], window: int = 0) -> str:
     """What takes less memory."""
     ways = ["end other programs"]
     if len(subjects) > 1:

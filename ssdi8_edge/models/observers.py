@@ -14,6 +14,7 @@ from torch import Tensor
 from ssdi8_edge.numerics.hadamard import transform
 from ssdi8_edge.numerics.histogram import MagnitudeHistogram
 from ssdi8_edge.numerics.int8 import scale_from_absmax
+from ssdi8_edge.recipes.recipe import QuantConfig
 
 # Of the observers that the release keeps outside SSD.
 PER_TENSOR_FLOOR = 1e-6
@@ -71,6 +72,14 @@ class Observers:
         if name not in self._histograms:
             self._histograms[name] = MagnitudeHistogram(len(value), value.device)
         self._histograms[name].add(value)
+
+
+def of_linear_inputs(statistics: Mapping[str, Tensor], recipe: QuantConfig) -> dict[str, Tensor]:
+    """The static scales of in_proj's and out_proj's inputs; none where each token has its own."""
+    if recipe.input_scaling != "static":
+        return {}
+    suffix = "_mse" if recipe.clip == "mse" else ""
+    return {f"{name}_scale": of_linear_input(statistics[f"{name}{suffix}"]) for name in ("u", "r")}
 
 
 def of_linear_input(absmax: Tensor) -> Tensor:

@@ -1,34 +1,22 @@
-"""The ops of a quantized Mamba-2, by name."""
+"""What can be computed, by name. Adding an op is adding it to a module here."""
 
 from __future__ import annotations
 
-from ssdi8_edge.ops.baseline import BASELINE_OPS
-from ssdi8_edge.ops.causal_conv1d import CAUSAL_CONV1D
-from ssdi8_edge.ops.glue import GLUE_OPS
-from ssdi8_edge.ops.linear import LINEAR, LINEAR_W4
-from ssdi8_edge.ops.op import Op
-from ssdi8_edge.ops.rms_norm import RMS_NORM
-from ssdi8_edge.ops.rms_norm_gated import RMS_NORM_GATED
-from ssdi8_edge.ops.ssd.chunk_state import CHUNK_STATE
-from ssdi8_edge.ops.ssd.cumsum import CHUNK_CUMSUM
-from ssdi8_edge.ops.ssd.fused import SSD_SCAN
-from ssdi8_edge.ops.ssd.passing import STATE_PASSING
-from ssdi8_edge.ops.ssd.scan import CHUNK_SCAN
+import importlib
+import pkgutil
+from collections.abc import Iterator
 
-OPS: dict[str, Op] = {
-    op.name: op
-    for op in (
-        RMS_NORM,
-        LINEAR,
-        LINEAR_W4,
-        CAUSAL_CONV1D,
-        CHUNK_CUMSUM,
-        CHUNK_STATE,
-        STATE_PASSING,
-        CHUNK_SCAN,
-        SSD_SCAN,
-        RMS_NORM_GATED,
-        *GLUE_OPS,
-        *BASELINE_OPS,
-    )
-}
+from ssdi8_edge.ops.op import Op
+
+
+def _found() -> Iterator[Op]:
+    for module in pkgutil.walk_packages(__path__, f"{__name__}."):
+        for value in vars(importlib.import_module(module.name)).values():
+            if isinstance(value, Op):
+                yield value
+
+
+OPS: dict[str, Op] = {}
+for _op in _found():
+    if OPS.setdefault(_op.name, _op) is not _op:
+        raise ValueError(f"there are two ops {_op.name}")

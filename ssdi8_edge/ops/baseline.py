@@ -290,4 +290,3 @@ RMS_NORM_GATED = Op(
     body=_rms_norm_gated_body,
     plugin=False,
 )
-BASELINE_OPS = (RMS_NORM, LINEAR, CAUSAL_CONV1D, SSD_SCAN, RMS_NORM_GATED)

@@ -78,4 +78,3 @@ LOGITS = Op(
     body=_logits_body,
     plugin=False,
 )
-GLUE_OPS = (EMBEDDING, LAST_POSITIONS, LOGITS)

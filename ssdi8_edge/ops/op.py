@@ -3,7 +3,7 @@
 Calling an op on torch tensors computes its reference, or runs its CUDA kernel where the tensors are
 on a GPU and the kernel library is built. Calling it on `GraphValue`s appends one node to the graph
 under construction. So the data flow of the model is written once, in
-`quantize.modules`, and the exported graph cannot differ from what was evaluated.
+`models`, and the exported graph cannot differ from what was evaluated.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Body = Callable[[Attributes, BodyForm], str]
 
 
 class Emitter(Protocol):
-    """Where nodes go; implemented by `export.GraphBuilder`."""
+    """Where nodes go; implemented by `compile.export.GraphBuilder`."""
 
     def emit(
         self, op: Op, inputs: tuple[GraphValue, ...], attributes: Attributes
@@ -44,7 +44,7 @@ class GraphValue:
 
 @dataclass(frozen=True)
 class Op:
-    """One row of `OPS`.
+    """One op of `OPS`, which finds them.
 
     The schema is the signature of the reference: its positional parameters are the inputs (one with
     a default may be left out by the recipe), its keyword-only parameters the attributes.

@@ -301,9 +301,12 @@ def _evaluations(rows: Sequence[Mapping[str, Any]], model: str | None) -> Iterab
 
 
 def _text_name(row: Mapping[str, Any]) -> str:
-    """Of a text and its windows, and of their part that counts where that is not all of them."""
+    """Of a text and its windows, and of their part that counts where that is not all of them; or of
+    the tokens that were decoded."""
     keys = ("text", "windows", "scored_tokens", "window_tokens")
     name, windows, scored, window = (row.get(key) for key in keys)
+    if isinstance(tokens := row.get("tokens"), int):
+        name = f"{name}, {tokens} tokens one by one"
     if isinstance(windows, int) and isinstance(window, int):
         name = f"{name}, {windows} × {window} tokens"
         if isinstance(scored, int) and scored < window - 1:

@@ -87,6 +87,14 @@ def test_help_of_every_command() -> None:
             assert f"--{option}" in text
 
 
+def test_commands_stand_in_the_order_of_their_use() -> None:
+    """As --help lists them."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", ssdi8("--help").stdout)
+    shown = re.findall(r"(?m)^\W{1,3}([a-z]+) ", text.partition("Commands")[2])
+    order = "build run verify evaluate inspect targets methods doctor deploy sweep profile report"
+    assert shown == order.split()
+
+
 @pytest.mark.parametrize("module", ["torch", "onnx", "onnxruntime", "numpy", "rich.progress"])
 def test_help_loads_nothing_heavy(module: str) -> None:
     """The command line itself imports in a tenth of a second."""

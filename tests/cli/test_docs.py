@@ -55,6 +55,11 @@ def sources() -> list[Path]:
     )
 
 
+# A path from the root, and a module by its place in the package: `compile/export.py`.
+PATH = re.compile(r"`((?:ssdi8_edge|jetson|plugins|tests|tools|profiles|benchmarks)/[\w./-]*)`")
+MODULE = re.compile(r"`((?:[a-z_0-9]+/)+[a-z_0-9]+\.py)`")
+
+
 def pages() -> list[Path]:
     return [path for path in sources() if path.suffix == ".md"]
 
@@ -175,6 +180,19 @@ def test_citations_inside_the_method_exist() -> None:
 @pytest.mark.parametrize("path", pages(), ids=name)
 def test_links_lead_somewhere(path: Path) -> None:
     assert not [found for target in relative_links(path) if (found := broken(path, target))]
+
+
+HISTORY = {"CHANGELOG.md", "benchmarks/README.md"}
+LIVING = [path for path in pages() if name(path) not in HISTORY]
+
+
+@pytest.mark.parametrize("path", LIVING, ids=name)
+def test_paths_exist(path: Path) -> None:
+    """Of files and folders that a page names; the history of CHANGELOG and benchmarks aside."""
+    text = prose(path)
+    named = {*PATH.findall(text), *MODULE.findall(text)}
+    roots = (ROOT, ROOT / "ssdi8_edge")
+    assert not [each for each in named if not any((root / each).exists() for root in roots)]
 
 
 def test_a_broken_link_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

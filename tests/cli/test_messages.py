@@ -22,7 +22,9 @@ from torch import Tensor
 
 from runtime.commands import info
 from runtime.console import print_json, visible
+from ssdi8_edge.cli import output
 from ssdi8_edge.evaluate import Subject, evaluate, plan
+from ssdi8_edge.evaluate.subject import Running
 from ssdi8_edge.evaluate.table import markdown, records, require_writable
 from ssdi8_edge.evaluate.windows import _Tally
 from ssdi8_edge.ground.artifacts import read_json, write_json
@@ -31,7 +33,7 @@ from ssdi8_edge.ground.decimals import change, fixed, percent
 from ssdi8_edge.ground.errors import UsageError
 from ssdi8_edge.ground.inputs import expanded, text_input
 from ssdi8_edge.ground.json_text import json_safe, number_of, to_json
-from ssdi8_edge.ground.stream import read_tokens
+from ssdi8_edge.ground.windows import read_tokens
 from ssdi8_edge.report.figures import figures
 from ssdi8_edge.report.figures import percent as signed
 from ssdi8_edge.report.sources import _evaluations
@@ -120,6 +122,11 @@ def test_table_and_json_of_any_perplexity(value: float) -> None:
         assert 10.0 in [record.get("perplexity") for record in found]
 
 
+def never_fed() -> Running:
+    """Of a subject whose test starts no sequence."""
+    raise AssertionError("a sequence was started")
+
+
 def tally(*losses: Tensor) -> _Tally:
     found, targets = _Tally(), torch.zeros(1, 4, dtype=torch.int64)
     for logits in losses:
@@ -140,7 +147,7 @@ def tally(*losses: Tensor) -> _Tally:
 )
 def test_any_logits_are_evaluated(logits: list[float], perplexity: float) -> None:
     """Infinite, NaN and huge ones; a model that says nothing agrees with nobody."""
-    subject = Subject("s", "s", "e", lambda *_: torch.zeros(0), Path("t"), 3)
+    subject = Subject("s", "s", "e", lambda *_: torch.zeros(0), never_fed, Path("t"), 3)
     text = type("T", (), {"name": "t"})()
     good = tally(torch.zeros(3), torch.zeros(3))
     bad = tally(torch.tensor(logits), torch.zeros(3))
@@ -217,8 +224,6 @@ def test_nothing_steers_the_terminal() -> None:
 
 
 def test_labels_of_progress_are_no_markup() -> None:
-    from ssdi8_edge import cli
-
     taken: list[Any] = []
 
     class Watched(Progress):
@@ -228,8 +233,8 @@ def test_labels_of_progress_are_no_markup() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rich.progress.Progress", Watched)
-        patch.setattr(cli, "human", Console(file=io.StringIO(), force_terminal=True))
-        assert list(cli.progress([1, 2], ODD)) == [1, 2]
+        patch.setattr(output, "human", Console(file=io.StringIO(), force_terminal=True))
+        assert list(output.progress([1, 2], ODD)) == [1, 2]
     task = type("Task", (), {"description": ODD})()
     assert taken[0].render(task).plain == ODD
 
@@ -277,7 +282,9 @@ def test_short_text_speaks_of_evaluating(tmp_path: Path) -> None:
     model = write_model(tmp_path / "tiny")
     short = tmp_path / "five.txt"
     short.write_text("five")
-    subject = Subject("s", "s", "e", lambda *_: torch.zeros(0), model / "tokenizer.json", 256)
+    subject = Subject(
+        "s", "s", "e", lambda *_: torch.zeros(0), never_fed, model / "tokenizer.json", 256
+    )
     with pytest.raises(UsageError, match=r"five\.txt holds 4 tokens; evaluating needs at least 16"):
         evaluate([subject], plan([], [short]))
     with pytest.raises(UsageError, match="calibration needs at least 16"):
@@ -294,7 +301,7 @@ def test_too_short_for_long_context_is_said_first(tmp_path: Path) -> None:
     def never(*_: Any) -> Tensor:
         raise AssertionError("the model ran")
 
-    subject = Subject("s", "s", "e", never, model / "tokenizer.json", 256)
+    subject = Subject("s", "s", "e", never, never_fed, model / "tokenizer.json", 256)
     with pytest.raises(UsageError, match="the long-context table needs"):
         evaluate([subject], plan([], [text], long_context=True))
 

@@ -227,6 +227,17 @@ def test_a_run_folder_says_which_model_an_evaluation_is_of(tmp_path: Path) -> No
     assert found.change == pytest.approx(0.025) and found.accuracies == {"piqa": 0.625}
 
 
+def test_decoding_is_a_text_of_its_own(tmp_path: Path) -> None:
+    """Beside the perplexity of the same text, not in its place."""
+    decoded = {"measure": "decode", "model": "fp16", "text": "held-out.txt", "tokens": 64}
+    rows = [*EVALUATION, {**decoded, "perplexity": 7.0, "prefill_perplexity": 6.5}]
+    (tmp_path / "evaluation.json").write_text(json.dumps(rows))
+    data = load([write_points(tmp_path / "sweep.jsonl", point()), tmp_path / "evaluation.json"])
+    found = next(each for each in data.evaluations if each.method == "fp16")
+    assert found.perplexities.pop("held-out.txt, 64 tokens one by one") == 7.0
+    assert 7.0 not in found.perplexities.values() and found.perplexities
+
+
 def test_what_cannot_be_read_is_named(tmp_path: Path, folder: Path) -> None:
     other = tmp_path / "other.json"
     other.write_text('{"a": 1}')

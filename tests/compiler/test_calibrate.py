@@ -24,7 +24,8 @@ from ssdi8_edge.checkpoints.checkpoint import DEMO_FOLDER
 from ssdi8_edge.compile.calibrate import calibrate, fp32_layer
 from ssdi8_edge.compile.quantize import quantize
 from ssdi8_edge.ground.errors import UsageError
-from ssdi8_edge.ground.stream import TOKENS_PER_BATCH, DeviceSpool, FileSpool, batches, read_tokens
+from ssdi8_edge.ground.spool import TOKENS_PER_BATCH, DeviceSpool, FileSpool, batches
+from ssdi8_edge.ground.windows import read_tokens
 from ssdi8_edge.models.float import FloatModel
 from ssdi8_edge.models.kinds.mamba2.calibration import PERCENTILE, PERCENTILE_MOMENTUM
 from ssdi8_edge.models.kinds.mamba2.clusters import sort_and_cluster
@@ -362,33 +363,56 @@ def doctored(tiny: Tiny, name: str, **changes: Any) -> tuple[dict[str, Tensor], 
     return layer_of(changed), statistics_of(changed)
 
 
-def test_activation_scales(tiny: Tiny) -> None:
-    """Which statistic becomes which scale: ours takes the ranges of least error, and no more."""
-    p, s = doctored(tiny, "edge-w8a8")
-    want = {"b": "B_rotated", "c": "C_rotated"}
-    want = {name: f"{statistic}_mse" for name, statistic in want.items()} | {"cb": "CB"}
-    for name, statistic in want.items():
-        assert torch.equal(p[f"{name}_scale"], s[statistic] / 127), name
-    assert {k for k in p if k.endswith("_scale")} == {f"{k}_scale" for k in want}
+# Method, changes of its recipe, scale -> the statistic that it is made of: where there are two, the
+# larger. Ours takes ranges of least error; the release local states and the full square of CB.
+STATISTIC_OF: list[tuple[str, dict[str, Any], dict[str, tuple[str, ...]]]] = [
+    (
+        "edge-w8a8",
+        {},
+        {"b": ("B_rotated_mse",), "c": ("C_rotated_mse",), "cb": ("CB",)},
+    ),
+    (
+        "edge-w8a8",
+        {"scaling": "static", "input_scaling": "static", "clip": "absmax"},
+        {
+            "u": ("u",),
+            "r": ("r",),
+            "b": ("B_rotated",),
+            "c": ("C_rotated",),
+            "cb": ("CB",),
+            "x": ("x_scaled",),
+            "state": ("chunk_state_rotated", "passed_state_rotated"),
+        },
+    ),
+    (
+        "ssdi8-w8a8",
+        {},
+        {
+            "u": ("u",),
+            "r": ("r",),
+            "b": ("B",),
+            "c": ("C",),
+            "cb": ("CB_full",),
+            "x": ("x_scaled",),
+            "state": ("chunk_state",),
+        },
+    ),
+]
 
 
-def test_static_activation_scales(tiny: Tiny) -> None:
-    """With static scales everywhere: states as they are passed, x by tile, inputs of linears."""
-    p, s = doctored(tiny, "edge-w8a8", scaling="static", input_scaling="static", clip="absmax")
-    states = torch.maximum(s["chunk_state_rotated"], s["passed_state_rotated"])
-    assert not torch.equal(states, s["chunk_state_rotated"])
-    assert not torch.equal(states, s["passed_state_rotated"])
-    want = {
-        "u_scale": s["u"],
-        "r_scale": s["r"],
-        "b_scale": s["B_rotated"],
-        "c_scale": s["C_rotated"],
-        "cb_scale": s["CB"],
-        "x_scale": s["x_scaled"],
-        "state_scale": states,
+@pytest.mark.parametrize(("method", "changes", "sources"), STATISTIC_OF)
+def test_activation_scales(
+    tiny: Tiny, method: str, changes: dict[str, Any], sources: dict[str, tuple[str, ...]]
+) -> None:
+    """Which statistic becomes which scale, and that there are no more scales."""
+    p, s = doctored(tiny, method, **changes)
+    assert {k for k in p if k.endswith("_scale") and "." not in k} == {
+        f"{k}_scale" for k in sources
     }
-    for name, absmax in want.items():
-        assert torch.equal(p[name].flatten(), (absmax / 127).flatten()), name
+    for name, statistics in sources.items():
+        absmax = torch.stack([s[each] for each in statistics]).amax(0)
+        assert all(len(statistics) == 1 or not torch.equal(absmax, s[k]) for k in statistics)
+        assert torch.equal(p[f"{name}_scale"].flatten(), (absmax / 127).flatten()), name
 
 
 def test_storage_only_activation_scales(tiny: Tiny) -> None:
@@ -413,12 +437,8 @@ def test_clustered_activation_scales(tiny: Tiny) -> None:
     assert torch.equal(p["b_scale"], s["B"] / 127)
 
 
-def test_released_activation_scales(tiny: Tiny) -> None:
-    """The release: local states, the full square of CB."""
-    p, s = doctored(tiny, "ssdi8-w8a8")
-    want = {"state": "chunk_state", "cb": "CB_full", "r": "r", "x": "x_scaled", "b": "B", "c": "C"}
-    for name, absmax in want.items():
-        assert torch.equal(p[f"{name}_scale"].flatten(), (s[absmax] / 127).flatten()), name
+def test_the_weight_of_the_gated_norm_is_the_checkpoints(tiny: Tiny) -> None:
+    p, _ = doctored(tiny, "ssdi8-w8a8")
     gamma = fp32_layer(tiny.source(2)[0], 0, "cpu")["gate_norm.weight"]
     assert torch.equal(p["gate_norm.weight"], gamma)
 

@@ -19,10 +19,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ssdi8_edge.checkpoints import checkpoint as checkpoint_module
-from ssdi8_edge.checkpoints import state_spaces
 from ssdi8_edge.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ssdi8_edge.checkpoints.hub import TOKENIZER_FILES, fetch_tokenizer
 from ssdi8_edge.checkpoints.layout import expected_shapes
+from ssdi8_edge.checkpoints.layouts import state_spaces
 from ssdi8_edge.ground.errors import CheckpointError
 from ssdi8_edge.models.description import Description
 from ssdi8_edge.models.float import FloatModel

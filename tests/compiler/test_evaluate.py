@@ -19,6 +19,7 @@ from ssdi8_edge.checkpoints.quantized import load_quantized
 from ssdi8_edge.compile.pipeline import Build, BuildRequest
 from ssdi8_edge.evaluate import Subject, open_subject, perplexity, require_device, windows
 from ssdi8_edge.evaluate import subject as subject_module
+from ssdi8_edge.evaluate.subject import Running
 from ssdi8_edge.evaluate.texts import join_lines, text_file, wikitext2
 from ssdi8_edge.evaluate.windows import long_context, perplexities
 from ssdi8_edge.ground.errors import BundleError, CheckpointError, UsageError
@@ -89,7 +90,11 @@ def random_subject(
     def cumulative(ids: Tensor, keep: int, scope: Scope) -> Tensor:
         return table[ids].cumsum(1)[:, -keep:]
 
-    return Subject(name, name, "a table", forward or cumulative, tokenizer, 256, **fields)
+    def sequence() -> Running:
+        return lambda ids: cumulative(ids, ids.shape[1], lambda name: nullcontext())
+
+    run = (forward or cumulative, sequence)
+    return Subject(name, name, "a table", *run, tokenizer, 256, **fields)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from tokenizers.processors import TemplateProcessing
 from zero_shot_data import ARC, HELLASWAG, ITEMS, NO_HARNESS, PIQA, WINOGRANDE, write_data
 
 from ssdi8_edge.checkpoints.checkpoint import open_checkpoint
-from ssdi8_edge.checkpoints.state_spaces import stored_name
+from ssdi8_edge.checkpoints.layouts.state_spaces import stored_name
 from ssdi8_edge.compile.pipeline import Build, BuildRequest
 from ssdi8_edge.evaluate import open_subject, tasks
 from ssdi8_edge.evaluate.evaluation import evaluate, plan

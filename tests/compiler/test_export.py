@@ -33,7 +33,7 @@ from ssdi8_edge.checkpoints.checkpoint import DEMO_FOLDER, open_checkpoint
 from ssdi8_edge.compile import lowering
 from ssdi8_edge.compile.export import IR_VERSION, OPSET, GraphBuilder, export_model, nested_nodes
 from ssdi8_edge.compile.safetensors_writer import SafetensorsWriter
-from ssdi8_edge.ground.stream import read_tokens
+from ssdi8_edge.ground.windows import read_tokens
 from ssdi8_edge.models.block import States
 from ssdi8_edge.ops import OPS
 from ssdi8_edge.ops.op import DOMAIN, Op
@@ -514,18 +514,23 @@ def test_inlined_graph_is_the_graph(export: Export) -> None:
     assert_logits(got_logits, logits)
 
 
-def test_two_bodies_are_refused() -> None:
-    """One name stands for one function: a second set of attributes must not be dropped silently."""
+def test_other_attributes_are_another_body() -> None:
+    """In a domain of its own under the same name; the same attributes share one."""
     graph = GraphBuilder("cpu")
     shape: list[int | str] = ["b", "l", 64]
     hidden = graph.input("hidden", TensorProto.FLOAT16, shape)
     residual = graph.input("residual", TensorProto.FLOAT, shape)
     norm = OPS["Ssdi8RmsNorm"]
-    common = {"eps": 1e-5, "scaling": "dynamic"}
-    norm(hidden, residual, rounding="half_even", **common)
-    norm(hidden, residual, rounding="half_even", **common)
-    with pytest.raises(ValueError, match="Ssdi8RmsNorm has two bodies in one graph"):
-        norm(hidden, residual, rounding="half_away", **common)
+    roundings = ("half_even", "half_even", "half_away")
+    x = hidden, residual
+    for rounding in roundings:
+        norm(*x, eps=1e-5, scaling="dynamic", rounding=rounding)
+    model = graph.model("two")
+    assert [node.domain for node in model.graph.node] == [DOMAIN, DOMAIN, f"{DOMAIN}.2"]
+    assert [(f.domain, f.name) for f in model.functions] == [
+        *((DOMAIN, norm.name), (f"{DOMAIN}.2", norm.name))
+    ]
+    assert {each.domain for each in model.opset_import} == {"", DOMAIN, f"{DOMAIN}.2"}
 
 
 def test_missing_and_unknown_attributes_are_refused() -> None:

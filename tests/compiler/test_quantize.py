@@ -43,11 +43,11 @@ from ssdi8_edge.compile.quantize.gptq import quantize_w4, quantize_w8
 from ssdi8_edge.compile.quantize.linears import InputStatistics
 from ssdi8_edge.compile.safetensors_writer import SafetensorsWriter
 from ssdi8_edge.ground.errors import CheckpointError, UsageError
-from ssdi8_edge.ground.stream import read_tokens
-from ssdi8_edge.models.block import States
+from ssdi8_edge.ground.windows import read_tokens
+from ssdi8_edge.models.block import IN_PROJ, NORM, OUT_PROJ, Context, States, linear
 from ssdi8_edge.models.float import FloatModel
 from ssdi8_edge.models.kinds.mamba2.clusters import permuted, sort_and_cluster
-from ssdi8_edge.models.network import QuantizedModel, run_block
+from ssdi8_edge.models.network import QuantizedModel, run_block, run_model
 from ssdi8_edge.numerics import hadamard, int8
 from ssdi8_edge.ops.linear import unpack_w4
 from ssdi8_edge.recipes.presets import METHODS, find_method
@@ -56,6 +56,8 @@ from ssdi8_edge.targets import load_target
 
 QUANTIZED = [name for name, recipe in METHODS.items() if recipe.quantized]
 EDGE = ["edge-w8a8", "edge-w4a8"]
+# Of a checkpoint: local name -> type and shape.
+Stored = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 @pytest.fixture(scope="module")
@@ -160,37 +162,73 @@ def test_quantize_is_deterministic(tiny: Tiny) -> None:
     assert first.saturation == again.saturation
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_tensor_types(tiny: Tiny, name: str) -> None:
-    """What is stored, in which type: INT8 weights, FP16 tables, FP32 scales, and no more."""
-    made = tiny.quantized(name)
-    recipe, tensors = made.recipe, made.tensors
-    kinds = {k: v.dtype for k, v in tensors.items()}
-    assert kinds["embedding.weight"] is torch.float16
-    layer = {k.removeprefix("layers.0."): v for k, v in kinds.items() if k.startswith("layers.0.")}
-    small = {"conv1d.weight", "conv1d.bias", "dt_bias", "A", "D", "gate_norm.weight"}
-    linears = {"in_proj", "out_proj"}
+def stored_linear(name: str, rows: int, columns: int, recipe: QuantConfig) -> Stored:
+    """What a linear layer is stored as."""
+    shape = (rows, columns)
     if not recipe.quantized:
-        stored = {f"{k}.weight": torch.float16 for k in linears}
-        assert layer == {**dict.fromkeys([*small, "norm.weight"], torch.float32), **stored}
-        assert "lm_head.weight" not in kinds  # tied
-        return
-    scales = {"b_scale", "c_scale"}
-    scales |= {"u_scale", "r_scale"} if recipe.input_scaling == "static" else set()
-    if recipe.ssd == "dequantized":
-        scales |= {"in_proj_scale", "x_scale"}
-    else:
-        scales.add("cb_scale")
-        scales |= {"x_scale", "state_scale"} if recipe.scaling == "static" else set()
-    parts: dict[str, torch.dtype] = {"scale": torch.float32, "bias": torch.float32}
-    if recipe.linear == "w4":
-        group_scale = torch.int8 if recipe.group_scales == "integer" else torch.float16
-        parts |= {"packed": torch.int8, "group_scale": group_scale}
-    else:
-        parts |= {"weight": torch.int8}
-    want = {f"{k}.{part}": kind for k in linears for part, kind in parts.items()}
-    assert layer == {**dict.fromkeys(small | scales, torch.float32), **want}
-    assert kinds["lm_head.weight"] is torch.float16  # rotated, so no longer tied
+        return {f"{name}.weight": (torch.float16, shape)}
+    of_rows = {f"{name}.{part}": (torch.float32, (rows,)) for part in ("scale", "bias")}
+    if recipe.linear != "w4":
+        return {f"{name}.weight": (torch.int8, shape), **of_rows}
+    group_scale = torch.int8 if recipe.group_scales == "integer" else torch.float16
+    groups = (rows, columns // recipe.group_size)
+    return {
+        f"{name}.packed": (torch.int8, (rows, columns // 2)),
+        f"{name}.group_scale": (group_scale, groups),
+        **of_rows,
+    }
+
+
+class Recorded(dict[str, Tensor]):
+    """Parameters that know which of them were read."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        super().__init__(tensors)
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.read.add(name)
+        return super().__getitem__(name)
+
+
+@pytest.mark.parametrize("ngroups", [1, 2])
+@pytest.mark.parametrize("name", METHODS)
+def test_stored_tensors(tiny: Tiny, name: str, ngroups: int) -> None:
+    """Of every block: its linear layers as the recipe stores them, its own parameters in FP32, and
+    FP32 scales; all of it is read when the block runs."""
+    made = tiny.quantized(name, ngroups)
+    recipe, description = made.recipe, made.model.description
+    blocks = description.blocks
+    recorded = [
+        Recorded({k.split(".", 2)[2]: v for k, v in made.tensors.items() if k.startswith(prefix)})
+        for prefix in (f"layers.{i}." for i in range(len(blocks)))
+    ]
+    states = [tuple(s.zeros(1) for s in block.states(recipe)) for block in blocks]
+    context = Context(recipe, description.residual_eps, linear)
+    top = {k: v for k, v in made.tensors.items() if not k.startswith("layers.")}
+    top.setdefault("lm_head.weight", top["embedding.weight"])
+    ids = random_ids(1, 2 * description.prompt_multiple)
+    run_model(blocks, recorded.__getitem__, top, context, ids, states, torch.tensor(1))
+    for block, p in zip(blocks, recorded, strict=True):
+        shapes = block.parameters(description.d_model)
+        declared = {
+            **stored_linear("in_proj", *shapes[IN_PROJ], recipe),
+            **stored_linear("out_proj", *shapes[OUT_PROJ], recipe),
+            **({} if recipe.quantized else {NORM: (torch.float32, shapes[NORM])}),
+        }
+        found = {k: (v.dtype, tuple(v.shape)) for k, v in p.items()}
+        assert declared.items() <= found.items()
+        rest = {k: v for k, v in p.items() if k not in declared}
+        assert {v.dtype for v in rest.values()} == {torch.float32}
+        own = [v for k, v in rest.items() if not k.endswith("_scale")]
+        # A convolution's weight has an axis of length 1 in a checkpoint.
+        squeezed = [tuple(n for n in s if n > 1) for s in block.own_parameters().values()]
+        assert sorted(tuple(v.shape) for v in own) == sorted(squeezed)
+        assert all((v > 0).all() for k, v in rest.items() if k.endswith("_scale"))
+        assert p.read == p.keys()
+    assert made.tensors["embedding.weight"].dtype is torch.float16
+    # Rotated, and so no longer tied.
+    assert ("lm_head.weight" in made.tensors) == recipe.quantized
 
 
 @pytest.mark.parametrize("scaling", ["static", "dynamic"])

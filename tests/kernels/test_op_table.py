@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 
-from ssdi8_edge.ops import OPS
-from ssdi8_edge.ops.baseline import BASELINE_OPS
-from ssdi8_edge.ops.glue import GLUE_OPS
+from ssdi8_edge.ops import OPS, baseline, glue, linear
+from ssdi8_edge.ops.op import Op
+
+
+def ops_of(module: ModuleType) -> list[Op]:
+    return [value for value in vars(module).values() if isinstance(value, Op)]
 
 
 def test_every_op_has_a_body_test() -> None:
-    """A new op needs more than its row in the table of ops: a file here that compares its body."""
+    """A new op needs more than its module: a file here that compares its body."""
     files = [path.read_text() for path in Path(__file__).parent.glob("test_*.py")]
     comparing = "\n".join(text for text in files if "compare_body(" in text)
     assert [name for name in OPS if f'"{name}"' not in comparing] == []
@@ -22,4 +26,10 @@ def test_schema_follows_the_reference() -> None:
         assert op.name == name
         assert op.plugin == name.startswith("Ssdi8")
         assert len(set(op.inputs) | set(op.outputs)) == len(op.inputs) + len(op.outputs)
-    assert not any(op.plugin for op in (*BASELINE_OPS, *GLUE_OPS))
+    assert not any(op.plugin for module in (baseline, glue) for op in ops_of(module))
+
+
+def test_ops_are_found() -> None:
+    """In modules and in folders of them; none is left out."""
+    assert ops_of(linear) == [OPS["Ssdi8Linear"], OPS["Ssdi8LinearW4"]]
+    assert {"Ssdi8SsdScan", "SsdScan", "Embedding", "Logits"} <= set(OPS)

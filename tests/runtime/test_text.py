@@ -26,8 +26,8 @@ from ssdi8_edge.evaluate import open_subject
 from ssdi8_edge.evaluate.texts import wikitext2
 from ssdi8_edge.ground.artifacts import read_json
 from ssdi8_edge.ground.errors import CheckpointError, UsageError
-from ssdi8_edge.ground.stream import read_tokens
 from ssdi8_edge.ground.tokens import end_ids, tokenizer_in
+from ssdi8_edge.ground.windows import read_tokens
 from ssdi8_edge.recipes.presets import METHODS
 from ssdi8_edge.targets import load_target
 

@@ -24,7 +24,7 @@ from ssdi8_edge.compile.quantize.correction import MeanDifference
 from ssdi8_edge.compile.quantize.linears import InputStatistics, linear_tensors, w8_tensors
 from ssdi8_edge.ground.allocator import return_freed_memory
 from ssdi8_edge.ground.progress import Track, silent
-from ssdi8_edge.ground.stream import Spool, batches, open_spool
+from ssdi8_edge.ground.spool import Spool, batches, open_spool
 from ssdi8_edge.models.block import IN_PROJ, NORM, OUT_PROJ, Context, Int8Input, Layer, linear, norm
 from ssdi8_edge.models.description import Description
 from ssdi8_edge.models.float import load_block

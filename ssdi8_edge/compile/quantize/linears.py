@@ -1,4 +1,4 @@
-"""The tensors of one INT8 linear, under the names that `modules.linear` reads."""
+"""The tensors of one INT8 linear, under the names that `models.block.linear` reads."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ssdi8_edge.models.kinds.mamba2.clusters import Order
-from ssdi8_edge.models.observers import PER_TENSOR_FLOOR, Observers, of_linear_input
+from ssdi8_edge.models.observers import PER_TENSOR_FLOOR, Observers, of_linear_inputs
 from ssdi8_edge.numerics import hadamard
 from ssdi8_edge.numerics.hadamard import rotate
 from ssdi8_edge.numerics.histogram import MagnitudeHistogram
@@ -116,8 +116,7 @@ def activation_scales(
         "b_scale": of_group(seen(f"B{rotated}")),
         "c_scale": of_group(seen(f"C{rotated}")),
     }
-    if recipe.input_scaling == "static":
-        scales |= {f"{name}_scale": of_linear_input(seen(name)) for name in ("u", "r")}
+    scales |= of_linear_inputs(statistics, recipe)
     if recipe.ssd == "dequantized":
         parts = [statistics[f"in_proj.{k}"].expand(n) for k, n in in_proj_parts.items()]
         x = _stored_x(statistics, recipe, order).flatten()

@@ -11,7 +11,7 @@ from typing import Any
 
 from ssdi8_edge.checkpoints.config import dt_limit, flag, norm_eps, require, size
 from ssdi8_edge.checkpoints.layout import Layout
-from ssdi8_edge.checkpoints.state_spaces import canonical_name, mamba2_model, stored_name
+from ssdi8_edge.checkpoints.layouts.state_spaces import canonical_name, mamba2_model, stored_name
 from ssdi8_edge.ground.errors import CheckpointError
 from ssdi8_edge.models.description import Description
 
@@ -56,4 +56,4 @@ def describe(config: Mapping[str, Any]) -> Description:
     )
 
 
-MAMBA2_HF = Layout("Hugging Face", recognises, describe, stored_name, canonical_name)
+MAMBA2_HF = Layout("Hugging Face", recognises, describe, stored_name, canonical_name, fallback=True)

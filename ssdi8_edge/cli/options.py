@@ -1,0 +1,14 @@
+"""Options that several commands take."""
+
+from __future__ import annotations
+
+from typing import Annotated, Optional
+
+import typer
+
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda or cuda:INDEX.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+TokenizerOption = Annotated[
+    Optional[str],  # noqa: UP045  (typer reads this at run time, also on Python 3.10)
+    typer.Option(help="tokenizer.json or hub id, if none lies beside the weights."),
+]

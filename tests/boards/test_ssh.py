@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import paramiko
@@ -498,11 +498,20 @@ class PasswordServer(paramiko.ServerInterface):
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
         )
-        assert process.stdin is not None and process.stdout is not None
-        with process:
-            process.stdin.write(channel.recv(1 << 20))
-            process.stdin.flush()
-            channel.sendall(process.stdout.read())
+        stdin, stdout = process.stdin, process.stdout
+        assert stdin is not None and stdout is not None
+
+        def feed() -> None:
+            with suppress(OSError), stdin:  # the program has ended
+                while data := channel.recv(1 << 16):
+                    stdin.write(data)
+                    stdin.flush()
+
+        threading.Thread(target=feed, daemon=True).start()
+        with stdout:
+            for line in stdout:
+                channel.sendall(line)
+        process.wait()
         channel.send_exit_status(process.returncode)
         channel.close()
 

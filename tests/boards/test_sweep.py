@@ -930,7 +930,8 @@ def sweep_process(tmp_path: Path, out: Path) -> subprocess.Popen[str]:
         sys.exit(bool(outcome.errors or outcome.failed))
     """
     command = [sys.executable, "-c", textwrap.dedent(program)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "support")}
+    tests = Path(__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": f"{tests}{os.pathsep}{tests / 'support'}"}
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -665,9 +665,9 @@ def test_more_config_refusals(
 def test_config_with_a_byte_order_mark(hugging_face_folder: Path) -> None:
     """As some editors save it."""
     path = hugging_face_folder / "config.json"
-    plain = open_checkpoint(hugging_face_folder).config
+    plain = open_checkpoint(hugging_face_folder).description
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    assert open_checkpoint(hugging_face_folder).config == plain
+    assert open_checkpoint(hugging_face_folder).description == plain
 
 
 def test_config_that_is_nested_too_deep(hugging_face_folder: Path) -> None:

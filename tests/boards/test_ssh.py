@@ -502,18 +502,18 @@ class PasswordServer(paramiko.ServerInterface):
         assert stdin is not None and stdout is not None
 
         def feed() -> None:
-            with suppress(OSError), stdin:  # the program has ended
+            with suppress(OSError, ValueError):  # the program has ended, its pipe is closed
                 while data := channel.recv(1 << 16):
                     stdin.write(data)
                     stdin.flush()
 
         threading.Thread(target=feed, daemon=True).start()
-        with stdout:
-            for line in stdout:
-                channel.sendall(line)
-        process.wait()
-        channel.send_exit_status(process.returncode)
-        channel.close()
+        with suppress(OSError):  # the client is gone
+            with process:
+                for line in stdout:
+                    channel.sendall(line)
+            channel.send_exit_status(process.returncode)
+            channel.close()
 
 
 @contextmanager

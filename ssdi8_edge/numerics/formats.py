@@ -17,6 +17,10 @@ Gate = Literal["q0.7", "fp32"]
 # in the rotated basis, so that nothing else changes; but no channel stands out any more.
 Rotation = Literal["none", "hadamard"]
 
+# Of the input of out_proj before it becomes INT8, `hadamard.apply`: by one matrix where the width has
+# one, by equal matrices along the diagonal, or by these behind signs, for values that share a sign.
+InputRotation = Literal["none", "full", "blocks", "signs"]
+
 # The scales of tensors that exist only inside SSD (the weighted x, the passed states): as released,
 # calibrated and the same for every input; ours, taken from the tensor itself, one along each axis
 # that the following product sums over, so that nothing saturates and no step is wasted. "none":

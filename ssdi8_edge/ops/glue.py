@@ -48,6 +48,15 @@ def _last_positions_body(a: Attributes, form: BodyForm) -> str:
     )
 
 
+def side_by_side_reference(x: Tensor, y: Tensor) -> Tensor:
+    """x (B, L, X) and y (B, L, Y) as one tensor (B, L, X + Y): two mixers before one out_proj."""
+    return torch.cat([x, y], -1)
+
+
+def _side_by_side_body(a: Attributes, form: BodyForm) -> str:
+    return "pair = Concat <axis = 2> (x, y)"
+
+
 def logits_reference(y: Tensor) -> Tensor:
     """Logits leave the graph in FP32, so that every runtime samples from the same type."""
     return y.float()
@@ -69,6 +78,13 @@ LAST_POSITIONS = Op(
     outputs=("hidden_kept", "residual_kept"),
     reference=last_positions_reference,
     body=_last_positions_body,
+    plugin=False,
+)
+SIDE_BY_SIDE = Op(
+    name="SideBySide",
+    outputs=("pair",),
+    reference=side_by_side_reference,
+    body=_side_by_side_body,
     plugin=False,
 )
 LOGITS = Op(

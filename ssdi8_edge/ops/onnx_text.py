@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ssdi8_edge.numerics import hadamard
-from ssdi8_edge.numerics.formats import Rounding
+from ssdi8_edge.numerics.formats import InputRotation, Rounding
 from ssdi8_edge.numerics.int8 import LEAST_MAGNITUDE, QMAX
 from ssdi8_edge.ops.op import Attributes, BodyForm
 
@@ -42,6 +42,12 @@ def whole_numbers(name: str, values: Tensor, form: BodyForm) -> str:
     size = ", ".join(map(str, values.shape))
     listed = ", ".join(str(int(v)) for v in values.flatten())
     return f"{name} = Constant <value = {kind}[{size}] {{{listed}}}> ()"
+
+
+def numbers(name: str, values: Tensor) -> str:
+    """A 1-D FP32 constant; the text of an FP32 value as FP64 is read back exactly."""
+    listed = ", ".join(repr(float(v)) for v in values)
+    return f"{name} = Constant <value = float[{len(values)}] {{{listed}}}> ()"
 
 
 def cast(out: str, x: str, elem: int) -> str:
@@ -161,23 +167,55 @@ def quantize_tokens(out: str, token_scale: str, x: str, a: Attributes, form: Bod
     )
 
 
-def hadamard_transform(out: str, x: str, n: int, form: BodyForm, *, leading: int) -> str:
-    """`hadamard.transform` of the last axis, n, behind `leading` others; in the compute type."""
-    left, right = hadamard.factors(n)
+def hadamard_transform(
+    out: str,
+    x: str,
+    n: int,
+    form: BodyForm,
+    *,
+    leading: int,
+    rotation: InputRotation = "full",
+) -> str:
+    """`hadamard.apply` to the last axis, n, behind `leading` others; in the compute type."""
+    if rotation == "none":
+        return f"{out} = Identity ({x})"
+    order = n if rotation == "full" and hadamard.exists(n) else hadamard.block_order(n)
+    left, right = hadamard.factors(order)
+    count = [] if order == n else [n // order]
+    lines = []
+    if rotation == "signs":
+        signs = hadamard.signs(order).repeat(n // order)
+        lines += [whole_numbers(f"{out}_signs", signs, form), f"{out}_x = Mul ({x}, {out}_signs)"]
+        x = f"{out}_x"
     return "\n".join(
         [
+            *lines,
             whole_numbers(f"{out}_left", left.t(), form),
             whole_numbers(f"{out}_right", right, form),
-            ints(f"{out}_blocks", [0] * leading + [left.shape[0], right.shape[0]]),
+            ints(f"{out}_blocks", [0] * leading + count + [left.shape[0], right.shape[0]]),
             ints(f"{out}_whole", [0] * leading + [n]),
             f"{out}_in = Reshape ({x}, {out}_blocks)",
             f"{out}_by_right = MatMul ({out}_in, {out}_right)",
             f"{out}_by_both = MatMul ({out}_left, {out}_by_right)",
             f"{out}_flat = Reshape ({out}_by_both, {out}_whole)",
-            number(f"{out}_root", n**-0.5, compute_type(form)),
+            number(f"{out}_root", order**-0.5, compute_type(form)),
             f"{out} = Mul ({out}_flat, {out}_root)",
         ]
     )
+
+
+def rotate_and_quantize(
+    out: str, token_scale: str, x: str, width: int, a: Attributes, form: BodyForm
+) -> list[str]:
+    """`hadamard.apply` by a["rotation"] to FP32 `x` (B, L, width), then `quantize_tokens`."""
+    return [
+        cast(f"{x}_wide", x, compute_type(form)),
+        hadamard_transform(
+            f"{x}_rotated_wide", f"{x}_wide", width, form, leading=2, rotation=a["rotation"]
+        ),
+        cast(f"{x}_rotated", f"{x}_rotated_wide", FP32),
+        quantize_tokens(out, token_scale, f"{x}_rotated", a, form),
+    ]
 
 
 def slice_last(out: str, x: str, start: int, stop: int) -> str:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ssdi8_edge.ground.errors import UsageError
 from ssdi8_edge.numerics import hadamard
+from ssdi8_edge.numerics.formats import InputRotation
 
 # 2^k, 12 · 2^k and 20 · 2^k: the widths of the published models, and the smallest of each family.
 ORDERS = [1, 2, 4, 12, 20, 24, 40, 48, 64, 256, 768, 1024, 1536, 2048, 2560, 3072, 5120]
@@ -96,5 +97,52 @@ def test_refuses_other_orders(n: int) -> None:
     with pytest.raises(UsageError, match=rf"size {n}\b") as caught:
         hadamard.factors(n)
     assert "fp16" in caught.value.hint
-    with pytest.raises(UsageError):
-        hadamard.transform(torch.zeros(2, n))
+
+
+# Widths of hybrid models: 49 · 64, 9 · 80, 30 · 256, 98 · 160 (also 245 · 64), 18 · 256, 28 · 160.
+BLOCKS = {3136: 64, 720: 80, 7680: 256, 12544: 256, 15680: 160, 4608: 256, 4480: 160}
+
+
+@pytest.mark.parametrize(("n", "order"), BLOCKS.items())
+def test_other_widths_are_cut_into_blocks(n: int, order: int) -> None:
+    assert hadamard.block_order(n) == order
+    x = torch.randn(2, n, generator=torch.Generator().manual_seed(n))
+    want = [hadamard.transform(block) for block in x.split(order, -1)]
+    assert torch.equal(hadamard.transform(x), torch.cat(want, -1))
+
+
+@pytest.mark.parametrize(("n", "order"), [(2048, 256), (1536, 256), (96, 96), (16, 16), (2, 2)])
+def test_widths_of_an_order_may_have_blocks(n: int, order: int) -> None:
+    """At most 256 channels each; `transform` takes them whole all the same."""
+    assert hadamard.block_order(n) == order
+    x = torch.randn(3, n, generator=torch.Generator().manual_seed(n))
+    blocks = [hadamard.transform(block) for block in x.split(order, -1)]
+    assert torch.equal(hadamard.apply(x, "blocks"), torch.cat(blocks, -1))
+    signed = [hadamard.rotate(block) for block in x.split(order, -1)]
+    assert torch.equal(hadamard.apply(x, "signs"), torch.cat(signed, -1))
+    assert torch.equal(hadamard.apply(x, "full"), hadamard.transform(x))
+    assert torch.equal(hadamard.apply(x, "none"), x.double())
+
+
+@pytest.mark.parametrize("rotation", ["full", "blocks", "signs"])
+def test_blocks_are_orthogonal(rotation: InputRotation) -> None:
+    x = torch.randn(4, 720, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    y = hadamard.apply(x, rotation)
+    torch.testing.assert_close(y @ y.t(), x @ x.t(), rtol=1e-12, atol=1e-10)
+
+
+def test_signs_spread_what_is_never_negative() -> None:
+    """The mean of a block goes to all coefficients; without signs, to one."""
+    x = torch.rand(1, 512, generator=torch.Generator().manual_seed(8)) + 1
+    plain, signed = (hadamard.apply(x, each).abs().amax() for each in ("blocks", "signs"))
+    assert signed < 4 and plain > 20
+
+
+@pytest.mark.parametrize("n", [3, 6, 10, 28, 4096 + 1])
+def test_refuses_widths_without_blocks(n: int) -> None:
+    for transform in (hadamard.transform, lambda x: hadamard.apply(x, "signs")):
+        with pytest.raises(UsageError, match=rf"size {n}\b"):
+            transform(torch.zeros(2, n))
+    with pytest.raises(UsageError, match=f"wide = {n} has no Hadamard rotation"):
+        hadamard.require_width("wide", n, "use --method fp16.")
+    hadamard.require_width("wide", 720, "use --method fp16.")

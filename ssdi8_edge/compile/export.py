@@ -212,7 +212,11 @@ class _Top(_Scoped):
         return super().__getitem__(name)
 
 
-STATE_TYPES = {"fp16": TensorProto.FLOAT16, "fp32": TensorProto.FLOAT}
+STATE_TYPES = {
+    "fp16": TensorProto.FLOAT16,
+    "fp32": TensorProto.FLOAT,
+    "int8": TensorProto.INT8,
+}
 
 
 def output_name(state: str) -> str:
@@ -249,11 +253,13 @@ def export_model(
         )
         for i, block in enumerate(model.blocks)
     ]
+    grows = any(spec.update == "append" for _, spec in model.states(recipe))
+    position = graph.input("position", TensorProto.INT64, []) if grows else None
     logits, new_states = run_model(
         model.blocks,
         lambda i: _Scoped(parameters, f"layers.{i}."),
         _Top(parameters),
-        Context(recipe, model.residual_eps, linear),
+        Context(recipe, model.d_model, model.residual_eps, linear, position),
         ids,
         states,
         keep,

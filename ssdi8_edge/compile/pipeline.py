@@ -442,9 +442,9 @@ def _require_sizes(request: BuildRequest, model: Description) -> None:
         return
 
     def check(name: str, width: int) -> None:
-        hadamard.require(name, width, "use --method fp16.")
+        hadamard.require_width(name, width, "use --method fp16.")
         if recipe.linear == "w4":
-            require_groups(width, recipe.group_size)
+            require_groups(width, recipe.for_columns(width).group_size)
 
     check("d_model", model.d_model)
     for block in model.blocks:

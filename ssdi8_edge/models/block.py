@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ssdi8_edge.ground.errors import CheckpointError
+from ssdi8_edge.numerics.formats import InputRotation
 from ssdi8_edge.numerics.fp16_range import see
 from ssdi8_edge.ops.linear import LINEAR, LINEAR_W4
 from ssdi8_edge.ops.rms_norm import RMS_NORM
@@ -45,6 +46,12 @@ OwnBlock = TypeVar("OwnBlock", bound="Block")
 NORM = "norm.weight"
 IN_PROJ = "in_proj.weight"
 OUT_PROJ = "out_proj.weight"
+# Only of models whose linear layers have biases.
+IN_BIAS = "in_proj.bias"
+OUT_BIAS = "out_proj.bias"
+
+
+TORCH_TYPES = {"fp16": torch.float16, "fp32": torch.float32, "int8": torch.int8}
 
 
 @dataclass(frozen=True)
@@ -54,20 +61,29 @@ class StateSpec:
     Attributes:
         name: of the graph's input; the number of the block stands behind it: `conv_state.3`.
         shape: without the batch.
-        update: a call writes all of it anew ("replace"), or adds rows of its tokens ("append").
+        update: a call writes all of it anew ("replace"), or rows of its tokens ("append") along
+            axis 1 of the shape, which is that of the tensor without the batch.
         ops: those of the block that come before it and after the state before it, where an error
             in this state is looked for.
     """
 
     name: str
     shape: tuple[int, ...]
-    dtype: Literal["fp16", "fp32"]
+    dtype: Literal["fp16", "fp32", "int8"]
     update: Literal["replace", "append"]
     ops: tuple[str, ...]
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return torch.float16 if self.dtype == "fp16" else torch.float32
+        return TORCH_TYPES[self.dtype]
+
+    def with_room(self, state: Tensor, tokens: int) -> Tensor:
+        """`state`, if it grows, with rows for so many tokens at least."""
+        missing = tokens - state.shape[2] if self.update == "append" else 0
+        if missing <= 0:
+            return state
+        rows = state.new_zeros((*state.shape[:2], missing, *state.shape[3:]))
+        return torch.cat([state, rows], 2)
 
     def zeros(self, batch: int, device: Any = None) -> Tensor:
         """What it is before the first token."""
@@ -91,14 +107,18 @@ class Context:
     """What all blocks of a model have in common when they run.
 
     Attributes:
+        d_model: width of the residual stream.
         residual_eps: of the norms that read the residual stream.
         linear: what computes in_proj and out_proj of a quantized block: `linear`, but for
             benchmarks that compare it with another.
+        position: () INT64, tokens before this call.
     """
 
     recipe: QuantConfig
+    d_model: int
     residual_eps: float
     linear: Linear
+    position: Any = None
 
 
 class Block(ABC):
@@ -124,6 +144,10 @@ class Block(ABC):
         """The block as the recipe wants it."""
         return self
 
+    def with_context(self: OwnBlock, tokens: int) -> OwnBlock:
+        """The block with room for `tokens` in its states that grow."""
+        return self
+
     @property
     @abstractmethod
     def parts(self) -> Mapping[str, int]:
@@ -133,6 +157,11 @@ class Block(ABC):
     @abstractmethod
     def width(self) -> int:
         """Columns of out_proj."""
+
+    @property
+    def rotation(self) -> InputRotation:
+        """Of out_proj's input in a quantized block: see `hadamard.apply`."""
+        return "full"
 
     @property
     def prompt_multiple(self) -> int:

@@ -70,6 +70,11 @@ class Description:
         blocks = tuple(block.adapted(recipe) for block in self.blocks)
         return dataclasses.replace(self, blocks=blocks)
 
+    def with_context(self, tokens: int) -> Description:
+        """The model with room for `tokens` in the states that grow."""
+        blocks = tuple(block.with_context(tokens) for block in self.blocks)
+        return dataclasses.replace(self, blocks=blocks)
+
     def states(self, recipe: QuantConfig) -> Iterator[tuple[str, StateSpec]]:
         """Graph name and kind of every state, in the order of the data."""
         for i, block in enumerate(self.blocks):

@@ -8,6 +8,7 @@ baseline, runs here as well.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -16,8 +17,10 @@ import torch
 from torch import Tensor
 
 from ssdi8_edge.models.block import (
+    IN_BIAS,
     IN_PROJ,
     NORM,
+    OUT_BIAS,
     OUT_PROJ,
     Block,
     Context,
@@ -46,13 +49,19 @@ def run_block(
     if not recipe.quantized:
         residual, u = baseline.RMS_NORM(hidden, residual, p[NORM], eps=context.residual_eps)
         see("the input of in_proj", u)
-        projected = see("the output of in_proj", baseline.LINEAR(u, p[IN_PROJ]))
+        projected = see("the output of in_proj", _fp16_linear(p, IN_PROJ, IN_BIAS, u))
         r, states = block.inner(p, context, projected, states)
         see("the input of out_proj", r)
-        out = see("the output of out_proj", baseline.LINEAR(r, p[OUT_PROJ]))
+        out = see("the output of out_proj", _fp16_linear(p, OUT_PROJ, OUT_BIAS, r))
         return out, residual, states
     residual, r, states = run_to_out_proj(block, p, context, hidden, residual, states)
-    return context.linear(p, "out_proj", r, recipe), residual, states
+    return context.linear(p, "out_proj", r, recipe.for_columns(block.width)), residual, states
+
+
+def _fp16_linear(p: Parameters, weight: str, bias: str, x: Any) -> Any:
+    if bias in p:
+        return baseline.LINEAR_BIAS(x, p[weight], p[bias])
+    return baseline.LINEAR(x, p[weight])
 
 
 def run_to_out_proj(
@@ -60,7 +69,8 @@ def run_to_out_proj(
 ) -> tuple[Any, Any, States]:
     """A quantized block up to out_proj: (residual', its input, states')."""
     residual, u = norm(p, "u_scale", context, hidden, residual)
-    r, states = block.inner(p, context, context.linear(p, "in_proj", u, context.recipe), states)
+    recipe = context.recipe.for_columns(context.d_model)
+    r, states = block.inner(p, context, context.linear(p, "in_proj", u, recipe), states)
     return residual, r, states
 
 
@@ -120,7 +130,7 @@ class QuantizedModel:
     ) -> None:
         self.description = description
         self.recipe = recipe
-        self._context = Context(recipe, description.residual_eps, linear)
+        self._context = Context(recipe, description.d_model, description.residual_eps, linear)
         self._top: dict[str, Any] = {}
         self._layers: list[dict[str, Any]] = [{} for _ in description.blocks]
         for name, tensor in tensors.items():
@@ -138,6 +148,16 @@ class QuantizedModel:
             for block in self.description.blocks
         ]
 
+    def _with_room(self, states: list[States], tokens: int) -> list[States]:
+        blocks = zip(self.description.blocks, states, strict=True)
+        return [
+            tuple(
+                spec.with_room(state, tokens)
+                for spec, state in zip(block.states(self.recipe), carried, strict=True)
+            )
+            for block, carried in blocks
+        ]
+
     def named_states(self, states: list[States]) -> dict[str, Tensor]:
         """Graph name -> state, in the order of the data."""
         names = (name for name, _ in self.description.states(self.recipe))
@@ -150,16 +170,24 @@ class QuantizedModel:
         states: list[States] | None = None,
         keep: int = 1,
         scope: Scope = lambda name: nullcontext(),
+        position: int = 0,
     ) -> tuple[Tensor, list[States]]:
-        """input_ids (B, L) -> logits (B, keep, V) FP32 and the states after the last token."""
+        """input_ids (B, L) -> logits (B, keep, V) FP32 and the states after the last token.
+
+        `position` is the number of tokens before these; caches grow where they are too short.
+        """
+        context = dataclasses.replace(self._context, position=torch.tensor(position))
+        if states is None:
+            states = self.zero_states(input_ids.shape[0])
+        states = self._with_room(states, position + input_ids.shape[1])
         with torch.inference_mode():
             return run_model(
                 self.description.blocks,
                 self._layers.__getitem__,
                 self._top,
-                self._context,
+                context,
                 input_ids,
-                self.zero_states(input_ids.shape[0]) if states is None else states,
+                states,
                 torch.tensor(keep),
                 scope,
             )

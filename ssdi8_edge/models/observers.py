@@ -11,7 +11,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ssdi8_edge.numerics.hadamard import transform
+from ssdi8_edge.numerics import hadamard
+from ssdi8_edge.numerics.formats import InputRotation
 from ssdi8_edge.numerics.histogram import MagnitudeHistogram
 from ssdi8_edge.numerics.int8 import scale_from_absmax
 from ssdi8_edge.recipes.recipe import QuantConfig
@@ -23,9 +24,10 @@ PER_TENSOR_FLOOR = 1e-6
 class Observers:
     """Statistics of one block; called as the `observe` of `FloatBlock`. A kind adds its own."""
 
-    def __init__(self, parts: Mapping[str, int]) -> None:
-        """`parts`: the rows of in_proj, in order."""
+    def __init__(self, parts: Mapping[str, int], rotation: InputRotation = "full") -> None:
+        """`parts`: the rows of in_proj, in order; `rotation`: of out_proj's input."""
         self._parts = parts
+        self._rotation = rotation
         self._histograms: dict[str, MagnitudeHistogram] = {}
         self.absmax: dict[str, Tensor] = {}
 
@@ -38,7 +40,7 @@ class Observers:
             ):
                 self.update(f"in_proj.{part}", rows.abs().amax())
         elif name == "r":
-            self.whole("r", transform(value))
+            self.whole("r", hadamard.apply(value, self._rotation))
         elif name == "out":
             self.update("out", value.abs().amax())
 

@@ -17,8 +17,9 @@ Gate = Literal["q0.7", "fp32"]
 # in the rotated basis, so that nothing else changes; but no channel stands out any more.
 Rotation = Literal["none", "hadamard"]
 
-# Of the input of out_proj before it becomes INT8, `hadamard.apply`: by one matrix where the width has
-# one, by equal matrices along the diagonal, or by these behind signs, for values that share a sign.
+# Of the input of out_proj before it becomes INT8, see `hadamard.apply`: by one matrix where the
+# width has one, by equal matrices along the diagonal, or by these behind signs, for values that are
+# never negative.
 InputRotation = Literal["none", "full", "blocks", "signs"]
 
 # The scales of tensors that exist only inside SSD (the weighted x, the passed states): as released,

@@ -8,8 +8,6 @@ Source: docs/method.md §12.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 

@@ -14,7 +14,12 @@ from ssdi8_edge.ops.causal_conv1d import convolution_lines, convolve
 from ssdi8_edge.ops.kernel_library import Call
 from ssdi8_edge.ops.op import Attributes, BodyForm, Op
 from ssdi8_edge.ops.rms_norm import rms_lines
-from ssdi8_edge.ops.rms_norm_gated import gated_norm, gated_norm_lines
+from ssdi8_edge.ops.rms_norm_gated import (
+    gated_norm,
+    gated_norm_lines,
+    norm_then_gate,
+    norm_then_gate_lines,
+)
 from ssdi8_edge.ops.ssd.chunk_state import decay_lines
 from ssdi8_edge.ops.ssd.cumsum import time_step_lines
 from ssdi8_edge.ops.ssd.float import ssd_chunked
@@ -63,6 +68,27 @@ def _linear_body(a: Attributes, form: BodyForm) -> str:
             t.cast("weight32", "weight", t.FP32),
             "weight_t = Transpose <perm = [1, 0]> (weight32)",
             "y32 = MatMul (x32, weight_t)",
+            t.cast("y", "y32", t.FP16),
+        ]
+    )
+
+
+def linear_bias_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """FP16(x · weightᵀ + bias): as `linear_reference`, with bias (Out) FP32."""
+    return (x.float() @ weight.float().t() + bias).half()
+
+
+def _linear_bias_body(a: Attributes, form: BodyForm) -> str:
+    operands = [t.cast("x_wide", "x", t.FP32), t.cast("weight_wide", "weight", t.FP32)]
+    if form == "tensorrt":  # as `_linear_body`
+        operands = ["x_wide = Identity (x)", "weight_wide = Identity (weight)"]
+    return "\n".join(
+        [
+            *operands,
+            "weight_t = Transpose <perm = [1, 0]> (weight_wide)",
+            "product = MatMul (x_wide, weight_t)",
+            t.cast("product32", "product", t.FP32),
+            "y32 = Add (product32, bias)",
             t.cast("y", "y32", t.FP16),
         ]
     )
@@ -254,6 +280,17 @@ def _rms_norm_gated_body(a: Attributes, form: BodyForm) -> str:
     return "\n".join([*gated_norm_lines(a, form), t.cast("normed", "r", t.FP16)])
 
 
+def norm_then_gate_reference(
+    y: Tensor, zxbcdt: Tensor, weight: Tensor, *, eps: float, d_inner: int, ngroups: int
+) -> Tensor:
+    """`norm_then_gate` in FP16 (B, L, E), no rotation."""
+    return norm_then_gate(y, zxbcdt, weight, d_inner=d_inner, ngroups=ngroups, eps=eps).half()
+
+
+def _norm_then_gate_body(a: Attributes, form: BodyForm) -> str:
+    return "\n".join([*norm_then_gate_lines(a, form), t.cast("normed", "r", t.FP16)])
+
+
 RMS_NORM = Op(
     name="RmsNorm",
     outputs=("residual_out", "normed"),
@@ -267,6 +304,13 @@ LINEAR = Op(
     reference=linear_reference,
     body=_linear_body,
     kernel=_linear_kernel,
+    plugin=False,
+)
+LINEAR_BIAS = Op(
+    name="LinearBias",
+    outputs=("y",),
+    reference=linear_bias_reference,
+    body=_linear_bias_body,
     plugin=False,
 )
 CAUSAL_CONV1D = Op(
@@ -288,5 +332,12 @@ RMS_NORM_GATED = Op(
     outputs=("normed",),
     reference=rms_norm_gated_reference,
     body=_rms_norm_gated_body,
+    plugin=False,
+)
+NORM_THEN_GATE = Op(
+    name="NormThenGate",
+    outputs=("normed",),
+    reference=norm_then_gate_reference,
+    body=_norm_then_gate_body,
     plugin=False,
 )

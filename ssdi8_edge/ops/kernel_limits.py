@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ssdi8_edge.ground.errors import UsageError
+from ssdi8_edge.numerics import hadamard
 
 SIZES = {
     "headdim": (64, 128),
@@ -30,10 +31,17 @@ def size_misfit(sizes: Mapping[str, int]) -> str | None:
 
 
 def width_misfit(name: str, width: int) -> str | None:
-    """The same of a width that is normalized and rotated; it must have a rotation, too."""
+    """The same of a width that is normalized."""
     if width % WIDTH_STEP or width > MOST_WIDTH:
         return _found(name, width, f"multiples of {WIDTH_STEP} up to {MOST_WIDTH}")
     return None
+
+
+def rotated_width_misfit(name: str, width: int) -> str | None:
+    """The same of a width that a kernel rotates, which none does in blocks."""
+    if width_misfit(name, width) is None and not hadamard.exists(width):
+        return _found(name, width, "2^k, 12·2^k or 20·2^k")
+    return width_misfit(name, width)
 
 
 def _found(name: str, size: int, kernels: str) -> str:

@@ -55,7 +55,8 @@ class Op:
         reference: the torch function; its docstring is the specification.
         body: ONNX statements computing `outputs` from the inputs.
         kernel: what runs it on a GPU, given the reference's arguments by name; None: the reference.
-        plugin: TensorRT runs it as a plugin of the same name; otherwise the body is inlined.
+        plugin: TensorRT runs it as a plugin of the same name, which an op without a kernel does not
+            have yet; otherwise the body is inlined.
     """
 
     name: str

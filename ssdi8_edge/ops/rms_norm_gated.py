@@ -1,4 +1,8 @@
-"""Gate, grouped RMSNorm, Hadamard rotation and quantization to INT8: the input of out_proj."""
+"""Gate, grouped RMSNorm, Hadamard rotation and quantization to INT8: the input of out_proj.
+
+Mamba-2's gate comes before the norm. Models that were trained with the norm first have an op of
+their own.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +24,21 @@ def gated_norm(
 ) -> Tensor:
     """r = v / rms(v in its group) · weight, v = y · silu(z), in FP32 (B, L, E)."""
     v = y.float() * silu(zxbcdt[..., :d_inner])
+    return _grouped_norm(v, ngroups, eps) * weight
+
+
+def norm_then_gate(
+    y: Tensor, zxbcdt: Tensor, weight: Tensor, *, d_inner: int, ngroups: int, eps: float
+) -> Tensor:
+    """r = y / rms(y in its group) · weight · silu(z), in FP32 (B, L, E)."""
+    return _grouped_norm(y.float(), ngroups, eps) * weight * silu(zxbcdt[..., :d_inner])
+
+
+def _grouped_norm(v: Tensor, ngroups: int, eps: float) -> Tensor:
     grouped = v.unflatten(-1, (ngroups, -1))
     mean_square = grouped.double().square().mean(-1, keepdim=True)
     rstd = (mean_square + eps).sqrt().reciprocal().float()
-    return (grouped * rstd).flatten(-2) * weight
+    return (grouped * rstd).flatten(-2)
 
 
 def rms_norm_gated_reference(
@@ -55,30 +70,79 @@ def rms_norm_gated_reference(
     return quantize_tokens(rotated, scaling, scale, rounding, "r")
 
 
+def norm_then_gate_reference(
+    y: Tensor,
+    zxbcdt: Tensor,
+    weight: Tensor,
+    scale: Tensor | None = None,
+    *,
+    eps: float,
+    d_inner: int,
+    ngroups: int,
+    rounding: Rounding,
+    scaling: Scaling,
+) -> tuple[Tensor, Tensor]:
+    """As `rms_norm_gated_reference`, with r of `norm_then_gate`."""
+    r = norm_then_gate(y, zxbcdt, weight, d_inner=d_inner, ngroups=ngroups, eps=eps)
+    rotated = hadamard.transform(r).float()
+    return quantize_tokens(rotated, scaling, scale, rounding, "r")
+
+
 def gated_norm_lines(a: Attributes, form: BodyForm) -> list[str]:
     """`gated_norm` as statements: defines `r` (B, L, E) FP32."""
-    f = t.compute_type(form)
-    e, g = int(a["d_inner"]), int(a["ngroups"])
     return [
-        t.slice_last("z16", "zxbcdt", 0, e),
-        t.cast("z", "z16", t.FP32),
-        silu_lines("gate", "z", f),
-        t.cast("y32", "y", t.FP32),
+        *_gate_lines(a, form),
         "v_flat = Mul (y32, gate)",
-        t.ints("grouped", [0, 0, g, e // g]),
-        "v = Reshape (v_flat, grouped)",
-        *rms_lines("v", "v_norm", float(a["eps"]), f),
-        t.ints("flat", [0, 0, e]),
-        "v_norm_flat = Reshape (v_norm, flat)",
+        *_grouped_norm_lines("v_flat", a, form),
         "r = Mul (v_norm_flat, weight)",
     ]
 
 
+def norm_then_gate_lines(a: Attributes, form: BodyForm) -> list[str]:
+    """`norm_then_gate` as statements: defines `r` (B, L, E) FP32."""
+    return [
+        *_gate_lines(a, form),
+        *_grouped_norm_lines("y32", a, form),
+        "weighted = Mul (v_norm_flat, weight)",
+        "r = Mul (weighted, gate)",
+    ]
+
+
+def _gate_lines(a: Attributes, form: BodyForm) -> list[str]:
+    """`gate`, SiLU of z, and `y32`."""
+    return [
+        t.slice_last("z16", "zxbcdt", 0, int(a["d_inner"])),
+        t.cast("z", "z16", t.FP32),
+        silu_lines("gate", "z", t.compute_type(form)),
+        t.cast("y32", "y", t.FP32),
+    ]
+
+
+def _grouped_norm_lines(x: str, a: Attributes, form: BodyForm) -> list[str]:
+    """`v_norm_flat`: `x` (B, L, E) FP32 without its RMS in each group."""
+    e, g = int(a["d_inner"]), int(a["ngroups"])
+    return [
+        t.ints("grouped", [0, 0, g, e // g]),
+        f"v = Reshape ({x}, grouped)",
+        *rms_lines("v", "v_norm", float(a["eps"]), t.compute_type(form)),
+        t.ints("flat", [0, 0, e]),
+        "v_norm_flat = Reshape (v_norm, flat)",
+    ]
+
+
 def _body(a: Attributes, form: BodyForm) -> str:
+    return _rotated_body(gated_norm_lines(a, form), a, form)
+
+
+def _norm_then_gate_body(a: Attributes, form: BodyForm) -> str:
+    return _rotated_body(norm_then_gate_lines(a, form), a, form)
+
+
+def _rotated_body(r_lines: list[str], a: Attributes, form: BodyForm) -> str:
     f = t.compute_type(form)
     return "\n".join(
         [
-            *gated_norm_lines(a, form),
+            *r_lines,
             t.cast("r_wide", "r", f),
             t.hadamard_transform("rotated_wide", "r_wide", int(a["d_inner"]), form, leading=2),
             t.cast("rotated", "rotated_wide", t.FP32),
@@ -104,4 +168,10 @@ RMS_NORM_GATED = Op(
     reference=rms_norm_gated_reference,
     body=_body,
     kernel=_kernel,
+)
+NORM_THEN_GATE = Op(
+    name="Ssdi8NormThenGate",
+    outputs=("quantized", "token_scale"),
+    reference=norm_then_gate_reference,
+    body=_norm_then_gate_body,
 )

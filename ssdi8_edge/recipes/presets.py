@@ -123,6 +123,7 @@ METHODS: dict[str, QuantConfig] = {
             about="baseline: no quantization",
             linear="fp16",
             ssd="fp16",
+            kv="fp16",
             compensation=0.0,
             bc_rotation="none",
             correction="none",

@@ -6,12 +6,16 @@ docs/method.md says what each choice computes.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
 from ssdi8_edge.ground.errors import UsageError
 from ssdi8_edge.numerics.formats import Gate, Rotation, Rounding, Scaling
+
+
+LEAST_GROUP = 16
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,8 @@ class QuantConfig:
         linear: in_proj and out_proj: FP16, W8A8 with one weight scale per tensor, per part of
             in_proj ("w8_block": z, x, B, C, dt) or per output row, or W4A8 with a scale per row
             and group.
-        group_size: input columns that share a W4 scale.
+        group_size: input columns that share a W4 scale; fewer where it divides no width, see
+            `for_columns`.
         group_scales: of W4 in steps of the row: "fp16", as released, or "integer", -15 to 16,
             which a kernel applies with a fraction of the instructions.
         group_search: a W4 group's scale: from its largest weight ("absmax", as released), or the
@@ -59,6 +64,8 @@ class QuantConfig:
             output of out_proj, as released), "residual" (the residual stream behind it).
         correction_strength: λ, a fixed factor; None shrinks each channel by its own reliability.
         state_dtype: of the SSM state between calls.
+        kv: keys and values of attention between calls: INT8 with a scale per token and head, or
+            FP16, which they always are with linear "fp16".
         chunk_size: None keeps the model's.
         calibration_tokens, calibration_samples: length and number of calibration sequences.
     """
@@ -90,6 +97,7 @@ class QuantConfig:
     correction: Literal["none", "out", "residual"] = "out"
     correction_strength: float | None = 0.15
     state_dtype: Literal["fp16", "fp32"] = "fp16"
+    kv: Literal["int8", "fp16"] = "int8"
     chunk_size: int | None = None
     calibration_tokens: int = 512
     calibration_samples: int = 128
@@ -133,6 +141,13 @@ class QuantConfig:
         """Whether any part is INT8: such models are rotated."""
         return self.linear != "fp16"
 
+    def for_columns(self, columns: int) -> QuantConfig:
+        """The recipe for a linear layer of so many input columns.
+
+        Groups that do not divide them are halved until they do, down to `LEAST_GROUP`.
+        """
+        return _with_groups_in(self, columns)
+
     def require_exportable(self) -> None:
         """Raises UsageError for a recipe that no op computes."""
         if self.ssd == "dequantized":
@@ -160,3 +175,11 @@ class QuantConfig:
                     "quantize again.",
                 )
         return cls(**fields)
+
+
+@functools.cache
+def _with_groups_in(recipe: QuantConfig, columns: int) -> QuantConfig:
+    group = recipe.group_size
+    while columns % group and group % 2 == 0 and group > LEAST_GROUP:
+        group //= 2
+    return dataclasses.replace(recipe, group_size=group) if columns % group == 0 else recipe

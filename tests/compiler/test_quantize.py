@@ -204,7 +204,7 @@ def test_stored_tensors(tiny: Tiny, name: str, ngroups: int) -> None:
         for prefix in (f"layers.{i}." for i in range(len(blocks)))
     ]
     states = [tuple(s.zeros(1) for s in block.states(recipe)) for block in blocks]
-    context = Context(recipe, description.residual_eps, linear)
+    context = Context(recipe, description.d_model, description.residual_eps, linear)
     top = {k: v for k, v in made.tensors.items() if not k.startswith("layers.")}
     top.setdefault("lm_head.weight", top["embedding.weight"])
     ids = random_ids(1, 2 * description.prompt_multiple)

@@ -50,7 +50,9 @@ def slow_rotation(values: np.ndarray, rotation: str) -> np.ndarray:
     out = np.zeros(n, f32)
     for start in range(0, n, order):
         block = values[start : start + order].astype(np.float64) * sign
-        out[start : start + order] = [math.fsum(block * h[:, j]) * order**-0.5 for j in range(order)]
+        out[start : start + order] = [
+            math.fsum(block * h[:, j]) * order**-0.5 for j in range(order)
+        ]
     return out
 
 
@@ -90,7 +92,6 @@ def test_activation_bodies(
         inputs, a = inputs_of(case, magnitude)
         chosen = {"rounding": rounding, "scaling": scaling}
         compare_body("Ssdi8Activation", [*inputs, *token_scaling(scaling, 0.02)], {**a, **chosen})
-
 
 
 @cases

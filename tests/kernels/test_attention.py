@@ -63,9 +63,7 @@ def slow_rotary(x: np.ndarray, position: int, theta: float) -> np.ndarray:
     return out
 
 
-def slow_attention(
-    inputs: list[Tensor], a: dict[str, Any]
-) -> tuple[np.ndarray, list[np.ndarray]]:
+def slow_attention(inputs: list[Tensor], a: dict[str, Any]) -> tuple[np.ndarray, list[np.ndarray]]:
     """o (B, L, Q, d) and the caches, token by token and head by head; sums by `fsum`."""
     projected, *caches, position = (tensor.numpy() for tensor in inputs)
     caches = [cache.copy() for cache in caches]

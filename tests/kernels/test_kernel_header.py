@@ -33,9 +33,9 @@ def test_a_choice_that_the_header_lacks_is_an_error() -> None:
 def test_structs_are_those_of_the_ops_with_a_plugin() -> None:
     """Every attribute that a kernel needs is a field of the op's struct."""
     by_op = {struct.__name__[:-6]: struct for struct in parameter_structs().values()}
-    assert sorted(by_op) == sorted(name for name, op in OPS.items() if op.plugin)
+    written = {name for name, op in OPS.items() if op.plugin and op.kernel}
+    assert by_op.keys() == written
     for name, struct in by_op.items():
-        assert OPS[name].kernel is not None
         assert set(OPS[name].attributes) <= {field[0] for field in struct._fields_}
 
 

@@ -87,3 +87,4 @@ def test_linear_bodies(shape: tuple[int, int, int, int], extreme: bool) -> None:
     values = torch.randn(batch, length, columns, generator=g).half()
     matrix = torch.randn(rows, columns, generator=g).half()
     compare_body("Linear", [values, matrix], {}, fp16_fraction=0.02)
+    compare_body("LinearBias", [values, matrix, bias], {}, fp16_fraction=0.02)

@@ -16,6 +16,7 @@ from slow_ops import (
     slow_silu,
 )
 
+from ssdi8_edge.numerics import hadamard
 from ssdi8_edge.numerics.formats import Scaling
 from ssdi8_edge.numerics.int8 import Rounding
 from ssdi8_edge.ops import OPS
@@ -51,20 +52,21 @@ def test_rms_norm_against_loops(magnitude: float, rounding: Rounding, scaling: S
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize(
     ("e", "ngroups", "magnitude"),
-    [(64, 1, 1.0), (48, 2, 1.0), (64, 8, 1.0), (20, 1, 1e3), (64, 1, 0.0)],
+    [(64, 1, 1.0), (48, 2, 1.0), (64, 8, 1.0), (20, 1, 1e3), (64, 1, 0.0), (72, 3, 1.0)],
 )
+@pytest.mark.parametrize("op", ["Ssdi8RmsNormGated", "Ssdi8NormThenGate"])
 def test_gated_norm_against_loops(
-    e: int, ngroups: int, magnitude: float, rounding: Rounding, scaling: Scaling
+    op: str, e: int, ngroups: int, magnitude: float, rounding: Rounding, scaling: Scaling
 ) -> None:
-    """Gate before norm, RMS per group, weight, rotation as a dense product, quantization."""
-    from ssdi8_edge.numerics.hadamard import factors
-
+    """Gate and norm in their order, RMS per group, weight, rotation as a dense product of blocks
+    (72: 3 of 24), quantization."""
+    first = op == "Ssdi8NormThenGate"
     batch, length, eps, scale = 2, 3, 1e-5, 0.021
     g = torch.Generator().manual_seed(2)
     y = (torch.randn(batch, length, e, generator=g) * magnitude).half()
     zxbcdt = (torch.randn(batch, length, 2 * e + 7, generator=g) * 2).half()
     weight = torch.rand(e, generator=g) + 0.5
-    got, got_scale = OPS["Ssdi8RmsNormGated"](
+    got, got_scale = OPS[op](
         *(y, zxbcdt, weight, *token_scaling(scaling, scale)),
         eps=eps,
         d_inner=e,
@@ -72,17 +74,19 @@ def test_gated_norm_against_loops(
         rounding=rounding,
         scaling=scaling,
     )
-    h = torch.kron(*factors(e)).numpy()
+    order = e if hadamard.exists(e) else hadamard.block_order(e)
+    h = torch.block_diag(*[torch.kron(*hadamard.factors(order))] * (e // order)).numpy()
     size = e // ngroups
     for b, i in np.ndindex(batch, length):
         gate = np.array([slow_silu(float(v)) for v in zxbcdt[b, i, :e]], f32)
-        v = y[b, i].numpy().astype(f32) * gate
+        v = y[b, i].numpy().astype(f32) * (f32(1) if first else gate)
         r = np.zeros(e, f32)
         for start in range(0, e, size):
             part = slice(start, start + size)
             mean = math.fsum(float(value) ** 2 for value in v[part]) / size
             r[part] = v[part] * f32(1 / math.sqrt(mean + eps)) * weight[part].numpy()
-        spread = [math.fsum(r.astype(np.float64) * h[:, j]) * e**-0.5 for j in range(e)]
+        r = r * gate if first else r
+        spread = [math.fsum(r.astype(np.float64) * h[:, j]) * order**-0.5 for j in range(e)]
         want, want_scale = quantized_token(np.array(spread, f32), scaling, scale, rounding)
         assert_same(got[b, i], want)
         assert got_scale[b, i].tolist() == [want_scale]
@@ -137,3 +141,5 @@ def test_norm_bodies(
         inputs = [hidden, zxbcdt, weight]
         compare_body("Ssdi8RmsNormGated", [*inputs, *scales], {**quantization, **sizes})
         compare_body("RmsNormGated", inputs, {"eps": 1e-5, **sizes})
+        compare_body("Ssdi8NormThenGate", [*inputs, *scales], {**quantization, **sizes})
+        compare_body("NormThenGate", inputs, {"eps": 1e-5, **sizes})

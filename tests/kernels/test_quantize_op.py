@@ -26,7 +26,10 @@ def test_quantize_against_loops(
     x = torch.randn(1, 2, width, generator=torch.Generator().manual_seed(width)).half()
     got, got_scale = OPS["Ssdi8Quantize"](
         *(x, *token_scaling(scaling, 0.02)),
-        **{"width": width, "rotation": rotation, "rounding": rounding, "scaling": scaling},
+        width=width,
+        rotation=rotation,
+        rounding=rounding,
+        scaling=scaling,
     )
     for i in range(2):
         rotated = slow_rotation(x[0, i].numpy().astype(f32), rotation)
@@ -38,9 +41,7 @@ def test_quantize_against_loops(
 @pytest.mark.parametrize("scaling", ["dynamic", "static"])
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @rows
-def test_quantize_bodies(
-    width: int, rotation: str, rounding: Rounding, scaling: Scaling
-) -> None:
+def test_quantize_bodies(width: int, rotation: str, rounding: Rounding, scaling: Scaling) -> None:
     g = torch.Generator().manual_seed(3)
     for magnitude in (1.0, 0.0, 1e4):
         x = (torch.randn(2, 5, width, generator=g) * magnitude).half()

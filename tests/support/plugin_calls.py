@@ -19,7 +19,7 @@ from ssdi8_edge.compile.safetensors_writer import SafetensorsWriter
 from ssdi8_edge.ops import OPS
 from ssdi8_edge.ops.op import Op
 
-PLUGIN_OPS = sorted(name for name, op in OPS.items() if op.plugin)
+PLUGIN_OPS = sorted(name for name, op in OPS.items() if op.plugin and op.kernel)
 
 # Recipes that between them have every op, and every choice that an attribute or a type states.
 MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {

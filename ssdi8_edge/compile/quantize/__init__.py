@@ -25,7 +25,18 @@ from ssdi8_edge.compile.quantize.linears import InputStatistics, linear_tensors,
 from ssdi8_edge.ground.allocator import return_freed_memory
 from ssdi8_edge.ground.progress import Track, silent
 from ssdi8_edge.ground.spool import Spool, batches, open_spool
-from ssdi8_edge.models.block import IN_PROJ, NORM, OUT_PROJ, Context, Int8Input, Layer, linear, norm
+from ssdi8_edge.models.block import (
+    IN_BIAS,
+    IN_PROJ,
+    NORM,
+    OUT_BIAS,
+    OUT_PROJ,
+    Context,
+    Int8Input,
+    Layer,
+    linear,
+    norm,
+)
 from ssdi8_edge.models.description import Description
 from ssdi8_edge.models.float import load_block
 from ssdi8_edge.models.network import run_to_out_proj
@@ -144,6 +155,7 @@ def _keep_fp16(
             IN_PROJ: fp16(f"layers.{i}.{IN_PROJ}", layer[IN_PROJ]),
             **model.blocks[i].own_tensors(layer, recipe),
             OUT_PROJ: fp16(f"layers.{i}.{OUT_PROJ}", layer[OUT_PROJ]),
+            **{name: layer[name] for name in (IN_BIAS, OUT_BIAS) if name in layer},
         }
         for name, tensor in tensors.items():
             sink.add(f"layers.{i}.{name}", tensor)
@@ -189,6 +201,7 @@ class _Streams:
     """What flows between layers, of the FP and of the quantized model, at the layer at hand.
 
     Attributes:
+        tokens: of a window.
         fp, quantized: (T, D) FP32, the residual entering the layer.
         target: (T, D) FP32, what out_proj ought to give.
         out_proj_input: (T, E) INT8, and out_proj_scale (T, 1) FP32 of its tokens.
@@ -204,6 +217,7 @@ class _Streams:
     ) -> None:
         self.device = device
         self.parts = batches(ids)
+        self.tokens = ids.shape[1]
         self._stack = ExitStack()
 
         def spool(width: int, dtype: torch.dtype) -> Spool:
@@ -250,7 +264,7 @@ class _Layer:
         self._index = index
         self._block = model.blocks[index]
         self._recipe = recipe
-        self._context = Context(recipe, model.residual_eps, linear)
+        self._context = Context(recipe, model.d_model, model.residual_eps, linear, torch.tensor(0))
         self._streams = streams
 
     def quantize(self, source: Layer, statistics: Mapping[str, Tensor]) -> Layer:
@@ -269,16 +283,18 @@ class _Layer:
             weight = (weight + recipe.compensation * lacking).float()
             hessian = inputs.hessian if recipe.gptq else None
         p |= linear_tensors("in_proj", weight, recipe, hessian, list(block.parts.values()))
+        p |= {k: v for k, v in rotated.items() if k == IN_BIAS}
 
-        weight, hessian = rotate_out_proj_input(rotated[OUT_PROJ]), None
+        weight, hessian = rotate_out_proj_input(rotated[OUT_PROJ], block.rotation), None
         outputs = self._run_to_out_proj(p, rotated, weight)
         if outputs is not None:
             lacking = outputs.regression() if recipe.compensation else 0.0
             weight = (weight + recipe.compensation * lacking).float()
             hessian = outputs.hessian if recipe.gptq else None
         p |= linear_tensors("out_proj", weight, recipe, hessian)
+        p |= {k: v for k, v in rotated.items() if k == OUT_BIAS}
 
-        self._advance(p)
+        self._advance(p, rotated.get(OUT_BIAS))
         return p
 
     def _in_proj_inputs(self, p: Layer) -> InputStatistics:
@@ -309,9 +325,10 @@ class _Layer:
         if recipe.gptq or recipe.compensation:
             inputs = InputStatistics(block.width, self._model.d_model, device)
         fp_block = load_block(self._model, self._index, rotated)
+        carried = block.with_context(streams.tokens).states(recipe)
         for part in streams.parts:
             entering = streams.quantized[part].to(device)
-            states = tuple(spec.zeros(len(entering), device) for spec in block.states(recipe))
+            states = tuple(spec.zeros(len(entering), device) for spec in carried)
             zero = torch.zeros_like(entering, dtype=torch.float16)
             _, r, _ = run_to_out_proj(block, p, self._context, zero, entering, states)
             streams.store_out_proj_input(part, r)
@@ -323,23 +340,26 @@ class _Layer:
             streams.target[part] = target
             if inputs is not None:
                 real = r.real()
-                inputs.add(real, target - real @ out_proj.t())
+                fixed = rotated[OUT_BIAS] if OUT_BIAS in rotated else 0.0
+                inputs.add(real, target - fixed - real @ out_proj.t())
         return inputs
 
-    def _advance(self, p: Layer) -> None:
-        """The mean difference from the target becomes out_proj's bias; the stream goes on."""
+    def _advance(self, p: Layer, bias: Tensor | None) -> None:
+        """The mean difference from the target is added to out_proj's bias; the stream goes on."""
         recipe, streams = self._recipe, self._streams
 
         def out(part: slice) -> Tensor:
             r = streams.out_proj_input_of(part, self._block.width)
-            value: Tensor = linear(p, "out_proj", r, recipe).float()
+            columns = self._block.width
+            value: Tensor = linear(p, "out_proj", r, recipe.for_columns(columns)).float()
             return value
 
         if recipe.correction != "none":
             difference = MeanDifference()
             for part in streams.parts:
                 difference.add(streams.target[part].to(streams.device) - out(part))
-            bias = difference.correction(recipe.correction_strength)
-            p["out_proj.bias"] = bias.to(streams.device)
+            correction = difference.correction(recipe.correction_strength)
+            correction = correction.to(streams.device)
+            p[OUT_BIAS] = correction if bias is None else bias + correction
         for part in streams.parts:
             streams.quantized[part] = streams.quantized[part].to(streams.device) + out(part)

@@ -61,6 +61,7 @@ def linear_tensors(
         parts: numbers of rows that share a scale with linear "w8_block"; None is all rows.
     """
     if recipe.linear == "w4":
+        recipe = recipe.for_columns(weight.shape[1])
         w4 = quantize_w4(
             weight,
             recipe.group_size,

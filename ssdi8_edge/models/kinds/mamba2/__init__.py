@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -34,11 +34,13 @@ from ssdi8_edge.models.kinds.mamba2.clusters import Order, permuted, sort_and_cl
 from ssdi8_edge.models.kinds.mamba2.dequantized import dequantized_ssd
 from ssdi8_edge.models.kinds.mamba2.float_block import Mamba2FloatBlock
 from ssdi8_edge.numerics import hadamard, int8
+from ssdi8_edge.numerics.formats import InputRotation
 from ssdi8_edge.numerics.fp16_range import IN_FP32, see
 from ssdi8_edge.ops import baseline
+from ssdi8_edge.ops.activation import ACTIVATION, ACTIVATION_FP16
 from ssdi8_edge.ops.causal_conv1d import CAUSAL_CONV1D
-from ssdi8_edge.ops.kernel_limits import size_misfit, width_misfit
-from ssdi8_edge.ops.rms_norm_gated import RMS_NORM_GATED
+from ssdi8_edge.ops.kernel_limits import rotated_width_misfit, size_misfit
+from ssdi8_edge.ops.rms_norm_gated import NORM_THEN_GATE, RMS_NORM_GATED
 from ssdi8_edge.ops.ssd.fused import SSD_SCAN, ssd_modules
 from ssdi8_edge.recipes.presets import METHODS
 from ssdi8_edge.recipes.recipe import QuantConfig
@@ -59,6 +61,8 @@ class Mamba2(Block):
         chunk_size: tokens.
         dt_limit: bounds of the step width dt after softplus.
         norm_eps: of the gated norm.
+        gate_norm: "grouped", a norm of each group behind the gate; "norm_first", before the gate;
+            "none", the gate alone.
     """
 
     kind: ClassVar[str] = "mamba2"
@@ -72,6 +76,7 @@ class Mamba2(Block):
     chunk_size: int = 256
     dt_limit: tuple[float, float] = (0.0, math.inf)
     norm_eps: float = 1e-5
+    gate_norm: Literal["grouped", "norm_first", "none"] = "grouped"
 
     def __post_init__(self) -> None:
         require_sizes(self, "d_inner", "d_state", "d_conv", "headdim", "ngroups", "chunk_size")
@@ -131,6 +136,11 @@ class Mamba2(Block):
         return self.d_inner
 
     @property
+    def rotation(self) -> InputRotation:
+        """The gated norm rotates the whole width, where it can; a gate alone, blocks."""
+        return "blocks" if self.gate_norm == "none" else "full"
+
+    @property
     def prompt_multiple(self) -> int:
         """A chunk."""
         return self.chunk_size
@@ -138,13 +148,14 @@ class Mamba2(Block):
     def own_parameters(self) -> dict[str, tuple[int, ...]]:
         """Convolution, heads, gated norm."""
         heads = (self.nheads,)
+        norm = {} if self.gate_norm == "none" else {"gate_norm.weight": (self.d_inner,)}
         return {
             "conv1d.weight": (self.conv_dim, 1, self.d_conv),
             "conv1d.bias": (self.conv_dim,),
             "dt_bias": heads,
             "A_log": heads,
             "D": heads,
-            "gate_norm.weight": (self.d_inner,),
+            **norm,
         }
 
     def states(self, recipe: QuantConfig) -> tuple[StateSpec, ...]:
@@ -170,7 +181,7 @@ class Mamba2(Block):
         """The first size that has no INT8 kernel, and those that have; None: all have."""
         names = ("headdim", "d_state", "chunk_size", "d_conv", "ngroups")
         sizes = {name: getattr(self, name) for name in names}
-        return size_misfit(sizes) or width_misfit("d_inner", self.d_inner)
+        return size_misfit(sizes) or rotated_width_misfit("d_inner", self.d_inner)
 
     def check_widths(self, check: Callable[[str, int], Any]) -> None:
         """d_inner."""
@@ -248,7 +259,7 @@ class Mamba2(Block):
             "dt_bias": layer["dt_bias"],
             "A": -a_log.exp(),
             "D": d,
-            "gate_norm.weight": layer["gate_norm.weight"],
+            **{k: layer[k] for k in ("gate_norm.weight",) if k in layer},
         }
 
     def scales(
@@ -264,15 +275,35 @@ class Mamba2(Block):
     ) -> tuple[Any, States]:
         """Convolution, SSD and gated norm on zxbcdt = `projected`."""
         recipe = context.recipe
+        y, projected, states = self.to_y(p, recipe, projected, states)
+        if not recipe.quantized:
+            return self.gated(p, y, projected), states
+        quantization = {"rounding": recipe.rounding, "scaling": recipe.input_scaling}
+        r_scale = static(p, "r_scale")
+        if self.gate_norm == "none":
+            r = ACTIVATION(
+                *(y, projected, *r_scale), **self._gate, rotation=self.rotation, **quantization
+            )
+        else:
+            op = RMS_NORM_GATED if self.gate_norm == "grouped" else NORM_THEN_GATE
+            r = op(*(y, projected, p["gate_norm.weight"], *r_scale), **self._norm, **quantization)
+        return Int8Input(*r), states
+
+    def to_y(
+        self, p: Parameters, recipe: QuantConfig, projected: Any, states: States
+    ) -> tuple[Any, Any, States]:
+        """Convolution and SSD: y (B, L, E) FP16, the projected values that the gate reads, and the
+        next states. `projected` may have columns of others behind its own."""
         conv_state, ssm_state = states
         if not recipe.quantized:
             return self._baseline(p, projected, states)
         if recipe.ssd == "dequantized":
-            y, projected, *carried = dequantized_ssd(
-                *(p, recipe, self._conv, self._heads, projected, conv_state, ssm_state)
+            own = projected[..., : sum(self.parts.values())]
+            y, own, *carried = dequantized_ssd(
+                *(p, recipe, self._conv, self._heads, own, conv_state, ssm_state)
             )
             _see_ssd(y, carried[1])
-            return self._gated(p, recipe, y, projected), tuple(carried)
+            return y, own, tuple(carried)
         x, b, c, conv_state = CAUSAL_CONV1D(
             *(projected, conv_state, p["conv1d.weight"], p["conv1d.bias"]),
             *(p["b_scale"], p["c_scale"]),
@@ -293,9 +324,9 @@ class Mamba2(Block):
             scaling=recipe.scaling,
         )
         _see_ssd(y, ssm_state)
-        return self._gated(p, recipe, y, projected), (conv_state, ssm_state)
+        return y, projected, (conv_state, ssm_state)
 
-    def _baseline(self, p: Parameters, projected: Any, states: States) -> tuple[Any, States]:
+    def _baseline(self, p: Parameters, projected: Any, states: States) -> tuple[Any, Any, States]:
         conv_state, ssm_state = states
         x, b, c, conv_state = baseline.CAUSAL_CONV1D(
             *(projected, conv_state, p["conv1d.weight"], p["conv1d.bias"]), **self._conv
@@ -306,19 +337,15 @@ class Mamba2(Block):
             *(x, b, c, projected, ssm_state, p["dt_bias"], p["A"], p["D"]), **self._heads
         )
         _see_ssd(y, ssm_state)
-        r = baseline.RMS_NORM_GATED(y, projected, p["gate_norm.weight"], **self._norm)
-        return r, (conv_state, ssm_state)
+        return y, projected, (conv_state, ssm_state)
 
-    def _gated(self, p: Parameters, recipe: QuantConfig, y: Any, projected: Any) -> Int8Input:
-        """out_proj's input."""
-        return Int8Input(
-            *RMS_NORM_GATED(
-                *(y, projected, p["gate_norm.weight"], *static(p, "r_scale")),
-                **self._norm,
-                rounding=recipe.rounding,
-                scaling=recipe.input_scaling,
-            )
-        )
+    def gated(self, p: Parameters, y: Any, projected: Any) -> Any:
+        """y behind gate and norm in FP16 (B, L, E), not rotated."""
+        if self.gate_norm == "none":
+            return ACTIVATION_FP16(y, projected, **self._gate)
+        grouped = self.gate_norm == "grouped"
+        op = baseline.RMS_NORM_GATED if grouped else baseline.NORM_THEN_GATE
+        return op(y, projected, p["gate_norm.weight"], **self._norm)
 
     # Node attributes.
 
@@ -339,6 +366,10 @@ class Mamba2(Block):
             "dt_min": float(low),
             "dt_max": min(float(high), UNLIMITED),
         }
+
+    @property
+    def _gate(self) -> dict[str, Any]:
+        return {"activation": "silu_gate", "width": self.d_inner, "x_column": 0}
 
     @property
     def _norm(self) -> dict[str, Any]:

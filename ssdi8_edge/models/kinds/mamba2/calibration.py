@@ -14,6 +14,7 @@ from torch import Tensor
 from ssdi8_edge.models.kinds.mamba2.clusters import Order
 from ssdi8_edge.models.observers import PER_TENSOR_FLOOR, Observers, of_linear_inputs
 from ssdi8_edge.numerics import hadamard
+from ssdi8_edge.numerics.formats import InputRotation
 from ssdi8_edge.numerics.hadamard import rotate
 from ssdi8_edge.numerics.histogram import MagnitudeHistogram
 from ssdi8_edge.numerics.int8 import scale_from_absmax
@@ -36,9 +37,15 @@ class Mamba2Observers(Observers):
     x_percentile: (), a moving average of the windows' percentiles.
     """
 
-    def __init__(self, sizes: Mamba2, a_rate: Tensor) -> None:
-        """`a_rate`: A (H)."""
-        super().__init__(sizes.parts)
+    def __init__(
+        self,
+        sizes: Mamba2,
+        a_rate: Tensor,
+        parts: Mapping[str, int] | None = None,
+        rotation: InputRotation | None = None,
+    ) -> None:
+        """`a_rate`: A (H); `parts` and `rotation` of the block, where it is more than Mamba-2."""
+        super().__init__(parts or sizes.parts, rotation or sizes.rotation)
         self._chunk_size = sizes.chunk_size
         self._rotates = hadamard.exists(sizes.d_state)
         self._a_rate = a_rate

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ssdi8_edge.models.block import IN_PROJ, OUT_PROJ, Layer
+from ssdi8_edge.models.block import IN_BIAS, IN_PROJ, OUT_PROJ, Layer
 
 HEAD_GROUPS = 4
 CHANNEL_GROUPS = 4
@@ -114,6 +114,8 @@ def _k_means(points: Tensor, count: int) -> Tensor:
 def permuted(layer: Layer, heads: Tensor, channels: Tensor) -> Layer:
     """The same block with its heads, and the channels of each, in another order.
 
+    Rows of in_proj and columns of out_proj that stand behind those of Mamba-2 stay where they are.
+
     Args:
         heads: (H) the old index of each new head; heads must stay in their SSD group.
         channels: (H, P) the old index inside the head of each new channel.
@@ -124,14 +126,17 @@ def permuted(layer: Layer, heads: Tensor, channels: Tensor) -> Layer:
     # z, x, then B and C as they are, then dt.
     middle = torch.arange(2 * d_inner, d_inner + conv_dim)
     rows = torch.cat([inner, d_inner + inner, middle, d_inner + conv_dim + heads])
+    rows = torch.cat([rows, torch.arange(len(rows), len(layer[IN_PROJ]))])
+    columns = torch.cat([inner, torch.arange(d_inner, layer[OUT_PROJ].shape[1])])
     conv = torch.cat([inner, torch.arange(d_inner, conv_dim)])
     order = {
         IN_PROJ: rows,
+        IN_BIAS: rows,
         "conv1d.weight": conv,
         "conv1d.bias": conv,
         **dict.fromkeys(("A_log", "D", "dt_bias"), heads),
         "gate_norm.weight": inner,
     }
     reordered = {k: v[order[k].to(v.device)] if k in order else v for k, v in layer.items()}
-    reordered[OUT_PROJ] = layer[OUT_PROJ][:, inner.to(layer[OUT_PROJ].device)]
+    reordered[OUT_PROJ] = layer[OUT_PROJ][:, columns.to(layer[OUT_PROJ].device)]
     return reordered

@@ -26,13 +26,18 @@ class GatedRMSNorm(nn.Module):
     y and z (..., size); computed and returned in FP32.
     """
 
-    def __init__(self, size: int, groups: int, eps: float) -> None:
+    def __init__(self, size: int, groups: int, eps: float, norm_first: bool = False) -> None:
         super().__init__()
+        self.norm_first = norm_first
         self.groups = groups
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
+        if self.norm_first:
+            grouped = y.float().unflatten(-1, (self.groups, -1))
+            scale = torch.rsqrt(grouped.square().mean(-1, keepdim=True) + self.eps)
+            return (grouped * scale).flatten(-2) * self.weight.float() * F.silu(z.float())
         gated = (y.float() * F.silu(z.float())).unflatten(-1, (self.groups, -1))
         scale = torch.rsqrt(gated.square().mean(-1, keepdim=True) + self.eps)
         return (gated * scale).flatten(-2) * self.weight.float()
@@ -51,7 +56,10 @@ class Mamba2FloatBlock(FloatBlock):
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
         self.A_log = nn.Parameter(torch.empty(heads).uniform_(1.0, 16.0).log())
         self.D = nn.Parameter(torch.ones(heads))
-        self.gate_norm = GatedRMSNorm(block.d_inner, block.ngroups, block.norm_eps)
+        if block.gate_norm != "none":
+            self.gate_norm = GatedRMSNorm(
+                block.d_inner, block.ngroups, block.norm_eps, block.gate_norm == "norm_first"
+            )
         self.out_proj = nn.Linear(block.width, d_model, bias=False)
 
     def convolve(self, xBC: Tensor, conv_state: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,4 +115,6 @@ class Mamba2FloatBlock(FloatBlock):
             )
         if observe is not None:
             observe("y", y)
+        if sizes.gate_norm == "none":
+            return y.flatten(-2).float() * F.silu(z.float()), (conv_state, ssm_state)
         return self.gate_norm(y.flatten(-2), z), (conv_state, ssm_state)

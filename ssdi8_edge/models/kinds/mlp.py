@@ -1,0 +1,134 @@
+"""A multilayer perceptron: the square of ReLU, or SwiGLU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ssdi8_edge.models.block import (
+    Block,
+    Context,
+    FloatBlock,
+    Int8Input,
+    Layer,
+    Observe,
+    Parameters,
+    States,
+    StateSpec,
+    require_sizes,
+    static,
+)
+from ssdi8_edge.models.observers import Observers, of_linear_inputs
+from ssdi8_edge.numerics.formats import InputRotation
+from ssdi8_edge.ops.activation import ACTIVATION, ACTIVATION_FP16
+from ssdi8_edge.recipes.recipe import QuantConfig
+
+
+@dataclass(frozen=True)
+class Mlp(Block):
+    """Sizes of an MLP block."""
+
+    kind: ClassVar[str] = "mlp"
+    last_ops: ClassVar[tuple[str, ...]] = ("Activation", "Linear (out_proj)")
+
+    hidden: int
+    activation: Literal["relu2", "swiglu"] = "relu2"
+
+    def __post_init__(self) -> None:
+        require_sizes(self, "hidden")
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """The rows of in_proj, in order."""
+        names = ("up",) if self.activation == "relu2" else ("gate", "up")
+        return dict.fromkeys(names, self.hidden)
+
+    @property
+    def width(self) -> int:
+        """Columns of out_proj."""
+        return self.hidden
+
+    def own_parameters(self) -> dict[str, tuple[int, ...]]:
+        """None."""
+        return {}
+
+    # --- in floating point ---
+
+    def float_block(self, d_model: int, norm_eps: float) -> FloatBlock:
+        """A module with random weights."""
+        return MlpFloatBlock(self, d_model, norm_eps)
+
+    # --- quantized ---
+
+    @property
+    def rotation(self) -> InputRotation:
+        """With signs where no value is negative: docs/method.md §4.5."""
+        return "signs" if self.activation == "relu2" else "blocks"
+
+    def states(self, recipe: QuantConfig) -> tuple[StateSpec, ...]:
+        """None."""
+        return ()
+
+    def misfit(self) -> str | None:
+        """There is no INT8 kernel of it yet."""
+        return "the model has MLP blocks, for which there is no INT8 kernel yet"
+
+    def check_widths(self, check: Callable[[str, int], Any]) -> None:
+        """hidden."""
+        check("hidden", self.hidden)
+
+    def observers(self, layer: Layer) -> Observers:
+        """What calibration collects: the inputs of the linear layers."""
+        return Observers(self.parts, self.rotation)
+
+    def own_tensors(self, layer: Layer, recipe: QuantConfig) -> Layer:
+        """None."""
+        return {}
+
+    def scales(
+        self, statistics: Mapping[str, Tensor], recipe: QuantConfig, order: Any = None
+    ) -> Layer:
+        """Of the inputs of the linear layers, where they are static."""
+        return of_linear_inputs(statistics, recipe)
+
+    def inner(
+        self, p: Parameters, context: Context, projected: Any, states: States
+    ) -> tuple[Any, States]:
+        """The activation of `projected`."""
+        recipe = context.recipe
+        if not recipe.quantized:
+            return ACTIVATION_FP16(projected, projected, **self._activation), ()
+        r = ACTIVATION(
+            *(projected, projected, *static(p, "r_scale")),
+            **self._activation,
+            rotation=self.rotation,
+            rounding=recipe.rounding,
+            scaling=recipe.input_scaling,
+        )
+        return Int8Input(*r), ()
+
+    @property
+    def _activation(self) -> dict[str, Any]:
+        """Node attributes: SwiGLU's gate comes first."""
+        if self.activation == "relu2":
+            return {"activation": "relu2", "width": self.hidden, "x_column": 0}
+        return {"activation": "silu_gate", "width": self.hidden, "x_column": self.hidden}
+
+
+class MlpFloatBlock(FloatBlock):
+    def __init__(self, block: Mlp, d_model: int, norm_eps: float) -> None:
+        super().__init__(block, d_model, norm_eps)
+        self.sizes = block
+        self.out_proj = nn.Linear(block.width, d_model, bias=False)
+
+    def inner(
+        self, projected: Tensor, states: States | None, observe: Observe | None
+    ) -> tuple[Tensor, States]:
+        if self.sizes.activation == "relu2":
+            return projected.relu().square(), ()
+        gate, up = projected.chunk(2, -1)
+        return F.silu(gate) * up, ()

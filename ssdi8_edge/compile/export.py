@@ -231,10 +231,12 @@ def export_model(
     """The graph for prefill, chunked prefill and decode, with function bodies in `form`.
 
     Inputs: input_ids (B, L) INT32; logits_to_keep () INT64, how many final positions get logits;
-    the states of every block, as `Description.states` names them. Outputs: logits
-    (B, logits_to_keep, V) FP32 and the next states, see `output_name`.
+    the states of every block, as `Description.states` names them; where one of them grows,
+    position () INT64, how many tokens came before. Outputs: logits (B, logits_to_keep, V) FP32 and
+    the next states, see `output_name`.
 
     Args:
+        model: with a context where a state grows.
         weights: model.safetensors of a quantized checkpoint; the graph refers to it by file name,
             so it must lie beside the graph.
 
@@ -253,8 +255,7 @@ def export_model(
         )
         for i, block in enumerate(model.blocks)
     ]
-    grows = any(spec.update == "append" for _, spec in model.states(recipe))
-    position = graph.input("position", TensorProto.INT64, []) if grows else None
+    position = graph.input("position", TensorProto.INT64, []) if model.grows(recipe) else None
     logits, new_states = run_model(
         model.blocks,
         lambda i: _Scoped(parameters, f"layers.{i}."),

@@ -152,6 +152,11 @@ class Block(ABC):
         """The block as the recipe wants it."""
         return self
 
+    @property
+    def context(self) -> int:
+        """Tokens that its states have room for; 0: none of them grows, or no build has set it."""
+        return 0
+
     def with_context(self: OwnBlock, tokens: int) -> OwnBlock:
         """The block with room for `tokens` in its states that grow."""
         return self

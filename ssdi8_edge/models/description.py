@@ -70,6 +70,15 @@ class Description:
         blocks = tuple(block.adapted(recipe) for block in self.blocks)
         return dataclasses.replace(self, blocks=blocks)
 
+    @property
+    def context(self) -> int:
+        """Tokens that its states have room for; 0: none of them grows, or no build has set it."""
+        return max(block.context for block in self.blocks)
+
+    def grows(self, recipe: QuantConfig) -> bool:
+        """Whether it has states that grow, so that a call needs the number of tokens before it."""
+        return any(spec.update == "append" for _, spec in self.states(recipe))
+
     def with_context(self, tokens: int) -> Description:
         """The model with room for `tokens` in the states that grow."""
         blocks = tuple(block.with_context(tokens) for block in self.blocks)

@@ -131,10 +131,13 @@ def scale_from_absmax(absmax: Tensor, floor: float = 1e-8) -> Tensor:
 
 @functools.cache
 def _library_product_is_exact() -> bool:
-    """Whether `torch._int_mm` accumulates exactly here.
+    """Whether `torch._int_mm` accumulates exactly here, and quickly.
 
-    Without VNNI a CPU may add pairs of products in 16 bits and saturate; these extremes show it.
+    Without VNNI a CPU may add pairs of products in 16 bits and saturate; these extremes show it. It
+    also takes 15 times as long as an FP32 product, or more (AVX2, torch 2.13).
     """
+    if not torch.cpu._is_vnni_supported():
+        return False
     a = torch.full((32, 64), -128, dtype=torch.int8)
     b = torch.full((64, 16), 127, dtype=torch.int8)
     try:

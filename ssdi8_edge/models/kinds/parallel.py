@@ -73,6 +73,11 @@ class Parallel(Block):
     def adapted(self, recipe: QuantConfig) -> Parallel:
         return dataclasses.replace(self, mamba=self.mamba.adapted(recipe))
 
+    @property
+    def context(self) -> int:
+        """That of attention."""
+        return self.attention.context
+
     def with_context(self, tokens: int) -> Parallel:
         return dataclasses.replace(self, attention=self.attention.with_context(tokens))
 

@@ -177,7 +177,7 @@ class AttentionFloatBlock(FloatBlock):
     def __init__(self, block: Attention, d_model: int, norm_eps: float) -> None:
         super().__init__(block, d_model, norm_eps)
         self.sizes = block
-        self.out_proj = nn.Linear(block.width, d_model, bias=False)
+        self.out_proj = nn.Linear(block.width, d_model, bias=block.out_bias)
 
     def inner(
         self, projected: Tensor, states: States | None, observe: Observe | None
@@ -193,12 +193,11 @@ def float_attention(
         for part in projected.split([*sizes.parts.values()], -1)
     )
     first = 0 if states is None else states[0].shape[2]
+    positions = torch.arange(first, first + q.shape[2], device=q.device)
     if sizes.rope_theta:
         d = sizes.head_dim
-        angles = (
-            torch.arange(first, first + q.shape[2])[:, None].float()
-            * (sizes.rope_theta ** (-torch.arange(0, d, 2).double() / d)).float()
-        )
+        frequencies = (sizes.rope_theta ** (-torch.arange(0, d, 2).double() / d)).float()
+        angles = positions[:, None].float() * frequencies.to(q.device)
         cos, sin = angles.cos(), angles.sin()
 
         def turn(x: Tensor) -> Tensor:
@@ -208,6 +207,6 @@ def float_attention(
         q, k = turn(q), turn(k)
     if states is not None:
         k, v = torch.cat([states[0], k], 2), torch.cat([states[1], v], 2)
-    seen = torch.arange(k.shape[2]) <= torch.arange(first, first + q.shape[2])[:, None]
+    seen = torch.arange(k.shape[2], device=q.device) <= positions[:, None]
     o = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
     return o.transpose(1, 2).flatten(2), (k, v)

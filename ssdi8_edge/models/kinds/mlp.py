@@ -123,7 +123,7 @@ class MlpFloatBlock(FloatBlock):
     def __init__(self, block: Mlp, d_model: int, norm_eps: float) -> None:
         super().__init__(block, d_model, norm_eps)
         self.sizes = block
-        self.out_proj = nn.Linear(block.width, d_model, bias=False)
+        self.out_proj = nn.Linear(block.width, d_model, bias=block.out_bias)
 
     def inner(
         self, projected: Tensor, states: States | None, observe: Observe | None

@@ -40,7 +40,7 @@ from ssdi8_edge.recipes.recipe import QuantConfig
 
 @dataclass(frozen=True)
 class Parallel(Block):
-    """Sizes of the two."""
+    """Sizes of the two; the biases are those of the joined linear layers."""
 
     kind: ClassVar[str] = "parallel"
     last_ops: ClassVar[tuple[str, ...]] = (
@@ -56,13 +56,19 @@ class Parallel(Block):
     def to_dict(self) -> dict[str, Any]:
         return {
             "kind": self.kind,
+            "in_bias": self.in_bias,
+            "out_bias": self.out_bias,
             "mamba": self.mamba.to_dict(),
             "attention": self.attention.to_dict(),
         }
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Parallel:
-        return cls(Mamba2.from_dict(fields["mamba"]), Attention.from_dict(fields["attention"]))
+        both = {
+            "mamba": Mamba2.from_dict(fields["mamba"]),
+            "attention": Attention.from_dict(fields["attention"]),
+        }
+        return super().from_dict({**fields, **both})
 
     def adapted(self, recipe: QuantConfig) -> Parallel:
         return dataclasses.replace(self, mamba=self.mamba.adapted(recipe))
@@ -192,8 +198,8 @@ class ParallelFloatBlock(Mamba2FloatBlock):
     def __init__(self, block: Parallel, d_model: int, norm_eps: float) -> None:
         super().__init__(block.mamba, d_model, norm_eps)
         self.block = block
-        self.in_proj = nn.Linear(d_model, sum(block.parts.values()), bias=False)
-        self.out_proj = nn.Linear(block.width, d_model, bias=False)
+        self.in_proj = nn.Linear(d_model, sum(block.parts.values()), bias=block.in_bias)
+        self.out_proj = nn.Linear(block.width, d_model, bias=block.out_bias)
 
     def inner(
         self, projected: Tensor, states: States | None, observe: Observe | None

@@ -60,7 +60,7 @@ class Mamba2FloatBlock(FloatBlock):
             self.gate_norm = GatedRMSNorm(
                 block.d_inner, block.ngroups, block.norm_eps, block.gate_norm == "norm_first"
             )
-        self.out_proj = nn.Linear(block.width, d_model, bias=False)
+        self.out_proj = nn.Linear(block.width, d_model, bias=block.out_bias)
 
     def convolve(self, xBC: Tensor, conv_state: Tensor) -> tuple[Tensor, Tensor]:
         """Depthwise causal convolution and SiLU; returns (b, l, E2) and the new conv state."""

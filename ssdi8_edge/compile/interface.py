@@ -20,8 +20,11 @@ def interface(model: Description, recipe: QuantConfig) -> dict[str, Any]:
     Returns:
         vocab_size: rows of the embedding, padding included.
         prompt_multiple: tokens; pieces of a long prompt are multiples of it.
+        context: tokens that states with update "append" have room for, and so the most that a
+            sequence may have; null where there are none.
         states: of the graph, in the order of the data: name and output (of the graph), shape
-            without the batch, dtype, update ("replace" or "append"), suspects (the ops where an
+            without the batch, dtype, update ("replace"; or "append": a call writes the rows of its
+            tokens, on axis 1 of the shape), suspects (the ops where an
             error is looked for that shows here first), shallow (whether it depends on one block
             and what leads into the next at most, so that errors have not added up yet).
         logits_suspects, decode_suspects: ops, if the logits of a prompt or of single tokens are the
@@ -33,6 +36,7 @@ def interface(model: Description, recipe: QuantConfig) -> dict[str, Any]:
     return {
         "vocab_size": model.vocab_size,
         "prompt_multiple": model.prompt_multiple,
+        "context": model.context if model.grows(recipe) else None,
         "states": states,
         "logits_suspects": [
             *_of_block(last, model.blocks[last].last_ops),

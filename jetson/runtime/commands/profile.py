@@ -28,6 +28,11 @@ def run(bundle: Bundle, options: argparse.Namespace) -> int:
     """Time prompts of the first of --seq-lens, and tokens after each; returns the exit code."""
     bundle.check_files()
     length = options.seq_lens[0]
+    bundle.require_room(
+        length + 1,
+        f"a prompt of {length} tokens and a new one are asked for",
+        "give smaller --seq-lens",
+    )
     with open_session(bundle, options, profiling=True) as session:
         prefill, decode = _measure(session, length, options)
     backend = session.backend
@@ -72,8 +77,8 @@ def _measure(
     for _ in range(rounds):
         states = backend.zero_states(1)
         for start, end in pieces:
-            _, states = backend.forward(ids[:, start:end], states)
-        _, states = backend.forward(ids[:, length:], states)
+            _, states = backend.forward(ids[:, start:end], states, position=start)
+        _, states = backend.forward(ids[:, length:], states, position=length)
     runs = backend.layer_times()
     each = len(pieces) + 1
     prefills, decodes = [], []

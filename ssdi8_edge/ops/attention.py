@@ -3,7 +3,7 @@
 Query heads share key heads in order (GQA): query head h reads KV head ⌊h · KV / Q⌋. Two forms: keys
 and values in INT8 with a scale per token and head, or in FP16. Attention reads both from the cache,
 those of this call included, so that a prompt gives the same bits whole and in pieces.
-Source: docs/method.md §12.
+Source: docs/method.md §12.2.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_type_hints
 from ssdi8_edge.ground.errors import UsageError
 from ssdi8_edge.numerics.formats import Gate, Rotation, Rounding, Scaling
 
-
+# Columns that share a W4 scale, at least.
 LEAST_GROUP = 16
 
 

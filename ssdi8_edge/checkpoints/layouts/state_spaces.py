@@ -90,7 +90,7 @@ def mamba2_model(
             f"config.json does not fit together: d_inner {d_inner}, headdim {headdim}, "
             f"ngroups {ngroups}."
         )
-    block = Mamba2(d_inner=d_inner, **sizes, dt_limit=dt_limit, norm_eps=norm_eps)
+    block = Mamba2(d_inner, dt_limit=dt_limit, norm_eps=norm_eps, **sizes)  # type: ignore[arg-type]
     return Description(
         d_model=d_model,
         vocab_size=vocab_size,

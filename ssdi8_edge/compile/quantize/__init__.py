@@ -340,7 +340,7 @@ class _Layer:
             streams.target[part] = target
             if inputs is not None:
                 real = r.real()
-                fixed = rotated[OUT_BIAS] if OUT_BIAS in rotated else 0.0
+                fixed = rotated.get(OUT_BIAS, 0.0)
                 inputs.add(real, target - fixed - real @ out_proj.t())
         return inputs
 

@@ -1,7 +1,7 @@
 """Causal attention with grouped queries over a cache, with rotary positions or none.
 
 Axis letters: B batch, L token, Q query heads, KV heads of keys and values, T tokens of the cache, d
-channels of a head. Quantized as docs/method.md §12 says.
+channels of a head. Quantized as docs/method.md §12.2 says.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ class Mlp(Block):
 
     @property
     def rotation(self) -> InputRotation:
-        """With signs where no value is negative: docs/method.md §4.5."""
+        """With signs where no value is negative: docs/method.md §12.1."""
         return "signs" if self.activation == "relu2" else "blocks"
 
     def states(self, recipe: QuantConfig) -> tuple[StateSpec, ...]:

@@ -44,7 +44,7 @@ def load_quantized(folder: Path, device: str = "cpu", context: int = 0) -> Quant
     """Read the whole quantized checkpoint into memory.
 
     Args:
-        context: tokens that its zero states have room for, where they grow; more is added as needed.
+        context: tokens that zero states have room for, where they grow; they get more as needed.
     """
     config = read_config(folder)
     try:

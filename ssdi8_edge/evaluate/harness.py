@@ -28,8 +28,8 @@ from tqdm import tqdm
 from runtime.failures import during
 from ssdi8_edge.evaluate.local_data import Row
 from ssdi8_edge.evaluate.subject import Subject
-from ssdi8_edge.evaluate.windows import require_context
 from ssdi8_edge.evaluate.tasks import Accuracy, Task
+from ssdi8_edge.evaluate.windows import require_context
 from ssdi8_edge.ground.errors import UsageError
 from ssdi8_edge.ground.progress import Track, silent
 from ssdi8_edge.ground.spool import GPU_TOKENS_PER_BATCH, TOKENS_PER_BATCH

@@ -62,12 +62,14 @@ class Interface:
     states: Mapping[str, State]  # by name, in the order of the data
     logits_suspects: tuple[str, ...]
     decode_suspects: tuple[str, ...]
-    ops: tuple[str, ...]  # names that layers of an inference library carry, without prefixes
+    # Names that layers of an inference library carry, without prefixes -> part of the model, or "".
+    ops: Mapping[str, str]
+    blocks: tuple[str, ...]  # their kinds, in order; () where the manifest is older
 
     @classmethod
     def read(cls, fields: Mapping[str, Any]) -> Interface:
         """From the manifest; raises KeyError, TypeError or ValueError where it is not right."""
-        context = fields.get("context")
+        context, ops = fields.get("context"), fields["ops"]
         if any(state["update"] not in UPDATES for state in fields["states"]):
             raise ValueError("a state is updated in a way that this script does not know")
         states = [
@@ -89,7 +91,8 @@ class Interface:
             states={state.name: state for state in states},
             logits_suspects=tuple(map(str, fields["logits_suspects"])),
             decode_suspects=tuple(map(str, fields["decode_suspects"])),
-            ops=tuple(map(str, fields["ops"])),
+            ops=ops if isinstance(ops, dict) else dict.fromkeys(map(str, ops), ""),
+            blocks=tuple(map(str, fields.get("blocks", ()))),
         )
         sizes = (read.vocab_size, read.prompt_multiple, *(n for s in states for n in s.shape))
         if min(sizes) < 1 or len(read.states) != len(states):

@@ -29,7 +29,9 @@ def interface(model: Description, recipe: QuantConfig) -> dict[str, Any]:
             and what leads into the next at most, so that errors have not added up yet).
         logits_suspects, decode_suspects: ops, if the logits of a prompt or of single tokens are the
             first to differ.
-        ops: names that layers of an inference library carry, without prefixes.
+        ops: names that layers of an inference library carry, without prefixes -> the part of the
+            model that each belongs to, "" where there is none.
+        blocks: their kinds, in order.
     """
     states = list(_states(model, recipe))
     last = model.n_layer - 1
@@ -45,7 +47,8 @@ def interface(model: Description, recipe: QuantConfig) -> dict[str, Any]:
         "decode_suspects": [
             "the decode step of any layer: CausalConv1d or SsdScan with one token, or Linear"
         ],
-        "ops": [name.removeprefix("Ssdi8") for name in OPS],
+        "ops": {name.removeprefix("Ssdi8"): op.part for name, op in OPS.items()},
+        "blocks": [block.kind for block in model.blocks],
     }
 
 

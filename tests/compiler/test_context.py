@@ -343,7 +343,8 @@ def test_measuring_up_to_the_context(run: Path, capsys: pytest.CaptureFixture[st
     assert len(record["repeats"][0]["token_s"]) == 7
     words = ["--profile", "--seq-lens", "47", "--repeat", "1", "--warmup", "0"]
     (_, decode) = generated(run / "bundle", capsys, *words)["phases"]
-    assert "RunningMean" in {module["module"] for module in decode["modules"]}
+    parts = {module["module"]: module["part"] for module in decode["modules"]}
+    assert (parts["RunningMean"], parts["SsdScan"]) == ("", "SSD")
 
 
 def test_a_sweep_and_a_profile_beyond_the_context_are_refused(run: Path) -> None:
@@ -361,7 +362,8 @@ def test_info_and_inspect_show_the_context(
     assert found["context"] == CONTEXT
     assert found["state_bytes_per_sequence"] == bundle.model.state_bytes()
     shown = CliRunner().invoke(app, ["inspect", str(run)])
-    assert shown.exit_code == 0 and f"{CONTEXT} tokens" in shown.output
+    assert shown.exit_code == 0 and f"context {CONTEXT} tokens" in shown.output
+    assert "blocks 1 mamba2, 2 recall" in shown.output
 
 
 # --------------------------------------------------------------------------------------------------

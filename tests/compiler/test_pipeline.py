@@ -7,7 +7,6 @@ import fcntl
 import gc
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -15,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from commands import start_forked
 from conftest import make_config, make_model, state_spaces_config, stored_tensors
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -430,24 +431,8 @@ def test_full_temporary_folder_is_no_matter(
 # kill -9
 
 
-def _command(arguments: list[str]) -> None:
-    """The command itself, in a process of its own that has torch loaded already."""
-    from ssdi8_edge.cli import main
-
-    torch.set_num_threads(1)
-    with open(os.devnull, "w") as silence:
-        os.dup2(silence.fileno(), sys.stdout.fileno())
-        os.dup2(silence.fileno(), sys.stderr.fileno())
-    sys.argv = ["ssdi8-edge", *arguments]
-    main()
-
-
-def start_build(arguments: list[str]) -> multiprocessing.process.BaseProcess:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ssdi8_edge.cli", "ssdi8_edge.compile.pipeline"])
-    process = context.Process(target=_command, args=(arguments,))
-    process.start()
-    return process
+def start_build(arguments: list[str]) -> BaseProcess:
+    return start_forked(arguments, Path(os.devnull), Path(os.devnull))
 
 
 def test_leftovers_beside_artifacts_that_are_up_to_date_are_removed(

@@ -26,6 +26,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from runtime.failures import during
+from runtime.stop import StopTexts
+from runtime.text import TextStream
 from ssdi8_edge.evaluate.local_data import Row
 from ssdi8_edge.evaluate.subject import Subject
 from ssdi8_edge.evaluate.tasks import Accuracy, Task
@@ -37,6 +39,8 @@ from ssdi8_edge.ground.tokens import CUSTOMARY_ENDS, open_tokenizer
 
 # docs/method.md §11.2: longer inputs lose their beginning.
 MAX_TOKENS = 2048
+# lm-eval's own, where a task does not say how long its answers may be.
+MAX_NEW_TOKENS = 256
 # What a short sequence counts for: the torch references pad it to a whole chunk.
 CHUNK = 256
 
@@ -104,8 +108,45 @@ class SubjectLM(TemplateLM):
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> Any:
         raise NotImplementedError("perplexity is measured by ssdi8_edge.evaluate.windows")
 
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> Any:
-        raise NotImplementedError("none of the tasks generates text")
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+        """Greedy continuations, to an end of the model's own, a text of `until`, or `max_gen_toks`.
+
+        Raises:
+            UsageError: a task wants answers drawn by chance.
+        """
+        label = f"generating with {self._subject.name}"
+        answers = []
+        for request in self._track(requests, label):
+            context, settings = request.args
+            if settings.get("do_sample") and settings.get("temperature", 1) > 0:
+                raise UsageError(
+                    "a task asks for answers drawn by chance;", "name one that is greedy."
+                )
+            until = settings.get("until") or []
+            stops = StopTexts([until] if isinstance(until, str) else [s for s in until if s])
+            with during(label, "end other programs, or name fewer models at once"):
+                answers.append(
+                    self._continue(context, stops, settings.get("max_gen_toks", MAX_NEW_TOKENS))
+                )
+        return answers
+
+    def _continue(self, context: str, stops: StopTexts, most: int) -> str:
+        ids = self.tok_encode(context) or [self.prefix_token_id]
+        ids = ids[-(MAX_TOKENS - most) :] if most < MAX_TOKENS else ids[-1:]
+        stream = TextStream(self._encoder, ids)
+        feed, text = self._subject.sequence(), ""
+        with torch.inference_mode():
+            logits = feed(torch.tensor([ids], device=self._subject.device))
+            for left in reversed(range(most)):
+                token = int(logits[0, -1].argmax())
+                if token in self._subject.end_ids:
+                    break
+                text += stops.add(stream.add(token))
+                if stops.found:
+                    return text
+                if left:
+                    logits = feed(torch.tensor([[token]], device=self._subject.device))
+        return text + stops.add(stream.finish()) + stops.flush()
 
     def _loglikelihood_tokens(self, requests: Sequence[Request], **kwargs: Any) -> list[Answer]:
         """(log-likelihood in nats, whether it is the greedy continuation) of each request."""

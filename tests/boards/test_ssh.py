@@ -21,9 +21,11 @@ import paramiko
 import pytest
 from board_simulator.lab import Lab, needs_sshd
 from board_simulator.server import free_port
+from sweep_board import wait_for
 
 from ssdi8_edge.boards.link import dial, ssh_login
 from ssdi8_edge.boards.link.hosts import connect
+from ssdi8_edge.boards.link.ssh_config import Settings
 from ssdi8_edge.boards.link.ssh_link import SshChannel
 from ssdi8_edge.ground.errors import BoardError, LinkLost, UsageError
 
@@ -452,7 +454,17 @@ def test_an_rsa_key_that_is_too_short_is_not_used(lab: Lab) -> None:
         ("HostKeyAlgorithms sk-ssh-ed25519@openssh.com", "none of the keys"),
     ],
 )
-def test_algorithms_of_the_configuration(lab: Lab, setting: str, pattern: str | None) -> None:
+def test_algorithms_of_the_configuration(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, setting: str, pattern: str | None
+) -> None:
+    """A board that is refused before anything was agreed on keeps no socket open."""
+    sockets, connected = [], dial._connected
+
+    def remembered(settings: Settings) -> socket.socket:
+        sockets.append(connected(settings))
+        return sockets[-1]
+
+    monkeypatch.setattr(dial, "_connected", remembered)
     lab.serve("board")
     lab.add(f"    {setting}\n")
     if pattern is None:
@@ -460,6 +472,8 @@ def test_algorithms_of_the_configuration(lab: Lab, setting: str, pattern: str | 
         return
     with pytest.raises((BoardError, UsageError), match=pattern):
         lab.connect("board").run(["true"])
+    wait_for(lambda: all(one.fileno() == -1 for one in sockets))
+    assert sockets
 
 
 class PasswordServer(paramiko.ServerInterface):
@@ -546,6 +560,7 @@ def test_a_password_is_asked_for_on_the_terminal_and_shown_nowhere(lab: Lab, met
         thread.join(10)
         for transport in transports:
             transport.close()
+            transport.sock.close()
     assert "password of me on" in said and "said False" in said
     assert "sesame" not in said
 

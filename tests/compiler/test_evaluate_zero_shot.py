@@ -167,6 +167,45 @@ def test_long_input_loses_its_beginning(
     assert long == likelihoods(harness, model, [(("ab" * 100)[-31:], "cd")])[0]
 
 
+def generated(harness: Any, source: Path, context: str, **settings: Any) -> str:
+    lm = harness.SubjectLM(open_subject(str(source)))
+    request = harness.Instance("generate_until", {}, (context, settings), 0)
+    answers: list[str] = lm.generate_until([request])
+    return answers[0]
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "quantized", "bundle"])
+def test_generating_ends_where_it_should(
+    harness: Any, model: Path, run: Path, tmp_path: Path, kind: str
+) -> None:
+    """After so many tokens, before a stop text, also one across tokens, and at an end token."""
+    place = {"checkpoint": model, "quantized": run / "quantized", "bundle": run}[kind]
+    whole = generated(harness, place, "The sea", max_gen_toks=8)
+    lm = harness.SubjectLM(open_subject(str(place)))
+    ids = lm.tok_encode("The sea")
+    feed = lm._subject.sequence()
+    tokens = []
+    step = torch.tensor([ids])
+    for _ in range(8):
+        tokens.append(int(feed(step)[0, -1].argmax()))
+        step = torch.tensor([tokens[-1:]])
+    assert whole == lm._encoder.decode(ids + tokens)[len("The sea") :]
+    assert whole.startswith(generated(harness, place, "The sea", max_gen_toks=3))
+    stop = whole[2:5]
+    assert generated(harness, place, "The sea", max_gen_toks=8, until=[stop]) == whole[:2]
+    assert generated(harness, place, "The sea", max_gen_toks=8, until=stop) == whole[:2]
+    ending = replace(lm._subject, end_ids=(tokens[2],))
+    request = harness.Instance("generate_until", {}, ("The sea", {"max_gen_toks": 8}), 0)
+    (text,) = harness.SubjectLM(ending).generate_until([request])
+    first = tokens.index(tokens[2])
+    assert text == lm._encoder.decode(ids + tokens[:first])[len("The sea") :]
+
+
+def test_answers_drawn_by_chance_are_refused(harness: Any, model: Path) -> None:
+    with pytest.raises(UsageError, match="asks for answers drawn by chance"):
+        generated(harness, model, "The sea", do_sample=True)
+
+
 def test_texts_start_and_end_as_the_checkpoint_says(harness: Any, model: Path) -> None:
     """The template's BOS stands before a context and for an empty one, never inside."""
     subject = open_subject(str(model))

@@ -7,7 +7,6 @@ import fcntl
 import gc
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -15,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from commands import start_forked
 from conftest import make_config, make_model, state_spaces_config, stored_tensors
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -35,7 +36,7 @@ from ssdi8_edge.ground.errors import Ssdi8Error, UsageError
 from ssdi8_edge.recipes.presets import METHODS
 from ssdi8_edge.targets import load_target
 
-KILLS = 14
+KILLS = 8
 
 
 @pytest.fixture(scope="module")
@@ -430,24 +431,8 @@ def test_full_temporary_folder_is_no_matter(
 # kill -9
 
 
-def _command(arguments: list[str]) -> None:
-    """The command itself, in a process of its own that has torch loaded already."""
-    from ssdi8_edge.cli import main
-
-    torch.set_num_threads(1)
-    with open(os.devnull, "w") as silence:
-        os.dup2(silence.fileno(), sys.stdout.fileno())
-        os.dup2(silence.fileno(), sys.stderr.fileno())
-    sys.argv = ["ssdi8-edge", *arguments]
-    main()
-
-
-def start_build(arguments: list[str]) -> multiprocessing.process.BaseProcess:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ssdi8_edge.cli", "ssdi8_edge.compile.pipeline"])
-    process = context.Process(target=_command, args=(arguments,))
-    process.start()
-    return process
+def start_build(arguments: list[str]) -> BaseProcess:
+    return start_forked(arguments, Path(os.devnull), Path(os.devnull))
 
 
 def test_leftovers_beside_artifacts_that_are_up_to_date_are_removed(
@@ -594,7 +579,7 @@ def test_bundle_runs_itself_elsewhere(board_bundle: Path, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
-    """Layers are held one at a time: twelve more cost their mapped FP16 bytes and a little slack.
+    """Layers are held one at a time: eight more cost their mapped FP16 bytes and a little slack.
 
     Keeping their FP32 copies would cost three times that. The promised bound holds too.
     """
@@ -614,7 +599,7 @@ def test_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
     )
     text = write_text(tmp_path / "text.txt", size=64)
     peaks, layer_bytes = {}, 0
-    for layers in (6, 18):
+    for layers in (4, 12):
         folder = tmp_path / f"model-{layers}"
         folder.mkdir()
         config = make_config(d_model=512, n_layer=layers, headdim=64)
@@ -637,6 +622,6 @@ def test_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
         )
         assert done.returncode == 0, done.stderr
         peaks[layers] = int(done.stdout.split()[-1]) * 1024
-    growth = peaks[18] - peaks[6]
-    assert growth < (12 + 8) * layer_bytes, f"{growth / layer_bytes:.1f} layers"
-    assert peaks[18] < 18 * layer_bytes + 2e9
+    growth = peaks[12] - peaks[4]
+    assert growth < (8 + 8) * layer_bytes, f"{growth / layer_bytes:.1f} layers"
+    assert peaks[12] < 12 * layer_bytes + 2e9

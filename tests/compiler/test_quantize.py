@@ -750,7 +750,7 @@ SITES = {
 def demo() -> Callable[[str], Quantized]:
     """The demo model under a recipe, calibrated as shipped but on fewer windows."""
     made: dict[str, Quantized] = {}
-    windows = {"edge-w8a8": 8, "ssdi8-w8a8": 32, "fp16": 1}
+    windows = {"edge-w8a8": 8, "ssdi8-w8a8": 16, "fp16": 1}
 
     def make(name: str) -> Quantized:
         if name not in made:

@@ -23,7 +23,7 @@ from ssdi8_edge.boards.link.connection import DEFAULT_STORE, Connection
 from ssdi8_edge.boards.link.known_hosts import HostKey, add_key, host_name, judge, known_keys
 from ssdi8_edge.boards.link.process import Channel, link_lost
 from ssdi8_edge.boards.link.ssh_config import Settings, look_up, permitted
-from ssdi8_edge.boards.link.ssh_link import Ear, Link, SshChannel, quietly
+from ssdi8_edge.boards.link.ssh_link import Ear, Link, SshChannel, drop
 from ssdi8_edge.boards.link.ssh_login import log_in
 from ssdi8_edge.ground.errors import BoardError, LinkLost, Ssdi8Error, UsageError
 
@@ -99,7 +99,7 @@ class SshConnection(Connection):
                     self._reach(look_up(self._address, _parse_config), transports, ())
                 except BaseException:
                     for transport in reversed(transports):
-                        quietly(transport.close)
+                        drop(transport)
                     raise
                 self._link = Link(self.name, transports)
             return self._link
@@ -150,7 +150,7 @@ class SshConnection(Connection):
                 self._take_new_key(settings, shown)
             log_in(transport, settings)
         except Exception as error:
-            quietly(transport.close)
+            drop(transport)
             lost = LinkLost(
                 f"{settings} went away during the login ({dial.words(error)});", "try again."
             )
@@ -225,7 +225,7 @@ def _greet(settings: Settings, sock: Any, known_kinds: set[str]) -> paramiko.Tra
     try:
         transport.disabled_algorithms = _disabled(settings, options)
     except UsageError:
-        quietly(transport.close)
+        drop(transport)
         raise
     # Ask for a kind of key that is stored, so that another kind does not look changed.
     if "ssh-rsa" in known_kinds:
@@ -235,13 +235,13 @@ def _greet(settings: Settings, sock: Any, known_kinds: set[str]) -> paramiko.Tra
         # Without a timeout of its own: at that one, start_client returns as if all were well.
         dial.within(transport.start_client)
     except IncompatiblePeer as error:
-        quietly(transport.close)
+        drop(transport)
         raise BoardError(
             f"{settings} has no encryption in common with this machine ({dial.words(error)});",
             "update its OpenSSH.",
         ) from error
     except Exception as error:
-        quietly(transport.close)
+        drop(transport)
         lost = LinkLost(
             f"{settings} does not answer as an SSH server does ({dial.words(error)});",
             "see whether the port is right and sshd runs there.",

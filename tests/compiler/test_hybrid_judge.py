@@ -30,15 +30,34 @@ def nemotron(folder: Path, pattern: str, tied: bool) -> dict[str, Any]:
     in three groups."""
     config = {
         "model_type": "nemotron_h",
-        **{"hidden_size": D, "vocab_size": V, "hybrid_override_pattern": pattern},
-        **{"num_hidden_layers": 99, "expand": 2, "layer_norm_epsilon": 1e-3},
-        **{"mamba_num_heads": 3, "mamba_head_dim": 80, "ssm_state_size": 64, "n_groups": 3},
-        **{"conv_kernel": 4, "chunk_size": 16, "time_step_limit": [*LIMITS]},
-        **{"time_step_min": 0.1, "time_step_max": 0.2, "time_step_floor": 0.1},
-        **{"num_attention_heads": 4, "num_key_value_heads": 2, "attention_head_dim": 20},
-        **{"intermediate_size": 80, "mlp_hidden_act": "relu2", "mamba_hidden_act": "silu"},
-        **{"rope_theta": 10000, "partial_rotary_factor": 0.5, "n_routed_experts": 8},
-        **{"tie_word_embeddings": tied, "mamba_proj_bias": True, "num_nextn_predict_layers": 1},
+        "hidden_size": D,
+        "vocab_size": V,
+        "hybrid_override_pattern": pattern,
+        "num_hidden_layers": 99,
+        "expand": 2,
+        "layer_norm_epsilon": 1e-3,
+        "mamba_num_heads": 3,
+        "mamba_head_dim": 80,
+        "ssm_state_size": 64,
+        "n_groups": 3,
+        "conv_kernel": 4,
+        "chunk_size": 16,
+        "time_step_limit": [*LIMITS],
+        "time_step_min": 0.1,
+        "time_step_max": 0.2,
+        "time_step_floor": 0.1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "attention_head_dim": 20,
+        "intermediate_size": 80,
+        "mlp_hidden_act": "relu2",
+        "mamba_hidden_act": "silu",
+        "rope_theta": 10000,
+        "partial_rotary_factor": 0.5,
+        "n_routed_experts": 8,
+        "tie_word_embeddings": tied,
+        "mamba_proj_bias": True,
+        "num_nextn_predict_layers": 1,
     }
     shapes: dict[str, tuple[int, ...]] = {"backbone.embeddings.weight": (V, D)}
     for i, letter in enumerate(pattern):
@@ -56,7 +75,9 @@ def nemotron(folder: Path, pattern: str, tied: bool) -> dict[str, Any]:
     head = "backbone.embeddings.weight" if tied else "lm_head.weight"
     slow_hybrids.write(folder, config, shapes | {head: (V, D)})
     return {
-        **{"pattern": pattern, "eps": 1e-3, "head": head},
+        "pattern": pattern,
+        "eps": 1e-3,
+        "head": head,
         "mamba": {"heads": 3, "width": 80, "groups": 3, "state": 64, "limits": LIMITS},
         "attention": {"heads": 4, "kv": 2, "width": 20},
     }
@@ -66,21 +87,42 @@ def granite(folder: Path, words: tuple[str, str], tied: bool) -> dict[str, Any]:
     """As IBM writes it; `words` for a layer with Mamba-2 and one with attention."""
     layers = ["mamba", "attention", "mamba"]
     multipliers = {
-        **{"embedding_multiplier": 12, "residual_multiplier": 0.22},
-        **{"attention_multiplier": 0.9, "logits_scaling": 8},
+        "embedding_multiplier": 12,
+        "residual_multiplier": 0.22,
+        "attention_multiplier": 0.9,
+        "logits_scaling": 8,
     }
     config = {
         "model_type": "granitemoehybrid",
-        **{"hidden_size": D, "vocab_size": V, "num_hidden_layers": 3},
+        "hidden_size": D,
+        "vocab_size": V,
+        "num_hidden_layers": 3,
         "layer_types": [words[word == "attention"] for word in layers],
-        **{"mamba_n_heads": 3, "mamba_d_head": "auto", "mamba_expand": 2, "mamba_d_state": 64},
-        **{"mamba_n_groups": 1, "mamba_d_conv": 4, "mamba_chunk_size": 16},
-        **{"mamba_conv_bias": True, "mamba_proj_bias": False, "time_step_limit": [*LIMITS]},
-        **{"num_attention_heads": 3, "num_key_value_heads": 1, "attention_bias": False},
-        **{"num_local_experts": 0, "num_experts_per_tok": 0, "shared_intermediate_size": 80},
-        **{"intermediate_size": 999, "hidden_act": "silu", "rms_norm_eps": 1e-5},
-        **{"position_embedding_type": "nope", "rope_theta": 10000, "rope_scaling": None},
-        **{"normalization_function": "rmsnorm", "tie_word_embeddings": tied, **multipliers},
+        "mamba_n_heads": 3,
+        "mamba_d_head": "auto",
+        "mamba_expand": 2,
+        "mamba_d_state": 64,
+        "mamba_n_groups": 1,
+        "mamba_d_conv": 4,
+        "mamba_chunk_size": 16,
+        "mamba_conv_bias": True,
+        "mamba_proj_bias": False,
+        "time_step_limit": [*LIMITS],
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "attention_bias": False,
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+        "shared_intermediate_size": 80,
+        "intermediate_size": 999,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "position_embedding_type": "nope",
+        "rope_theta": 10000,
+        "rope_scaling": None,
+        "normalization_function": "rmsnorm",
+        "tie_word_embeddings": tied,
+        **multipliers,
     }
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (V, D)}
     for i, word in enumerate(layers):
@@ -97,7 +139,10 @@ def granite(folder: Path, words: tuple[str, str], tied: bool) -> dict[str, Any]:
     head = "model.embed_tokens.weight" if tied else "lm_head.weight"
     slow_hybrids.write(folder, config, shapes | {head: (V, D)})
     return {
-        **{"layers": layers, "eps": 1e-5, "head": head, **multipliers},
+        "layers": layers,
+        "eps": 1e-5,
+        "head": head,
+        **multipliers,
         "mamba": {"heads": 3, "width": 32, "groups": 1, "state": 64, "limits": LIMITS},
         "attention": {"heads": 3, "kv": 1, "width": 16},
     }
@@ -106,24 +151,47 @@ def granite(folder: Path, words: tuple[str, str], tied: bool) -> dict[str, Any]:
 def falcon(folder: Path, norm: str, tied: bool) -> dict[str, Any]:
     """As TII writes it: rope_theta beside the rest, its own width of Mamba-2 and of heads."""
     multipliers: dict[str, Any] = {
-        **{"embedding_multiplier": 5.656854249492381, "lm_head_multiplier": 0.0390625},
-        **{"key_multiplier": 0.390625, "attention_in_multiplier": 1.7},
-        **{"attention_out_multiplier": 0.9375, "ssm_in_multiplier": 1.25},
+        "embedding_multiplier": 5.656854249492381,
+        "lm_head_multiplier": 0.0390625,
+        "key_multiplier": 0.390625,
+        "attention_in_multiplier": 1.7,
+        "attention_out_multiplier": 0.9375,
+        "ssm_in_multiplier": 1.25,
         "ssm_out_multiplier": 0.23570226039551587,
         "ssm_multipliers": [0.3535533905932738, 0.25, 2.5, 0.5, 0.7],
         "mlp_multipliers": [0.8838834764831844, 0.5859375],
     }
     config = {
         "model_type": "falcon_h1",
-        **{"hidden_size": D, "vocab_size": V, "num_hidden_layers": 2, "intermediate_size": 80},
-        **{"mamba_d_ssm": 64, "mamba_n_heads": 2, "mamba_d_head": 32, "mamba_d_state": 64},
-        **{"mamba_n_groups": 2, "mamba_d_conv": 4, "mamba_chunk_size": 16, "mamba_expand": 2},
-        **{"mamba_rms_norm": norm != "none", "mamba_norm_before_gate": norm == "first"},
-        **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 20},
-        **{"rope_theta": 100000000000.0, "rope_scaling": None, "time_step_limit": [*LIMITS]},
-        **{"mamba_conv_bias": True, "mamba_proj_bias": False, "projectors_bias": False},
-        **{"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"},
-        **{"rms_norm_eps": 1e-5, "tie_word_embeddings": tied, **multipliers},
+        "hidden_size": D,
+        "vocab_size": V,
+        "num_hidden_layers": 2,
+        "intermediate_size": 80,
+        "mamba_d_ssm": 64,
+        "mamba_n_heads": 2,
+        "mamba_d_head": 32,
+        "mamba_d_state": 64,
+        "mamba_n_groups": 2,
+        "mamba_d_conv": 4,
+        "mamba_chunk_size": 16,
+        "mamba_expand": 2,
+        "mamba_rms_norm": norm != "none",
+        "mamba_norm_before_gate": norm == "first",
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 20,
+        "rope_theta": 100000000000.0,
+        "rope_scaling": None,
+        "time_step_limit": [*LIMITS],
+        "mamba_conv_bias": True,
+        "mamba_proj_bias": False,
+        "projectors_bias": False,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": tied,
+        **multipliers,
     }
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (V, D)}
     for i in range(2):
@@ -139,7 +207,11 @@ def falcon(folder: Path, norm: str, tied: bool) -> dict[str, Any]:
     head = "model.embed_tokens.weight" if tied else "lm_head.weight"
     slow_hybrids.write(folder, config, shapes | {head: (V, D)})
     return {
-        **{"layers": 2, "norm": norm, "eps": 1e-5, "head": head, **multipliers},
+        "layers": 2,
+        "norm": norm,
+        "eps": 1e-5,
+        "head": head,
+        **multipliers,
         "mamba": {"heads": 2, "width": 32, "groups": 2, "state": 64, "limits": LIMITS},
         "attention": {"heads": 4, "kv": 2, "width": 20, "theta": 1e11},
     }

@@ -130,7 +130,9 @@ def mamba(
         y = y if norm == "first" else y * silu(z)
         part = inner // groups
         gamma = w("norm.weight")
-        y = torch.cat([rms(p, g, eps) for p, g in zip(y.split(part, -1), gamma.split(part))], -1)
+        y = torch.cat(
+            [rms(p, g, eps) for p, g in zip(y.split(part, -1), gamma.split(part), strict=True)], -1
+        )
         y = y * silu(z) if norm == "first" else y
     return y @ w("out_proj.weight").T
 

@@ -29,6 +29,21 @@ def quietly(action: Callable[[], object]) -> None:
     threading.Thread(target=work, daemon=True).start()
 
 
+def hang_up(transport: Any) -> None:
+    """Close a transport and its socket, without waiting.
+
+    paramiko leaves the socket open where the transport was never started, or ended by itself.
+    """
+
+    def work() -> None:
+        try:
+            transport.close()
+        finally:
+            transport.sock.close()
+
+    quietly(work)
+
+
 class Ear:
     """A socket that remembers when it was last heard. What was sent may not have arrived."""
 
@@ -65,7 +80,7 @@ class Link:
     def close(self) -> None:
         """Drop it, without waiting."""
         for transport in reversed(self._transports):
-            quietly(transport.close)
+            hang_up(transport)
 
     def _beat(self) -> None:
         """Ask for an answer now and then: of a dead line or jump host nothing else tells."""

@@ -476,6 +476,41 @@ def test_algorithms_of_the_configuration(
     assert sockets
 
 
+@pytest.mark.parametrize(
+    ("host", "settings"),
+    [
+        ("board", "    Ciphers chacha20-poly1305@openssh.com\n"),
+        ("board", "    HostKeyAlgorithms ecdsa-sha2-nistp256\n"),
+        ("board", "    UserKnownHostsFile /nowhere\n"),
+        ("board", "    IdentityFile /nowhere\n"),
+        ("board:1", ""),
+        ("far", "Host far\n  HostName 127.0.0.1\n  Port 1\n  ProxyJump board\n"),
+    ],
+)
+def test_a_link_that_is_not_made_leaves_no_socket_open(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, host: str, settings: str
+) -> None:
+    """At whichever step it fails: none is left for the garbage collector to find."""
+    made: list[socket.socket] = []
+
+    class Kept(socket.socket):
+        def __init__(self, *arguments: int) -> None:
+            super().__init__(*arguments)
+            made.append(self)
+
+    server = lab.serve("board")
+    lab.add(settings)
+    if "Identity" in settings:
+        server.identity.unlink()
+    monkeypatch.setattr(dial.socket, "socket", Kept)
+    with pytest.raises((BoardError, UsageError)):
+        lab.connect(host).run(["true"])
+    end = time.monotonic() + 5
+    while any(sock.fileno() >= 0 for sock in made) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert made and all(sock.fileno() < 0 for sock in made)
+
+
 class PasswordServer(paramiko.ServerInterface):
     """Lets in by a password alone, and runs commands through a shell."""
 

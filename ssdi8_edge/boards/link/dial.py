@@ -24,10 +24,7 @@ def dial(settings: Settings) -> socket.socket:
         BoardError: there is no such host.
     """
     try:
-        sock = _connected(settings)
-        # Else small packets wait for each other's receipts, 40 ms at a time.
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return sock
+        return _connected(settings)
     except socket.gaierror as error:
         if error.errno == socket.EAI_AGAIN:
             raise LinkLost(
@@ -70,9 +67,13 @@ def _connected(settings: Settings) -> socket.socket:
             if source is not None:
                 sock.bind(source)
             sock.connect(address)
+            # Else small packets wait for each other's receipts, 40 ms at a time.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             return sock
-        except OSError as error:
+        except BaseException as error:
             sock.close()
+            if not isinstance(error, OSError):
+                raise
             failure = error
     raise failure or OSError("it has no address")
 

@@ -23,7 +23,7 @@ from ssdi8_edge.boards.link.connection import DEFAULT_STORE, Connection
 from ssdi8_edge.boards.link.known_hosts import HostKey, add_key, host_name, judge, known_keys
 from ssdi8_edge.boards.link.process import Channel, link_lost
 from ssdi8_edge.boards.link.ssh_config import Settings, look_up, permitted
-from ssdi8_edge.boards.link.ssh_link import Ear, Link, SshChannel, drop
+from ssdi8_edge.boards.link.ssh_link import Ear, Link, SshChannel, hang_up
 from ssdi8_edge.boards.link.ssh_login import log_in
 from ssdi8_edge.ground.errors import BoardError, LinkLost, Ssdi8Error, UsageError
 
@@ -99,7 +99,7 @@ class SshConnection(Connection):
                     self._reach(look_up(self._address, _parse_config), transports, ())
                 except BaseException:
                     for transport in reversed(transports):
-                        drop(transport)
+                        hang_up(transport)
                     raise
                 self._link = Link(self.name, transports)
             return self._link
@@ -136,9 +136,10 @@ class SshConnection(Connection):
         transports.append(self._log_in(settings, sock))
 
     def _log_in(self, settings: Settings, sock: Any) -> paramiko.Transport:
-        known = known_keys(settings.key_name, settings.key_files)
-        transport = _greet(settings, sock, {line.key.kind for line in known})
+        transport = paramiko.Transport(Ear(sock), default_window_size=WINDOW)
         try:
+            known = known_keys(settings.key_name, settings.key_files)
+            _greet(transport, settings, {line.key.kind for line in known})
             found = transport.get_remote_server_key()
             shown = HostKey(found.get_name(), found.asbytes())
             _check_strength(settings, found)
@@ -149,8 +150,10 @@ class SshConnection(Connection):
             if not judge(label, settings.key_name, shown, known):
                 self._take_new_key(settings, shown)
             log_in(transport, settings)
-        except Exception as error:
-            drop(transport)
+        except BaseException as error:
+            hang_up(transport)
+            if not isinstance(error, Exception):
+                raise
             lost = LinkLost(
                 f"{settings} went away during the login ({dial.words(error)});", "try again."
             )
@@ -216,17 +219,12 @@ def _tunnel(through: paramiko.Transport, to: Settings) -> paramiko.Channel:
         raise _told(error, lost) from error
 
 
-def _greet(settings: Settings, sock: Any, known_kinds: set[str]) -> paramiko.Transport:
+def _greet(transport: paramiko.Transport, settings: Settings, known_kinds: set[str]) -> None:
     """Agree on keys and ciphers; the host has shown its key, and nothing was told to it."""
-    transport = paramiko.Transport(Ear(sock), default_window_size=WINDOW)
     transport.banner_timeout = transport.auth_timeout = dial.STEP_S
     options = transport.get_security_options()
     options.ciphers = CIPHERS
-    try:
-        transport.disabled_algorithms = _disabled(settings, options)
-    except UsageError:
-        drop(transport)
-        raise
+    transport.disabled_algorithms = _disabled(settings, options)
     # Ask for a kind of key that is stored, so that another kind does not look changed.
     if "ssh-rsa" in known_kinds:
         known_kinds |= {"rsa-sha2-512", "rsa-sha2-256"}
@@ -235,19 +233,16 @@ def _greet(settings: Settings, sock: Any, known_kinds: set[str]) -> paramiko.Tra
         # Without a timeout of its own: at that one, start_client returns as if all were well.
         dial.within(transport.start_client)
     except IncompatiblePeer as error:
-        drop(transport)
         raise BoardError(
             f"{settings} has no encryption in common with this machine ({dial.words(error)});",
             "update its OpenSSH.",
         ) from error
     except Exception as error:
-        drop(transport)
         lost = LinkLost(
             f"{settings} does not answer as an SSH server does ({dial.words(error)});",
             "see whether the port is right and sshd runs there.",
         )
         raise _told(error, lost) from error
-    return transport
 
 
 def _disabled(settings: Settings, options: Any) -> dict[str, list[str]]:

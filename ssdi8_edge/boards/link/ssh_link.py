@@ -29,19 +29,19 @@ def quietly(action: Callable[[], object]) -> None:
     threading.Thread(target=work, daemon=True).start()
 
 
-def drop(transport: Any) -> None:
+def hang_up(transport: Any) -> None:
     """Close a transport and its socket, without waiting.
 
-    paramiko's own `close` leaves the socket open where nothing was agreed on yet.
+    paramiko leaves the socket open where the transport was never started, or ended by itself.
     """
 
-    def close() -> None:
+    def work() -> None:
         try:
             transport.close()
         finally:
             transport.sock.close()
 
-    quietly(close)
+    quietly(work)
 
 
 class Ear:
@@ -80,7 +80,7 @@ class Link:
     def close(self) -> None:
         """Drop it, without waiting."""
         for transport in reversed(self._transports):
-            drop(transport)
+            hang_up(transport)
 
     def _beat(self) -> None:
         """Ask for an answer now and then: of a dead line or jump host nothing else tells."""

@@ -209,10 +209,13 @@ class Build:
             for path in sorted(shipped(name).rglob("*"))
             if path.is_file() and "__pycache__" not in path.parts and "build" not in path.parts
         }
+        target = self.request.target.to_dict()
+        if self.context is None:
+            del target["context"]  # it changes nothing
         keys["bundle"] = key_of(
             {
                 "export": keys["export"],
-                "target": self.request.target.to_dict(),
+                "target": target,
                 "sources": sources,
             }
         )

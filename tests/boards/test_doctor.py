@@ -126,6 +126,7 @@ def test_the_printed_profile_is_a_target(lab: Lab, tmp_path: Path, kind: str) ->
         assert target.runtime == "tensorrt" and "(simulated)" in target.about
         shipped = load_target("orin-nx")
         assert target.board == shipped.board and target.engine == shipped.engine
+        assert target.context == shipped.context
     else:
         assert target.runtime == "onnxruntime" and target.board is None
 

@@ -21,7 +21,7 @@ import torch
 from commands import assert_one_sentence, ssdi8
 from conftest import make_config, make_model
 from safetensors.torch import save_file
-from tiny_model import byte_tokenizer, one_thread, write_text
+from tiny_model import byte_tokenizer, one_thread, write_model, write_text
 from typer.testing import CliRunner
 
 from runtime.backends.onnxruntime import OnnxRuntimeBackend
@@ -387,6 +387,15 @@ def test_a_context_that_verifying_does_not_fit_into_is_refused(
         Build(small)
     just = dataclasses.replace(small, target=host(context=39))
     assert Build(just).context == 39
+
+
+def test_pure_mamba_ignores_it(tmp_path: Path) -> None:
+    """Another context makes nothing anew."""
+    model = write_model(tmp_path / "pure")
+    recipe, out = METHODS["edge-w8a8"], tmp_path / "run"
+    builds = [Build(BuildRequest(str(model), recipe, host(context=n), out)) for n in (5, 4096)]
+    assert builds[0].context is builds[1].context is None
+    assert builds[0].keys == builds[1].keys
 
 
 def test_a_context_of_nothing_is_refused() -> None:

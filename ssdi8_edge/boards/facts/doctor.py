@@ -20,6 +20,7 @@ OLDEST_PYTHON = (3, 10)
 LITTLE_DISK_MB = 4000.0
 MEMORY_GB = (4, 8, 16, 32, 64)
 GIB = 2**30 / 1e9  # in GB
+CONTEXT_PER_GB, LEAST_CONTEXT, MOST_CONTEXT = 512, 4096, 16384  # tokens
 JETPACK = "sudo apt install nvidia-jetpack"
 FLASH = "flash JetPack 6.2 or 7.2 with NVIDIA's SDK Manager"
 
@@ -169,6 +170,7 @@ def profile_toml(facts: BoardFacts) -> str:
             f"about = {_toml((facts.model or 'Jetson') + simulated)}",
             'runtime = "tensorrt"',
             'where = "board"',
+            f"context = {_context(_memory_gb(facts))}",
             "",
             "[board]",
             'compute_capability = "8.7"',
@@ -195,6 +197,11 @@ def _memory_gb(facts: BoardFacts) -> int:
     visible = (facts.memory_mb or 0) / 1000
     fitting = [size for size in MEMORY_GB if visible <= size * GIB]
     return fitting[0] if fitting else math.ceil(visible)
+
+
+def _context(memory_gb: int) -> int:
+    """Tokens for the caches of a model with attention, as the shipped targets have them."""
+    return min(max(memory_gb * CONTEXT_PER_GB, LEAST_CONTEXT), MOST_CONTEXT)
 
 
 def _slug(text: str) -> str:

@@ -61,6 +61,10 @@ class Attention(Block):
             raise CheckpointError(
                 f"{self.n_heads} heads cannot share n_kv_heads = {self.n_kv_heads} keys."
             )
+        if self.rope_theta is not None and self.head_dim % 2:
+            raise CheckpointError(
+                f"rotary positions turn pairs, and head_dim = {self.head_dim} is odd."
+            )
 
     @property
     def parts(self) -> dict[str, int]:

@@ -54,12 +54,15 @@ class Target(_Strict):
     Attributes:
         runtime: what executes the model there.
         where: "board" is reached over SSH; "here" is this machine.
+        context: tokens that a sequence may have, prompt and answer together, where a model has
+            attention; it takes memory for all of them.
     """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
     about: str
     runtime: Literal["tensorrt", "onnxruntime"]
     where: Literal["board", "here"]
+    context: int = Field(default=4096, ge=1)
     board: Board | None = None
     engine: Engine
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,9 @@ RUNTIMES = ("onnxruntime", "tensorrt")
 STATE_DTYPES: Mapping[str, np.dtype] = {
     "fp16": np.dtype(np.float16),
     "fp32": np.dtype(np.float32),
+    "int8": np.dtype(np.int8),
 }
+UPDATES: Mapping[str, bool] = {"replace": False, "append": True}
 PARTS = {
     "model": dict,
     "interface": dict,
@@ -39,8 +42,14 @@ class State:
     output: str  # of the graph's output, which is the input of the next call
     shape: tuple[int, ...]  # without the batch
     dtype: np.dtype
+    grows: bool  # a call writes the rows of its tokens, on axis 1 of the shape, and not all
     suspects: tuple[str, ...]  # ops where an error is looked for that shows here first
     shallow: bool  # errors of kernels have not added up over layers yet
+
+    @property
+    def bytes(self) -> int:
+        """Of one sequence."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -49,20 +58,27 @@ class Interface:
 
     vocab_size: int  # rows of the embedding, padding included
     prompt_multiple: int  # tokens; pieces of a long prompt are multiples of it
+    context: int | None  # tokens that a sequence may have; None: any number
     states: Mapping[str, State]  # by name, in the order of the data
     logits_suspects: tuple[str, ...]
     decode_suspects: tuple[str, ...]
-    ops: tuple[str, ...]  # names that layers of an inference library carry, without prefixes
+    # Names that layers of an inference library carry, without prefixes -> part of the model, or "".
+    ops: Mapping[str, str]
+    blocks: tuple[str, ...]  # their kinds, in order; () where the manifest is older
 
     @classmethod
     def read(cls, fields: Mapping[str, Any]) -> Interface:
         """From the manifest; raises KeyError, TypeError or ValueError where it is not right."""
+        context, ops = fields.get("context"), fields["ops"]
+        if any(state["update"] not in UPDATES for state in fields["states"]):
+            raise ValueError("a state is updated in a way that this script does not know")
         states = [
             State(
                 name=str(state["name"]),
                 output=str(state["output"]),
                 shape=tuple(int(size) for size in state["shape"]),
                 dtype=STATE_DTYPES[state["dtype"]],
+                grows=UPDATES[state["update"]],
                 suspects=tuple(map(str, state["suspects"])),
                 shallow=bool(state["shallow"]),
             )
@@ -71,17 +87,32 @@ class Interface:
         read = cls(
             vocab_size=int(fields["vocab_size"]),
             prompt_multiple=int(fields["prompt_multiple"]),
+            context=None if context is None else int(context),
             states={state.name: state for state in states},
             logits_suspects=tuple(map(str, fields["logits_suspects"])),
             decode_suspects=tuple(map(str, fields["decode_suspects"])),
-            ops=tuple(map(str, fields["ops"])),
+            ops=ops if isinstance(ops, dict) else dict.fromkeys(map(str, ops), ""),
+            blocks=tuple(map(str, fields.get("blocks", ()))),
         )
         sizes = (read.vocab_size, read.prompt_multiple, *(n for s in states for n in s.shape))
         if min(sizes) < 1 or len(read.states) != len(states):
             raise ValueError("a size is not positive, or a state stands there twice")
-        if any(state["update"] != "replace" for state in fields["states"]):
-            raise ValueError("a state is updated in a way that this script does not know")
+        if any(state.shape[1] != read.context for state in states if state.grows):
+            raise ValueError("a state that grows has no room for the context")
         return read
+
+    @property
+    def grows(self) -> bool:
+        """Whether a call has to know how many tokens came before."""
+        return any(state.grows for state in self.states.values())
+
+    def state_bytes(self) -> int:
+        """Bytes that the states of a sequence take."""
+        return sum(state.bytes for state in self.states.values())
+
+    def cache_bytes(self) -> int:
+        """Of these, what the states take that grow."""
+        return sum(state.bytes for state in self.states.values() if state.grows)
 
     def state_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
         """Graph name -> shape with the batch."""
@@ -125,6 +156,15 @@ class Bundle:
                 f"pack it again, {MANIFEST} has to list every file that a run needs",
             )
         return self.root / name
+
+    def require_room(self, tokens: int, what: str, remedy: str) -> None:
+        """Raises BundleProblem where `what`, a sequence of `tokens` tokens, passes the context."""
+        context = self.model.context
+        if context is not None and tokens > context:
+            raise BundleProblem(
+                f"{what} and the context of {self.name} is {context} tokens",
+                f"{remedy}, or build it with --context {tokens} or more",
+            )
 
     def state_dtypes(self) -> dict[str, np.dtype]:
         """Graph name -> dtype of that state."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from runtime.backends.protocol import LayerTimes
@@ -29,9 +29,23 @@ class LayerTime:
 
 @dataclass(frozen=True)
 class ModuleTime:
-    """All layers of one module together: their time per run, and its part of the whole."""
+    """All layers of one module together: their time per run, and its share of the whole.
+
+    `part`: of the model, which the module belongs to, or "".
+    """
 
     module: str
+    part: str
+    layers: int
+    seconds: float
+    share: float
+
+
+@dataclass(frozen=True)
+class KindTime:
+    """All layers in blocks of one kind together, as far as their names tell the block."""
+
+    kind: str
     layers: int
     seconds: float
     share: float
@@ -40,7 +54,7 @@ class ModuleTime:
 class Modules:
     """Tells the op that a layer belongs to; `ops` are those of the graph, without prefixes."""
 
-    def __init__(self, ops: Sequence[str]) -> None:
+    def __init__(self, ops: Iterable[str]) -> None:
         # Longer names come before those that they begin with.
         names = "|".join(map(re.escape, sorted(ops, key=len, reverse=True)))
         # "layers.3/Ssdi8Linear.1", "SsdScan/MatMul.7__2",
@@ -80,14 +94,39 @@ def median_times(runs: Sequence[LayerTimes], modules: Modules) -> list[LayerTime
     ]
 
 
-def module_times(layers: Sequence[LayerTime]) -> list[ModuleTime]:
-    """Longest first."""
-    whole = sum(layer.seconds for layer in layers)
+def module_times(layers: Sequence[LayerTime], parts: Mapping[str, str]) -> list[ModuleTime]:
+    """Longest first; `parts`: op -> part of the model, or ""."""
+    times = _added_up((layer.module, layer.seconds) for layer in layers)
+    return [ModuleTime(module, _part(module, parts), *row) for module, row in times.items()]
+
+
+def kind_times(layers: Sequence[LayerTime], kinds: Sequence[str]) -> list[KindTime]:
+    """Longest first; `kinds`: of the blocks. Empty where no name tells a block."""
+    if all(layer.model_layer is None for layer in layers):
+        return []
+    times = _added_up((_kind(layer, kinds), layer.seconds) for layer in layers)
+    return [KindTime(kind, *row) for kind, row in times.items()]
+
+
+def _part(module: str, parts: Mapping[str, str]) -> str:
+    """Of fused ones, that which all belong to."""
+    found = {parts.get(op, "") for op in module.split(" + ")}
+    return found.pop() if len(found) == 1 else ""
+
+
+def _kind(layer: LayerTime, kinds: Sequence[str]) -> str:
+    index = layer.model_layer
+    return OTHER if index is None or index >= len(kinds) else kinds[index]
+
+
+def _added_up(times: Iterable[tuple[str, float]]) -> dict[str, tuple[int, float, float]]:
+    """Name -> how many, seconds, share of the whole; longest first."""
     grouped: dict[str, list[float]] = {}
-    for layer in layers:
-        grouped.setdefault(layer.module, []).append(layer.seconds)
-    rows = [
-        ModuleTime(module, len(values), sum(values), sum(values) / whole if whole else 0.0)
-        for module, values in grouped.items()
-    ]
-    return sorted(rows, key=lambda row: -row.seconds)
+    for name, seconds in times:
+        grouped.setdefault(name, []).append(seconds)
+    totals = {name: sum(values) for name, values in grouped.items()}
+    whole = sum(totals.values())
+    return {
+        name: (len(grouped[name]), total, total / whole if whole else 0.0)
+        for name, total in sorted(totals.items(), key=lambda item: -item[1])
+    }

@@ -58,13 +58,23 @@ class Session:
         return prefill_pieces(length, self.bundle.max_tokens, self.bundle.model.prompt_multiple)
 
     def prefill(
-        self, ids: np.ndarray, keep: int = 1, states: States | None = None
+        self, ids: np.ndarray, keep: int = 1, states: States | None = None, position: int = 0
     ) -> tuple[np.ndarray, States]:
         """Run tokens (b, l) int32 after `states` (None: from the start), in pieces if need be.
 
-        Returns logits (b, keep, vocab) float32 of the last `keep` positions, and the states.
+        Args:
+            position: tokens that led to `states`.
+
+        Returns:
+            Logits (b, keep, vocab) float32 of the last `keep` positions, and the states.
+
+        Raises:
+            BundleProblem: the context has no room for them.
         """
         batch, length = ids.shape
+        self.bundle.require_room(
+            position + length, f"{length} tokens follow {position},", "give fewer"
+        )
         if states is None:
             states = self.backend.zero_states(batch)
         wanted = length - keep  # first position whose logits are returned
@@ -72,7 +82,8 @@ class Session:
         for start, end in self.pieces(length):
             # The graph always gives at least one position; of early pieces nobody reads it.
             piece_keep = max(1, end - max(start, wanted))
-            logits, states = self.backend.forward(ids[:, start:end], states, piece_keep)
+            piece = ids[:, start:end]
+            logits, states = self.backend.forward(piece, states, piece_keep, position + start)
             if end > wanted:
                 kept.append(logits if keep == 1 else logits.copy())
         return kept[0] if len(kept) == 1 else np.concatenate(kept, axis=1), states
@@ -109,6 +120,7 @@ class Slot:
     """All that a sequence is between two calls: who copies it can go on from there again."""
 
     states: States | None = None  # None: nothing was run yet
+    tokens: int = 0  # that were run, and led to the states
     # Sampled last and not run yet; it is run together with what comes next.
     pending: list[int] = field(default_factory=list)
 
@@ -120,6 +132,30 @@ class Conversation:
         self._session = session
         self._slot = Slot()
 
+    @property
+    def room(self) -> int | None:
+        """Tokens that may follow until the context is full; None: any number."""
+        context, slot = self._session.bundle.model.context, self._slot
+        return None if context is None else context - slot.tokens - len(slot.pending)
+
+    @property
+    def full(self) -> str | None:
+        """A sentence if the context is full, so that no token can follow."""
+        if self.room is None or self.room > 0:
+            return None
+        return (
+            f"the context of {self._session.bundle.model.context} tokens is full;"
+            " start anew, or build with a larger --context."
+        )
+
+    def require_room(self, prompt: np.ndarray) -> None:
+        """Raises BundleProblem where `prompt` (1, l) does not fit behind what was said so far."""
+        before, length = self._slot.tokens + len(self._slot.pending), prompt.shape[1]
+        behind = f" behind the {before} of this conversation" if before else ""
+        self._session.bundle.require_room(
+            before + length, f"the prompt has {length} tokens{behind},", "give a shorter one"
+        )
+
     def generate(
         self,
         prompt: np.ndarray,
@@ -129,19 +165,26 @@ class Conversation:
     ) -> Iterator[Step]:
         """Go on after `prompt` (1, l) int32 to one of `end_ids`, yielded too, or `max_new_tokens`.
 
-        The caller may stop at any token and come back with the next prompt.
+        It ends as well where the context is full, see `full`. The caller may stop at any token and
+        come back with the next prompt.
+
+        Raises:
+            BundleProblem: the context has no room for the prompt.
         """
+        self.require_room(prompt)
         started = time.perf_counter()
         session, slot = self._session, self._slot
         pending = np.array([slot.pending], np.int32)
         ids = np.concatenate([pending, prompt], axis=1, dtype=np.int32)
-        logits, slot.states = session.prefill(ids, 1, slot.states)
+        logits, states = session.prefill(ids, 1, slot.states, slot.tokens)
+        slot.states, slot.tokens = states, slot.tokens + ids.shape[1]
         for remaining in reversed(range(max_new_tokens)):
             token = sample(logits[0, -1])
             slot.pending = [token]
             yield Step(token, time.perf_counter() - started)
-            if token in end_ids or not remaining:
+            if token in end_ids or not remaining or self.full:
                 return
             started = time.perf_counter()
             step = np.array([[token]], np.int32)
-            logits, slot.states = session.backend.forward(step, slot.states)
+            logits, states = session.backend.forward(step, slot.states, position=slot.tokens)
+            slot.states, slot.tokens = states, slot.tokens + 1

@@ -40,8 +40,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def load_quantized(folder: Path, device: str = "cpu") -> QuantizedModel:
-    """Read the whole quantized checkpoint into memory."""
+def load_quantized(folder: Path, device: str = "cpu", context: int = 0) -> QuantizedModel:
+    """Read the whole quantized checkpoint into memory.
+
+    Args:
+        context: tokens that zero states have room for, where they grow; they get more as needed.
+    """
     config = read_config(folder)
     try:
         with safe_open(folder / WEIGHTS, framework="pt", device=device) as file:
@@ -50,6 +54,5 @@ def load_quantized(folder: Path, device: str = "cpu") -> QuantizedModel:
         raise CheckpointError(
             f"cannot read {folder / WEIGHTS}: {error};", "quantize again."
         ) from error
-    return QuantizedModel(
-        Description.from_dict(config["model"]), QuantConfig.from_dict(config["recipe"]), tensors
-    )
+    description = Description.from_dict(config["model"]).with_context(context)
+    return QuantizedModel(description, QuantConfig.from_dict(config["recipe"]), tensors)

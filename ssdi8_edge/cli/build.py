@@ -33,6 +33,14 @@ def build(
         Optional[Path],  # noqa: UP045
         typer.Option(help="Run folder; default: runs/MODEL--METHOD--TARGET."),
     ] = None,
+    context: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            min=1,
+            help="Tokens that a conversation may have, for models with attention; default: the "
+            "target's.",
+        ),
+    ] = None,
     until: Annotated[str, typer.Option(help="Stop after this stage.")] = "bundle",
     device: Annotated[
         str, typer.Option(help="Where to calibrate and quantize: cpu, cuda or cuda:INDEX.")
@@ -50,6 +58,8 @@ def build(
 
     # Cheap checks first: torch takes seconds to import.
     chosen_target, recipe = load_target(target), find_method(method)
+    if context is not None:
+        chosen_target = chosen_target.model_copy(update={"context": context})
     if host is not None:
         check_reachable(host, until)
     from ssdi8_edge.compile.pipeline import Build, BuildRequest, run_name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +31,12 @@ def _show_bundle(found: dict[str, Any]) -> None:
     results.print(f"{found['name']}  {found['bytes'] / 1e6:.1f} MB")
     results.print(f"recipe {recipe['name']}: {recipe['about']}")
     results.print(f"target {target['name']}: {target['about']} ({target['runtime']})")
+    if found["context"] is not None:
+        cache = f"{found['cache_bytes'] / 1e6:.1f} MB"
+        results.print(f"context {found['context']} tokens, which take {cache} of each sequence")
+    kinds = Counter(found["blocks"])
+    if len(kinds) > 1:
+        results.print(f"blocks {', '.join(f'{n} {kind}' for kind, n in kinds.items())}")
     files = table("file", "MB")
     for name, size in sorted(found["files"].items(), key=lambda item: -item[1])[:8]:
         files.add_row(name, f"{size / 1e6:.2f}")
@@ -61,10 +68,11 @@ def targets(as_json: JsonOption = False) -> None:
     found = [load_target(name) for name in target_names()]
 
     def show() -> None:
-        rows = table("target", "what", "runs by", "where", "memory")
+        rows = table("target", "what", "runs by", "where", "memory", "context")
         for target in found:
             memory = f"{target.board.memory_gb:g} GB" if target.board else ""
-            rows.add_row(target.name, target.about, target.runtime, target.where, memory)
+            cells = (target.name, target.about, target.runtime, target.where, memory)
+            rows.add_row(*cells, str(target.context))
         results.print(rows)
 
     print_result([target.to_dict() for target in found], as_json, show)

@@ -82,7 +82,8 @@ def sweep(
     from ssdi8_edge.boards.sweep.measuring import open_source
     from ssdi8_edge.boards.sweep.sweep import sweep as measure
 
-    found = {source.bundle.digest: source for source in map(open_source, bundles)}
+    sources = [open_source(bundle, lengths[-1], new_tokens) for bundle in bundles]
+    found = {source.bundle.digest: source for source in sources}
     settings = Settings(
         new_tokens=new_tokens,
         repeat=repeat,
@@ -153,7 +154,7 @@ def profile(
     from ssdi8_edge.boards.sweep.profile import profile as measure
     from ssdi8_edge.ground.artifacts import whole_or_absent, write_json
 
-    source = open_source(bundle)
+    source = open_source(bundle, seq_len, 1)
     with connect(
         host, accept_new_host_key=accept_new_host_key, store=store, python=python
     ) as connection:

@@ -78,7 +78,7 @@ def pack(
     with during("the golden vectors of the bundle were made", "end other programs"):
         model = load_quantized(run_folder / QUANTIZED)
         golden = golden_vectors(model, golden_ids, target.max_tokens, track)
-    said = interface(model.description, model.recipe)
+    description, recipe = model.description.with_context(target.context), model.recipe
     del model  # the process that verifies needs the memory
     np.savez(folder / GOLDEN, **golden)  # type: ignore[arg-type]
 
@@ -86,8 +86,8 @@ def pack(
         "schema": MANIFEST_SCHEMA,
         "name": f"{config['name']}--{config['recipe']['name']}--{target.name}",
         "key": key,
-        "model": config["model"],
-        "interface": said,
+        "model": description.to_dict(),
+        "interface": interface(description, recipe),
         "recipe": config["recipe"],
         "target": target.to_dict(),
         "text": config["text"],

@@ -12,16 +12,24 @@ from torch import Tensor
 from runtime.session import prefill_pieces
 from ssdi8_edge.ground.progress import Track, silent
 from ssdi8_edge.models.block import States
+from ssdi8_edge.models.description import Description
 from ssdi8_edge.models.network import QuantizedModel, watched_model
 
 DECODE_STEPS = 4
 GOLDEN_LOGITS = 4
 
 
+def golden_tokens(model: Description) -> tuple[int, int]:
+    """How many tokens the golden vectors of `model` take: of the prompt, and one by one."""
+    return 2 * model.prompt_multiple + 3, DECODE_STEPS
+
+
 def golden_vectors(
     model: QuantizedModel, ids: Tensor, max_tokens: int, track: Track = silent
 ) -> dict[str, np.ndarray]:
     """A prefill over two chunks and three tokens more, the states behind it, and a few steps.
+
+    Of states that grow there are the rows of the prefill.
 
     Args:
         ids: (tokens,) real text; used cyclically where it is short.
@@ -32,7 +40,7 @@ def golden_vectors(
         CheckpointError: a tensor leaves FP16.
     """
     multiple = model.description.prompt_multiple
-    length = 2 * multiple + 3
+    length, _ = golden_tokens(model.description)
     repeats = -(-(length + DECODE_STEPS) // len(ids))
     ids = ids.repeat(repeats)[: length + DECODE_STEPS].to(torch.int32)[None]
     prompt, following = ids[:, :length], ids[:, length:]
@@ -48,7 +56,8 @@ def golden_vectors(
     with watched_model(model):
         for start, end in pieces:
             keep = min(GOLDEN_LOGITS, end - start)
-            logits, states = model.forward(prompt[:, start:end], states, keep, layer_begins)
+            piece = prompt[:, start:end]
+            logits, states = model.forward(piece, states, keep, layer_begins, start)
             last_logits.append(logits)
     deque(layers, maxlen=0)  # ends the bar
     assert states is not None
@@ -58,7 +67,8 @@ def golden_vectors(
     steps = []
     with watched_model(model):
         for step in range(DECODE_STEPS):
-            logits, states = model.forward(following[:, step : step + 1], states)
+            token = following[:, step : step + 1]
+            logits, states = model.forward(token, states, position=length + step)
             steps.append(logits[0, 0])
     golden["decode_logits"] = torch.stack(steps)
     return {name: tensor.numpy() for name, tensor in golden.items()}

@@ -20,19 +20,25 @@ def interface(model: Description, recipe: QuantConfig) -> dict[str, Any]:
     Returns:
         vocab_size: rows of the embedding, padding included.
         prompt_multiple: tokens; pieces of a long prompt are multiples of it.
+        context: tokens that states with update "append" have room for, and so the most that a
+            sequence may have; null where there are none.
         states: of the graph, in the order of the data: name and output (of the graph), shape
-            without the batch, dtype, update ("replace" or "append"), suspects (the ops where an
+            without the batch, dtype, update ("replace"; or "append": a call writes the rows of its
+            tokens, on axis 1 of the shape), suspects (the ops where an
             error is looked for that shows here first), shallow (whether it depends on one block
             and what leads into the next at most, so that errors have not added up yet).
         logits_suspects, decode_suspects: ops, if the logits of a prompt or of single tokens are the
             first to differ.
-        ops: names that layers of an inference library carry, without prefixes.
+        ops: names that layers of an inference library carry, without prefixes -> the part of the
+            model that each belongs to, "" where there is none.
+        blocks: their kinds, in order.
     """
     states = list(_states(model, recipe))
     last = model.n_layer - 1
     return {
         "vocab_size": model.vocab_size,
         "prompt_multiple": model.prompt_multiple,
+        "context": model.context if model.grows(recipe) else None,
         "states": states,
         "logits_suspects": [
             *_of_block(last, model.blocks[last].last_ops),
@@ -41,7 +47,8 @@ def interface(model: Description, recipe: QuantConfig) -> dict[str, Any]:
         "decode_suspects": [
             "the decode step of any layer: CausalConv1d or SsdScan with one token, or Linear"
         ],
-        "ops": [name.removeprefix("Ssdi8") for name in OPS],
+        "ops": {name.removeprefix("Ssdi8"): op.part for name, op in OPS.items()},
+        "blocks": [block.kind for block in model.blocks],
     }
 
 

@@ -37,6 +37,7 @@ from ssdi8_edge.checkpoints.quantized import CONFIG, read_config
 from ssdi8_edge.compile.bundle import pack
 from ssdi8_edge.compile.calibrate import STATISTICS, calibrate
 from ssdi8_edge.compile.export import export_model
+from ssdi8_edge.compile.golden import golden_tokens
 from ssdi8_edge.compile.lowering import lower
 from ssdi8_edge.compile.quantize import quantize, quantized_description
 from ssdi8_edge.compile.quantize.gptq import require_groups
@@ -149,9 +150,25 @@ class Build:
                 "raise engine.tokens in its profile.",
             )
         _require_sizes(request, self.model)
+        self._require_context()
         self._steps = self._noted_steps()
         for note in self.checkpoint.notes:
             say(f"note: {note}")
+
+    def _require_context(self) -> None:
+        """Refuse a context that the golden vectors do not fit into."""
+        needed = sum(golden_tokens(self.model))
+        if self.context is not None and self.context < needed:
+            raise UsageError(
+                f"a context of {self.context} tokens is less than the {needed} that verifying the "
+                "bundle takes;",
+                f"give --context {needed} or more.",
+            )
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that a sequence may have; None: any number, since no state grows."""
+        return self.request.target.context if self.model.grows(self.request.recipe) else None
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -184,7 +201,8 @@ class Build:
                 "end_ids": self._end_ids,
             }
         )
-        keys["export"] = key_of({"quantize": keys["quantize"]})
+        context = {} if self.context is None else {"context": self.context}
+        keys["export"] = key_of({"quantize": keys["quantize"], **context})
         sources = {
             path.relative_to(shipped(name)).as_posix(): sha256(path)
             for name in ("jetson", "plugins")
@@ -360,6 +378,7 @@ class Build:
         folder = self.request.out / QUANTIZED
         weights, recipe = folder / WEIGHTS, self.request.recipe
         model = Description.from_dict(read_config(folder)["model"])
+        model = model.with_context(self.request.target.context)
         with whole_or_absent(self.request.out / ONNX) as folder:
             # The graphs refer to the weights by name; the bundle puts them side by side.
             folder.mkdir()

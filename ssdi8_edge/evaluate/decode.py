@@ -17,7 +17,13 @@ from torch import Tensor
 from runtime.failures import during
 from ssdi8_edge.evaluate.subject import Subject
 from ssdi8_edge.evaluate.texts import Text
-from ssdi8_edge.evaluate.windows import exponential, less_memory, reason_of, windows_of
+from ssdi8_edge.evaluate.windows import (
+    exponential,
+    less_memory,
+    reason_of,
+    require_context,
+    windows_of,
+)
 from ssdi8_edge.ground.errors import UsageError
 from ssdi8_edge.ground.progress import Track, silent
 
@@ -144,8 +150,9 @@ def require_length(subjects: Sequence[Subject], text: Text, tokens: int) -> list
     """The first `tokens` tokens (T) of the text, as each model reads it.
 
     Raises:
-        UsageError: it has fewer.
+        UsageError: it has fewer, or a model's context is shorter.
     """
+    require_context(subjects, tokens, "--decode")
     found = [windows[0] for windows in windows_of(subjects, text, tokens, 1)]
     shortest = min(map(len, found))
     if shortest < tokens:

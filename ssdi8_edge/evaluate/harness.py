@@ -29,6 +29,7 @@ from runtime.failures import during
 from ssdi8_edge.evaluate.local_data import Row
 from ssdi8_edge.evaluate.subject import Subject
 from ssdi8_edge.evaluate.tasks import Accuracy, Task
+from ssdi8_edge.evaluate.windows import require_context
 from ssdi8_edge.ground.errors import UsageError
 from ssdi8_edge.ground.progress import Track, silent
 from ssdi8_edge.ground.spool import GPU_TOKENS_PER_BATCH, TOKENS_PER_BATCH
@@ -112,6 +113,7 @@ class SubjectLM(TemplateLM):
         for number, (_, context, continuation) in enumerate(requests):
             given = tuple((context + continuation)[-(MAX_TOKENS + 1) : -1])
             by_input.setdefault(given, []).append(number)
+        require_context([self._subject], max(map(len, by_input), default=0), "an item")
         answers: dict[int, Answer] = {}
         label = f"evaluating {self._subject.name} zero-shot"
         lower = "end other programs, or name fewer models at once"

@@ -65,6 +65,7 @@ class Subject:
         notes: of its checkpoint.
         beyond_fp16: sentences about tensors that left FP16 so far, of an engine that looks.
         end_ids: the tokens that end a text, the model's own one first.
+        context: tokens that a sequence may have; None: any number.
     """
 
     source: str
@@ -79,6 +80,7 @@ class Subject:
     notes: tuple[str, ...] = ()
     beyond_fp16: list[str] = field(default_factory=list)
     end_ids: tuple[int, ...] = ()
+    context: int | None = None
 
     def logits(self, ids: Tensor, keep: int | None = None) -> Tensor:
         """ids (B, L) -> logits (B, keep, V) FP32 of the last `keep` positions; None keeps all."""
@@ -143,12 +145,13 @@ def _bundle_subject(source: str, folder: Path, device: str) -> Subject:
         return torch.from_numpy(logits)
 
     def sequence() -> Running:
-        states = None
+        states, position = None, 0
 
         def feed(ids: Tensor) -> Tensor:
-            nonlocal states
+            nonlocal states, position
             given = ids.numpy().astype(np.int32)
-            logits, states = session.prefill(given, ids.shape[1], states)
+            logits, states = session.prefill(given, ids.shape[1], states, position)
+            position += ids.shape[1]
             return torch.from_numpy(logits.copy())
 
         return feed
@@ -162,6 +165,7 @@ def _bundle_subject(source: str, folder: Path, device: str) -> Subject:
         bundle.path(TOKENIZER),
         bundle.model.vocab_size,
         end_ids=tuple(sorted(bundle.end_ids)),
+        context=bundle.model.context,
     )
 
 
@@ -187,14 +191,17 @@ def _quantized_subject(source: str, folder: Path, tokenizer: Path | None, device
             return model.forward(ids, None, keep, scope)[0]
 
     def sequence() -> Running:
-        if kernels:
+        # Op by op, states grow as they have to.
+        if kernels and not model.description.grows(model.recipe):
             return _by_graphs(GpuBackend(model, device), device)
         states: list[States] | None = None
+        position = 0
 
         def feed(ids: Tensor) -> Tensor:
-            nonlocal states
+            nonlocal states, position
             with watching():
-                logits, states = model.forward(ids, states, ids.shape[1])
+                logits, states = model.forward(ids, states, ids.shape[1], position=position)
+            position += ids.shape[1]
             return logits
 
         return feed

@@ -217,14 +217,30 @@ def require_contexts(subjects: Sequence[Subject], text: Text) -> None:
     """Refuse a text that `long_context` would refuse, before anything is measured.
 
     Raises:
-        UsageError: it is shorter than the longest window.
+        UsageError: it is shorter than the longest window, or that is longer than a model's context.
     """
+    require_context(subjects, CONTEXTS[-1], "the long-context table")
     found = min(len(each) for each in windows_of(subjects, text, 1, CONTEXTS[-1]))
     if found < CONTEXTS[-1]:
         raise UsageError(
             f"{text.name} holds {found} tokens;",
             f"the long-context table needs a text of at least {CONTEXTS[-1]}.",
         )
+
+
+def require_context(subjects: Sequence[Subject], tokens: int, what: str) -> None:
+    """Refuse a model whose context is shorter than `what`.
+
+    Raises:
+        UsageError: it is.
+    """
+    for subject in subjects:
+        if subject.context is not None and subject.context < tokens:
+            raise UsageError(
+                f"{subject.source} has a context of {subject.context} tokens, and {what} takes "
+                f"{tokens};",
+                f"build it with --context {tokens} or more, or name its quantized/ folder.",
+            )
 
 
 def windows_of(
@@ -256,6 +272,7 @@ def _measure(
     first = subjects[0]
     tallies = [_Tally() for _ in subjects]
     longest = max(ids.shape[1] for ids in windows)
+    require_context(subjects, longest, f"a window of {text.name}")
     size = 1 if first.device == "cpu" else max(1, GPU_TOKENS_PER_BATCH // longest)
     starts = range(0, max(map(len, windows)), size)
     turns = [(start, n) for start in starts for n in range(len(subjects))]

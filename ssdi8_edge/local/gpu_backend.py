@@ -46,6 +46,7 @@ class GpuBackend:
     There is one set of states per batch size, updated in place: a sequence ends where the next one
     of its batch size starts. A shape (batch, length, positions kept) that comes a second time is
     captured in a CUDA graph and replayed from then on; that is every decode step but the first.
+    A model whose states grow runs op by op: its references read the position on the host.
     """
 
     runtime = "torch"
@@ -54,12 +55,14 @@ class GpuBackend:
     max_keep: int | None = None
 
     def __init__(self, model: QuantizedModel, device: str = "cuda") -> None:
+        """`model` has a context where its states grow."""
         if not kernel_library.available():
             kernel_library.load()  # says what is missing, if it is the library
             raise UsageError("torch finds no CUDA GPU here;", "use --device cpu.")
         if model.recipe.quantized:
             require_kernels(model.description.misfit(), device, "use --device cpu.")
         self._model = model
+        self._grows = model.description.grows(model.recipe)
         self._device = torch.device(device)
         self._states: dict[int, list[States]] = {}
         self._steps: dict[tuple[int, int, int], _Step | None] = {}
@@ -86,7 +89,11 @@ class GpuBackend:
         return self._named(batch)
 
     def forward(
-        self, ids: np.ndarray, states: Mapping[str, DeviceArray], keep: int = 1
+        self,
+        ids: np.ndarray,
+        states: Mapping[str, DeviceArray],
+        keep: int = 1,
+        position: int = 0,
     ) -> tuple[np.ndarray, Mapping[str, DeviceArray]]:
         """Tokens (b, l) int32 -> logits (b, keep, vocab) float32 and the states, in place."""
         batch, length = ids.shape
@@ -96,9 +103,9 @@ class GpuBackend:
                 own[name].tensor.copy_(state.tensor)
         key = (batch, length, keep)
         tokens = torch.from_numpy(np.ascontiguousarray(ids))
-        if key not in self._steps:
+        if self._grows or key not in self._steps:
             self._steps[key] = None
-            logits = self._run(tokens.to(self._device), keep)
+            logits = self._run(tokens.to(self._device), keep, position)
         else:
             step = self._steps[key] or self._capture(key)
             step.tokens.copy_(tokens)
@@ -121,10 +128,10 @@ class GpuBackend:
         states = self._model.named_states(self._states[batch])
         return {name: DeviceArray(state) for name, state in states.items()}
 
-    def _run(self, tokens: Tensor, keep: int) -> Tensor:
+    def _run(self, tokens: Tensor, keep: int, position: int = 0) -> Tensor:
         states = self._states[tokens.shape[0]]
         with kernel_library.states_in_place():
-            logits, after = self._model.forward(tokens, states, keep)
+            logits, after = self._model.forward(tokens, states, keep, position=position)
         for old, new in zip(states, after, strict=True):
             for before, now in zip(old, new, strict=True):
                 if before.data_ptr() != now.data_ptr():  # an op that has no kernel
@@ -158,7 +165,7 @@ def run_on_gpu(run: Path, arguments: list[str], device: str) -> int:
         )
     kernel_library.load()
     BACKENDS[GpuBackend.runtime] = lambda bundle, options: GpuBackend(
-        load_quantized(run / QUANTIZED, device), device
+        load_quantized(run / QUANTIZED, device, bundle.model.context or 0), device
     )
     command = [str(bundle_folder(run)), "--backend", GpuBackend.runtime, *arguments]
     # The runtime answers Ctrl-C itself, which comes to it as in a process of its own.

@@ -352,6 +352,7 @@ ATTENTION = Op(
     outputs=("o", "k_cache_out", "k_scale_out", "v_cache_out", "v_scale_out"),
     reference=attention_reference,
     body=_body,
+    part="attention",
 )
 ATTENTION_FP16 = Op(
     name="Attention",
@@ -359,4 +360,5 @@ ATTENTION_FP16 = Op(
     reference=attention_fp16_reference,
     body=_fp16_body,
     plugin=False,
+    part="attention",
 )

@@ -326,6 +326,7 @@ SSD_SCAN = Op(
     reference=ssd_scan_reference,
     body=_ssd_scan_body,
     plugin=False,
+    part="SSD",
 )
 RMS_NORM_GATED = Op(
     name="RmsNormGated",

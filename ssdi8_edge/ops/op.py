@@ -57,6 +57,7 @@ class Op:
         kernel: what runs it on a GPU, given the reference's arguments by name; None: the reference.
         plugin: TensorRT runs it as a plugin of the same name, which an op without a kernel does not
             have yet; otherwise the body is inlined.
+        part: of a model, that profiles and reports add its time to; "": none but itself.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Op:
     body: Body
     kernel: Kernel | None = None
     plugin: bool = True
+    part: str = ""
 
     @functools.cached_property
     def _parameters(self) -> list[inspect.Parameter]:

@@ -115,6 +115,16 @@ class Measurements:
                 totals[module.module] = totals.get(module.module, 0.0) + module.seconds
         return sorted(totals, key=lambda name: (name == OTHER, -totals[name]))
 
+    @property
+    def kinds(self) -> list[str]:
+        """Of the blocks in all profiles, where there are several; the most costly first."""
+        totals: dict[str, float] = {}
+        for profile in self.profiles:
+            for kind in (k for phase in profile.phases for k in phase.kinds):
+                totals[kind.kind] = totals.get(kind.kind, 0.0) + kind.seconds
+        known = sorted(totals.keys() - {OTHER}, key=lambda name: -totals[name])
+        return known if len(known) > 1 else []
+
     def of(self, setup: Setup) -> dict[str, list[Point]]:
         """Method -> its points by length."""
         rows: dict[str, list[Point]] = {method: [] for method in self.methods}

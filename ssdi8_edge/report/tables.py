@@ -190,8 +190,8 @@ class Tables:
         return Table(columns, rows, len(self._head))
 
     def modules(self) -> Table:
-        """Where the time goes: a row a phase of a profile, a column a module."""
-        names = self._data.modules
+        """Where the time goes: a row a phase of a profile, a column a module or a kind of block."""
+        names, kinds = self._data.modules, self._data.kinds
         rows = []
         for setup in self._data.setups:
             for profile in self._data.profiles_of(setup):
@@ -199,10 +199,14 @@ class Tables:
                     times = {m.module: m.seconds for m in phase.modules}
                     head = [*self._begin(setup, profile.bundle.method), phase.phase]
                     cells = [shown(times.get(name), MS) for name in names]
+                    of_kinds = {k.kind: k.seconds for k in phase.kinds}
+                    cells += [shown(of_kinds.get(kind), MS) for kind in kinds]
                     all_ms = shown(sum(times.values()), MS)
                     rows.append([*head, str(phase.tokens), all_ms, *cells])
-        columns = (*self._head, "phase", "tokens", "all, ms", *names)
-        return Table(columns, rows, len(self._head) + 1)
+        headings = [f"{kind} blocks" for kind in kinds]
+        columns = (*self._head, "phase", "tokens", "all, ms", *names, *headings)
+        note = "Columns of blocks add up the same layers by the kind of block that they are in."
+        return Table(columns, rows, len(self._head) + 1, [note] if kinds else [])
 
     def accuracy(self) -> Table:
         """As the evaluations give it."""

@@ -649,3 +649,24 @@ def test_a_profile_that_cannot_name_its_layers_gives_no_ssd_time() -> None:
     assert ssd_seconds(Profile.model_validate(record)) == pytest.approx(0.006)
     other["seconds"] = 0.1
     assert ssd_seconds(Profile.model_validate(record)) is None
+
+
+def test_parts_and_kinds_of_blocks_come_from_the_profile(tmp_path: Path) -> None:
+    """The SSD's time is that of its part, whatever its ops are called; blocks have columns."""
+    record = profile()
+    for module in record["phases"][0]["modules"]:
+        module["part"] = "SSD" if module["module"] == "Linear" else ""
+    assert ssd_seconds(Profile.model_validate(record)) == pytest.approx(0.01)
+    assert "blocks" not in tables_of(tmp_path, record)
+    times = {"mamba2": 0.01, "attention": 0.004, "mlp": 0.002, "other": 0.001}
+    record["phases"][0]["kinds"] = [
+        {"kind": kind, "layers": 1, "seconds": seconds} for kind, seconds in times.items()
+    ]
+    shown = tables_of(tmp_path, record)
+    assert re.search("mamba2 blocks.*attention blocks.*mlp blocks", shown)
+
+
+def tables_of(folder: Path, record: dict[str, Any]) -> str:
+    """The columns of the table of modules, in a row."""
+    (folder / "profile.json").write_text(json.dumps(record))
+    return ", ".join(Tables(load([folder / "profile.json"])).modules().columns)

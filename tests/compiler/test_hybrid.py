@@ -11,7 +11,15 @@ import onnx
 import pytest
 import torch
 from case_table import Quantized, layer_of, random_ids, relative_error, session
-from tiny_hybrids import FALCON, FAMILIES, GRANITE, NEMOTRON, hybrid, quantized
+from tiny_hybrids import (
+    FALCON,
+    FAMILIES,
+    GRANITE,
+    NEMOTRON,
+    hybrid,
+    quantized,
+    with_biases,
+)
 from tiny_model import one_thread
 from torch import Tensor
 
@@ -183,6 +191,32 @@ def test_groups_of_4_bits_fit_every_width(nemotron: FloatModel) -> None:
     recipe = METHODS["edge-w4a8"]
     assert recipe.for_columns(64) == recipe
     assert recipe.for_columns(72) == recipe  # none fits: the quantizer says so
+
+
+@pytest.mark.parametrize("method", ["edge-w8a8", "edge-w4a8", "had-w8a8", "fp16"])
+def test_biases_of_linear_layers(nemotron: FloatModel, method: str) -> None:
+    """A large bias is kept, rotated as the stream is; the mean correction is added to it."""
+    model = hybrid(with_biases(nemotron.description))
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.in_proj.bias.uniform_(-0.5, 0.5)
+            layer.out_proj.bias.uniform_(-2, 2)
+    made = quantized(model, method)
+    for i in range(model.description.n_layer):
+        p, source = layer_of(made, i), model.layers[i]
+        assert torch.equal(p["in_proj.bias"], source.in_proj.bias)
+        wanted = source.out_proj.bias.detach().double()
+        if made.recipe.quantized:
+            wanted = hadamard.transform(wanted)
+        assert relative_error(p["out_proj.bias"], wanted) < 0.1
+        corrects = made.recipe.correction != "none"
+        assert torch.equal(p["out_proj.bias"], wanted.float()) is not corrects
+    ids = random_ids(2, TOKENS, seed=8)
+    with torch.no_grad():
+        expected = model(ids)[0]
+    found = made.model.forward(ids, keep=TOKENS)[0]
+    bound = BOUNDS.get(method, BOUNDS["w4a8" if "w4a8" in method else "w8a8"])
+    assert relative_error(found, expected) < bound
 
 
 def test_blocks_without_a_kernel_are_named() -> None:

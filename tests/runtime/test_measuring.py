@@ -23,7 +23,7 @@ from runtime.backends.onnxruntime import OnnxRuntimeBackend, _own_times
 from runtime.bench import summary
 from runtime.bundle import open_bundle
 from runtime.command_line import _guarded
-from runtime.layer_times import Modules, median_times, model_layer_of, module_times
+from runtime.layer_times import Modules, kind_times, median_times, model_layer_of, module_times
 from runtime.machine import this_machine
 from runtime.verify import suspects
 
@@ -174,11 +174,26 @@ def test_times_are_added_up_by_module() -> None:
     assert [(layer.name, layer.seconds) for layer in layers] == [
         ("a/SsdScan", 2.0), ("a/Linear", 0.5), ("a/Linear", 0.5), ("copy", 0.25),
     ]  # fmt: skip
-    modules = module_times(layers)
-    assert [(m.module, m.layers, m.seconds) for m in modules] == [
-        ("SsdScan", 1, 2.0), ("Linear", 2, 1.0), ("other", 1, 0.25),
+    modules = module_times(layers, {"SsdScan": "SSD", "Linear": ""})
+    assert [(m.module, m.part, m.layers, m.seconds) for m in modules] == [
+        ("SsdScan", "SSD", 1, 2.0), ("Linear", "", 2, 1.0), ("other", "", 1, 0.25),
     ]  # fmt: skip
     assert sum(m.share for m in modules) == pytest.approx(1)
+    assert kind_times(layers, ["mamba2"]) == []
+
+
+def test_times_are_added_up_by_kind_of_block() -> None:
+    """Where names tell the block; ops that are fused belong to the part that all belong to."""
+    times = {"layers.0/Linear": 1.0, "layers.1/Linear": 2.0, "layers.2/SsdScan": 3.0}
+    times |= {"layers.0/ChunkState + layers.0/ChunkScan": 5.0, "head/Linear": 4.0}
+    ops = {"Linear": "", "SsdScan": "SSD", "ChunkState": "SSD", "ChunkScan": "SSD"}
+    layers = median_times([list(times.items())], Modules(ops))
+    kinds = kind_times(layers, ["mamba2", "mlp", "mamba2"])
+    assert [(k.kind, k.layers, k.seconds) for k in kinds] == [
+        ("mamba2", 3, 9.0), ("other", 1, 4.0), ("mlp", 1, 2.0),
+    ]  # fmt: skip
+    parts = {module.module: module.part for module in module_times(layers, ops)}
+    assert parts == {"Linear": "", "SsdScan": "SSD", "ChunkState + ChunkScan": "SSD"}
 
 
 def test_a_node_around_others_counts_only_its_own_time() -> None:

@@ -546,7 +546,7 @@ def test_info(packed: Path) -> None:
     report = run_json(packed, "--info")
     assert list(report) == [
         "bundle", "model", "recipe", "target", "files", "bytes", "state_bytes_per_sequence",
-        "created", "steps", "not_run", "engines",
+        "context", "created", "steps", "not_run", "engines",
     ]  # fmt: skip
     assert report["model"] == SIZES
     assert report["bytes"] == sum(report["files"].values())
@@ -654,8 +654,12 @@ BAD_BUNDLES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         ["stands there twice", "pack"],
     ),
     "a state that is updated in another way": (
-        edit_manifest(lambda m: m["interface"]["states"][0].update(update="append")),
+        edit_manifest(lambda m: m["interface"]["states"][0].update(update="shift")),
         ["does not know", "pack"],
+    ),
+    "a state without room": (
+        edit_manifest(lambda m: m["interface"]["states"][0].update(update="append")),
+        ["no room for the context", "pack"],
     ),
     "tokenizer of a larger model": (
         edit_manifest(lambda m: m["interface"].update(vocab_size=2)),

@@ -443,7 +443,7 @@ def gpu(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU's place is taken by onnxruntime."""
     monkeypatch.setattr(gpu_backend, "require_device", lambda device: None)
     monkeypatch.setattr(gpu_backend, "is_quantized_checkpoint", lambda folder: True)
-    monkeypatch.setattr(gpu_backend, "load_quantized", lambda folder, device: None)
+    monkeypatch.setattr(gpu_backend, "load_quantized", lambda folder, device, context: None)
     monkeypatch.setattr(gpu_backend, "kernel_library", SimpleNamespace(load=lambda: None))
     stand_in(monkeypatch, lambda: OnnxRuntimeBackend(open_bundle(packed), threads=1))
     monkeypatch.setitem(BACKENDS, "torch", lambda bundle, options: None)

@@ -24,7 +24,12 @@ from fake_cuda import Cuda, CudaMisuse, FakeCtypes, make_driver
 VERSION = "10.3.0"
 MAGIC = b"FAKEPLAN"
 SCRATCH = 4096
-TYPES = {onnx.TensorProto.INT32: np.int32, onnx.TensorProto.FLOAT16: np.float16}
+TYPES = {
+    onnx.TensorProto.INT32: np.int32,
+    onnx.TensorProto.INT64: np.int64,
+    onnx.TensorProto.INT8: np.int8,
+    onnx.TensorProto.FLOAT16: np.float16,
+}
 INSPECTED = {  # before TensorRT 11: Bindings
     "Layers": [{"Name": "layers.0/SsdScan", "LayerType": "PluginV3"}],
     "Bindings": ["input_ids"],
@@ -129,6 +134,7 @@ class Context:
         if self._memory is None or self._profile is None:
             raise CudaMisuse("run without memory or profile")
         inputs = {name for name, (_, is_input) in self._engine.tensors.items() if is_input}
+        inputs -= self._engine.scalars  # nothing is to be said of their shape
         if self._shapes.keys() != inputs or self._addresses.keys() != self._engine.tensors.keys():
             raise CudaMisuse("run with a shape or an address not set")
         faults.enqueues += 1
@@ -138,7 +144,8 @@ class Context:
             faults.captured_enqueues += 1
             self._captured = cuda.stream.capturing
         self._runs_as_bound += 1
-        shapes, addresses = dict(self._shapes), dict(self._addresses)
+        shapes = dict.fromkeys(self._engine.scalars, ()) | self._shapes
+        addresses = dict(self._addresses)
         cuda.stream.put(lambda: self._engine.compute(shapes, addresses))
         self._unreported += 1
         if self.profiler is not None and self.enqueue_emits_profile:
@@ -172,6 +179,7 @@ class Engine:
             for tensors, is_input in ((graph.input, True), (graph.output, False))
             for tensor in tensors
         }
+        self.scalars = {t.name for t in graph.input if not t.type.tensor_type.shape.dim}
         self.layer_names = [node.name for node in graph.node]
         self._session = onnxruntime.InferenceSession(
             plan["graph"], providers=["CPUExecutionProvider"]

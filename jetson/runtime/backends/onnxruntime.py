@@ -59,6 +59,7 @@ class OnnxRuntimeBackend:
         self._shapes = bundle.model.state_shapes
         self._dtypes = bundle.state_dtypes()
         self._output_of = {s.name: s.output for s in bundle.model.states.values()}
+        self._grows = bundle.model.grows
         self._check_names()
         self.versions: Mapping[str, str] = {
             "numpy": np.__version__,
@@ -68,6 +69,8 @@ class OnnxRuntimeBackend:
 
     def _check_names(self) -> None:
         expected = {"input_ids", "logits_to_keep", *self._dtypes}
+        if self._grows:
+            expected.add("position")
         found = {tensor.name for tensor in self._session.get_inputs()}
         if found != expected:
             odd = sorted(found ^ expected)[0]
@@ -78,14 +81,18 @@ class OnnxRuntimeBackend:
         self._outputs = ["logits", *self._output_of.values()]
 
     def zero_states(self, batch: int) -> States:
-        """Zeros: conv_state.i (b, k-1, c) float16, ssm_state.i (b, h, p, n) as the recipe says."""
+        """Zeros, of the shapes and types of the manifest."""
         return {
             name: np.zeros(shape, self._dtypes[name]) for name, shape in self._shapes(batch).items()
         }
 
-    def forward(self, ids: np.ndarray, states: States, keep: int = 1) -> tuple[np.ndarray, States]:
+    def forward(
+        self, ids: np.ndarray, states: States, keep: int = 1, position: int = 0
+    ) -> tuple[np.ndarray, States]:
         """Tokens (b, l) int32 -> logits (b, keep, vocab) float32 and states; inputs stay intact."""
         feed = {"input_ids": ids, "logits_to_keep": np.array(keep, np.int64), **states}
+        if self._grows:
+            feed["position"] = np.array(position, np.int64)
         try:
             logits, *new_states = self._session.run(self._outputs, feed)
         except Exception as error:  # see __init__

@@ -50,9 +50,12 @@ class Backend(Protocol):
         """States that start `batch` sequences."""
         ...
 
-    def forward(self, ids: np.ndarray, states: States, keep: int = 1) -> tuple[np.ndarray, States]:
-        """Run tokens `ids` (b, l) int32 after `states`.
+    def forward(
+        self, ids: np.ndarray, states: States, keep: int = 1, position: int = 0
+    ) -> tuple[np.ndarray, States]:
+        """Run tokens `ids` (b, l) int32 after `states`, to which `position` tokens have led.
 
+        Where states grow, `position` + l is at most the context of the bundle.
         Returns the logits (b, keep, vocab) float32 of the last `keep` positions and the new states.
         Both may be overwritten by the next call, and `states` by this one: go on with the states
         returned, and copy what has to stay.

@@ -6,6 +6,10 @@ two CUDA graphs, A to B and B to A, each with an execution context of its own, s
 only as long as nothing changes in its context. A graph holds the copy of the token to the GPU, the
 engine, and the copy of the logits into pinned memory: 200 KB for 50 280 tokens, a few microseconds
 at a board's bandwidth, of the milliseconds that a token takes. So sampling stays on the host.
+
+States that grow live there once: input and output are bound to one address, and a call writes the
+rows of its tokens alone. An interrupted call is repeated at its position, and writes them again.
+`position` lies in device memory, where plugins read it.
 """
 
 from __future__ import annotations
@@ -73,6 +77,7 @@ class TensorRtBackend:
         self._shapes = bundle.model.state_shapes
         self._dtypes = bundle.state_dtypes()
         self._output_of = {s.name: s.output for s in bundle.model.states.values()}
+        self._growing = {s.name for s in bundle.model.states.values() if s.grows}
         self._lines = LogLines()
         self._contexts: list[Context] = []  # prefill, decode from A, decode from B
         self._graphs: dict[int, Graph] = {}  # by the slot that they read
@@ -121,8 +126,17 @@ class TensorRtBackend:
         self._ids = self._gpu.allocate(self._ids_host.nbytes)
         self._logits_host = self._gpu.pinned((batch * self._vocabulary,), np.float32)
         self._logits = self._gpu.allocate(self._logits_host.nbytes)
-        self._offsets, self._slot_bytes = _layout(self._shapes(batch), self._dtypes)
+        self._offsets, self._slot_bytes = _layout(
+            {n: s for n, s in self._shapes(batch).items() if n not in self._growing}, self._dtypes
+        )
         self._slots = [self._gpu.allocate(self._slot_bytes) for _ in range(2)]
+        if self._growing:
+            self._grown_offsets, self._grown_bytes = _layout(
+                {n: s for n, s in self._shapes(batch).items() if n in self._growing}, self._dtypes
+            )
+            self._grown = self._gpu.allocate(self._grown_bytes)
+            self._position_host = self._gpu.pinned((1,), np.int64)
+            self._position = self._gpu.allocate(self._position_host.nbytes)
 
     @property
     def gpu_bytes(self) -> int | None:
@@ -141,10 +155,14 @@ class TensorRtBackend:
             self._drop_graphs()
             self._batch = batch
         self._gpu.zero(self._slots[0], self._slot_bytes)
+        if self._growing:
+            self._gpu.zero(self._grown, self._grown_bytes)
         self._generation += 1
         return _DeviceStates(self, 0, self._generation)
 
-    def forward(self, ids: np.ndarray, states: States, keep: int = 1) -> tuple[np.ndarray, States]:
+    def forward(
+        self, ids: np.ndarray, states: States, keep: int = 1, position: int = 0
+    ) -> tuple[np.ndarray, States]:
         """Tokens (b, l) int32 -> logits (b, 1, vocab) float32 and states.
 
         The logits lie in pinned memory, which the next call overwrites.
@@ -162,6 +180,8 @@ class TensorRtBackend:
         context = self._contexts[0 if length > 1 else 1 + slot]
         try:
             self._ids_host[: ids.size] = ids.reshape(-1)
+            if self._growing:
+                self._position_host[0] = position
             if length > 1:
                 self._enqueue(context, slot, length)
             else:
@@ -197,6 +217,8 @@ class TensorRtBackend:
             context.bind(key, self._input_shapes(length), self._addresses(slot))
         count = self._batch * length
         self._gpu.copy_in(self._ids, self._ids_host[:count])
+        if self._growing:
+            self._gpu.copy_in(self._position, self._position_host)
         context.enqueue()
         self._gpu.copy_out(self._logits_host[: self._batch * self._vocabulary], self._logits)
 
@@ -204,23 +226,31 @@ class TensorRtBackend:
         return {"input_ids": (self._batch, length), **self._shapes(self._batch)}
 
     def _addresses(self, slot: int) -> dict[str, int]:
-        """States are read from `slot` and written to the other one."""
+        """States are read from `slot` and written to the other one, or grow where they are."""
         source, target = self._slots[slot], self._slots[1 - slot]
         addresses = {"input_ids": self._ids, "logits": self._logits}
         for name, offset in self._offsets.items():
             addresses[name] = source + offset
             addresses[self._output_of[name]] = target + offset
+        if self._growing:
+            addresses["position"] = self._position
+            for name, offset in self._grown_offsets.items():
+                addresses[name] = addresses[self._output_of[name]] = self._grown + offset
         return addresses
 
     def read_state(self, name: str, slot: int) -> np.ndarray:
         """A copy of one state on the host."""
         shape = self._shapes(self._batch)[name]
-        return self._gpu.read(self._slots[slot] + self._offsets[name], shape, self._dtypes[name])
+        if name in self._growing:
+            address = self._grown + self._grown_offsets[name]
+        else:
+            address = self._slots[slot] + self._offsets[name]
+        return self._gpu.read(address, shape, self._dtypes[name])
 
     @property
     def state_names(self) -> tuple[str, ...]:
         """Graph names, layer by layer."""
-        return tuple(self._offsets)
+        return tuple(self._dtypes)
 
     def is_current(self, generation: int) -> bool:
         """Whether states of this generation are the last that were given out."""

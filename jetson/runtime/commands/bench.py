@@ -14,6 +14,12 @@ from runtime.options import open_session
 def run(bundle: Bundle, options: argparse.Namespace) -> int:
     """Measure every length; returns the exit code."""
     bundle.check_files()
+    longest, new = max(options.seq_lens), options.new_tokens
+    bundle.require_room(
+        longest + new,
+        f"a prompt of {longest} tokens and {new} new ones are asked for",
+        "give smaller --seq-lens or --new-tokens",
+    )
     machine = this_machine()
     available = available_memory()
     with open_session(bundle, options) as session:

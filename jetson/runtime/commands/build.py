@@ -135,7 +135,8 @@ def build(options: argparse.Namespace) -> int:
         weights = bundle.files[WEIGHTS]["bytes"] if WEIGHTS in bundle.files else 0
         _check_disk(store, weights)
         if not options.no_memory_check:
-            _check_memory(weights, job.workspace)
+            caches = shapes["batch"][2] * bundle.model.cache_bytes()
+            _check_memory(weights, job.workspace, caches)
         if not options.json:
             print(
                 f"building for {job.gpu.name}, {job.gpu.sms} SMs; TensorRT's messages go to"
@@ -253,11 +254,11 @@ def _check_disk(store: Path, weights: int) -> None:
         )
 
 
-def _check_memory(weights: int, workspace: int) -> None:
+def _check_memory(weights: int, workspace: int, caches: int = 0) -> None:
     available = available_memory()
     if available is None:
         return
-    free, needed = available + swap_free(), estimate_memory(weights, workspace)
+    free, needed = available + swap_free(), estimate_memory(weights, workspace, caches)
     if free < needed:
         raise BundleProblem(
             f"memory and swap have {size(free)} free and building may need {size(needed)}",

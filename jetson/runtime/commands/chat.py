@@ -50,7 +50,7 @@ class _Stop:
 
 
 def run(bundle: Bundle, options: argparse.Namespace) -> int:
-    """Read lines and continue each until Ctrl-D; returns the exit code."""
+    """Read lines and continue each until Ctrl-D or a full context; returns the exit code."""
     _read_bytes_as_utf8()
     bundle.check_files()
     codec = TextCodec(bundle)
@@ -71,6 +71,7 @@ def run(bundle: Bundle, options: argparse.Namespace) -> int:
             try:
                 checked = _checked(line, number)
                 prompt = codec.encode(f"\n{checked}" if continues else checked, continues)
+                conversation.require_room(prompt)
             except BundleProblem as problem:
                 print(f"run_engine: {problem}", file=sys.stderr)
                 continue
@@ -86,6 +87,9 @@ def run(bundle: Bundle, options: argparse.Namespace) -> int:
                 print_json({**turn, "finish": answer.finish, **times}, indent=None)
             else:
                 print(answer.describe(), file=sys.stderr)
+            if conversation.full:
+                print(f"run_engine: {conversation.full}", file=sys.stderr)
+                break
             continues = True
     return 0
 

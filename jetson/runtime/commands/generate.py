@@ -23,22 +23,28 @@ def run(bundle: Bundle, options: argparse.Namespace) -> int:
     bundle.check_files()
     codec = TextCodec(bundle)
     prompt = codec.encode(text)
+    tokens = prompt.shape[1]
+    bundle.require_room(tokens, f"the prompt has {tokens} tokens", "give a shorter one")
     with open_session(bundle, options) as session:
         sample = Sampler(codec.vocabulary, **settings(vars(options)))
         sample.read(prompt)
-        steps = session.generate(prompt, sample, options.max_new_tokens, codec.end_ids)
+        conversation = session.conversation()
+        steps = conversation.generate(prompt, sample, options.max_new_tokens, codec.end_ids)
         with text_on_stdout(not options.json) as show:
             answer = collect(steps, codec, prompt, options.stop, show)
 
     backend, load_s = session.backend, session.load_s
     timings, machine = answer.timings, this_machine()
+    notes = [*backend.notes]
+    if conversation.full and answer.finish == "length":
+        notes.append(conversation.full)
     if options.json:
         print_json(
             {
                 "bundle": bundle.name,
                 "recipe": bundle.recipe,
                 "backend": backend.description,
-                "notes": list(backend.notes),
+                "notes": notes,
                 "machine": asdict(machine),
                 "threads": options.threads,
                 "sampling": settings(vars(options)),
@@ -58,7 +64,7 @@ def run(bundle: Bundle, options: argparse.Namespace) -> int:
     else:
         print(answer.describe(), file=sys.stderr)
         print(f"{backend.description} on {machine}; loaded in {load_s:.2f} s", file=sys.stderr)
-        show_notes(backend.notes)
+        show_notes(notes)
     return INTERRUPTED if answer.finish == "interrupt" else 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 from typing import Any
 
 from runtime.bundle import Bundle
@@ -15,12 +14,9 @@ from runtime.problems import BundleProblem
 def run(bundle: Bundle, options: argparse.Namespace) -> int:
     """Describe it; returns the exit code."""
     bundle.check_files()
-    manifest, dtypes = bundle.manifest, bundle.state_dtypes()
+    manifest = bundle.manifest
     sizes = {name: listed["bytes"] for name, listed in bundle.files.items()}
-    state_bytes = sum(
-        math.prod(shape) * dtypes[name].itemsize
-        for name, shape in bundle.model.state_shapes(batch=1).items()
-    )
+    state_bytes, context = bundle.model.state_bytes(), bundle.model.context
     report = {
         "bundle": bundle.name,
         "model": manifest["model"],
@@ -29,6 +25,7 @@ def run(bundle: Bundle, options: argparse.Namespace) -> int:
         "files": sizes,
         "bytes": sum(sizes.values()),
         "state_bytes_per_sequence": state_bytes,
+        "context": context,
         "created": manifest["created"],
         "steps": manifest["steps"],
         "not_run": manifest["not_run"],
@@ -46,6 +43,8 @@ def run(bundle: Bundle, options: argparse.Namespace) -> int:
         f"size     {size(report['bytes'])} in {len(sizes)} files, largest {largest}"
         f" ({size(sizes[largest])}); {size(state_bytes)} of state per sequence"
     )
+    if context is not None:
+        _print(f"context  {context} tokens")
     _print(f"created  {pairs(report['created'])}")
     for step in report["steps"]:
         _print(f"ran      {pairs(step)}")

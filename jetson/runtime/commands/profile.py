@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from runtime.bench import SEED
-from runtime.bundle import Bundle
+from runtime.bundle import Bundle, Interface
 from runtime.console import print_json, show_notes, table
-from runtime.layer_times import LayerTime, Modules, median_times, module_times
+from runtime.layer_times import LayerTime, Modules, kind_times, median_times, module_times
 from runtime.machine import this_machine
 from runtime.options import open_session
 from runtime.session import Session
@@ -28,10 +28,16 @@ def run(bundle: Bundle, options: argparse.Namespace) -> int:
     """Time prompts of the first of --seq-lens, and tokens after each; returns the exit code."""
     bundle.check_files()
     length = options.seq_lens[0]
+    bundle.require_room(
+        length + 1,
+        f"a prompt of {length} tokens and a new one are asked for",
+        "give smaller --seq-lens",
+    )
     with open_session(bundle, options, profiling=True) as session:
         prefill, decode = _measure(session, length, options)
     backend = session.backend
-    phases = [_phase("prefill", length, prefill), _phase("decode", 1, decode)]
+    model = bundle.model
+    phases = [_phase("prefill", length, prefill, model), _phase("decode", 1, decode, model)]
     if options.json:
         print_json(
             {
@@ -72,8 +78,8 @@ def _measure(
     for _ in range(rounds):
         states = backend.zero_states(1)
         for start, end in pieces:
-            _, states = backend.forward(ids[:, start:end], states)
-        _, states = backend.forward(ids[:, length:], states)
+            _, states = backend.forward(ids[:, start:end], states, position=start)
+        _, states = backend.forward(ids[:, length:], states, position=length)
     runs = backend.layer_times()
     each = len(pieces) + 1
     prefills, decodes = [], []
@@ -85,12 +91,13 @@ def _measure(
     return median_times(prefills, modules), median_times(decodes, modules)
 
 
-def _phase(name: str, tokens: int, layers: list[LayerTime]) -> dict[str, Any]:
+def _phase(name: str, tokens: int, layers: list[LayerTime], model: Interface) -> dict[str, Any]:
     return {
         "phase": name,
         "tokens": tokens,
         "seconds": sum(layer.seconds for layer in layers),
-        "modules": [asdict(module) for module in module_times(layers)],
+        "modules": [asdict(module) for module in module_times(layers, model.ops)],
+        "kinds": [asdict(kind) for kind in kind_times(layers, model.blocks)],
         "layers": [asdict(layer) for layer in layers],
     }
 
@@ -103,6 +110,12 @@ def _show(phase: dict[str, Any]) -> None:
         for m in phase["modules"]
     ]
     print(table(rows))
+    if len(phase["kinds"]) > 1:
+        kinds = [
+            (k["kind"], str(k["layers"]), f"{k['seconds'] * 1e3:.3f}", f"{k['share'] * 100:.1f}")
+            for k in phase["kinds"]
+        ]
+        print(table([("blocks", "layers", "ms", "%"), *kinds]))
     longest = sorted(phase["layers"], key=lambda layer: -layer["seconds"])[:LAYERS_SHOWN]
     names = [(layer["name"], f"{layer['seconds'] * 1e3:.3f}") for layer in longest]
     print(table([("longest layers", "ms"), *names]))

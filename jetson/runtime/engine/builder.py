@@ -25,9 +25,14 @@ BASE_BYTES = 800 * MIB  # CUDA, TensorRT and Python
 DISK_COPIES = 1.5  # the engine holds the weights, some in another layout
 
 
-def estimate_memory(weights: int, workspace: int) -> int:
-    """Bytes that building needs at most, by a rule of thumb."""
-    return WEIGHT_COPIES * weights + workspace + BASE_BYTES
+def estimate_memory(weights: int, workspace: int, caches: int = 0) -> int:
+    """Bytes that building needs at most, by a rule of thumb.
+
+    Args:
+        caches: bytes of the states that grow. They are inputs and outputs, which TensorRT allocates
+            to time kernels.
+    """
+    return WEIGHT_COPIES * weights + workspace + BASE_BYTES + 2 * caches
 
 
 def estimate_disk(weights: int) -> int:
@@ -96,6 +101,8 @@ class EngineBuilder:
         for tokens in (shapes["tokens"], [1, 1, 1]):
             profile = builder.create_optimization_profile()
             for tensor in _inputs(network):
+                if not tensor.shape:  # position, a scalar
+                    continue
                 rest = tuple(tensor.shape)[1:]
                 profile.set_shape(
                     tensor.name,
@@ -137,6 +144,8 @@ def _check_tensors(network: Any, bundle: Bundle, graph: Path) -> None:
     states = bundle.model.states
     found = {tensor.name for tensor in (*_inputs(network), *_outputs(network))}
     expected = {"input_ids", "logits", *states, *(state.output for state in states.values())}
+    if bundle.model.grows:
+        expected.add("position")
     if found != expected:
         odd = sorted(found ^ expected)[0]
         raise BundleProblem(

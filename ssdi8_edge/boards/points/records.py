@@ -245,19 +245,36 @@ class Point(Measured):
 
 
 class Module(_Record):
-    """All layers of one module of the network together: mean time per run."""
+    """All layers of one module of the network together: mean time per run.
+
+    Attributes:
+        part: of the model, which it belongs to, or ""; None where an older runtime did not tell.
+    """
 
     module: Text
+    part: Text | None = None
+    layers: Count
+    seconds: Seconds
+
+
+class Kind(_Record):
+    """All layers of blocks of one kind together."""
+
+    kind: Text
     layers: Count
     seconds: Seconds
 
 
 class Phase(_Record):
-    """Prefill of the whole prompt, or one step of decode. Layers are timed one by one."""
+    """Prefill of the whole prompt, or one step of decode. Layers are timed one by one.
+
+    `kinds`: of blocks; empty where the names of layers tell no block.
+    """
 
     phase: Literal["prefill", "decode"]
     tokens: Count
     modules: Annotated[list[Module], Field(min_length=1)]
+    kinds: list[Kind] = []
 
 
 class LayerProfile(_Record):

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
+from runtime.problems import BundleProblem
 from ssdi8_edge.boards.link.call import Call
 from ssdi8_edge.boards.link.connection import Connection
 from ssdi8_edge.boards.points.records import Bundle, model_name, plain
@@ -39,13 +40,22 @@ class Source(NamedTuple):
     key: str
 
 
-def open_source(path: Path) -> Source:
+def open_source(path: Path, prompt: int, new: int) -> Source:
     """The bundle in a folder, or in a run folder.
 
+    Args:
+        prompt, new: the most tokens that will be read and generated at once.
+
     Raises:
-        BundleError: it is none, or was altered.
+        BundleError: it is none, was altered, or has a context of fewer tokens.
     """
     opened = open_checked_bundle(path)
+    try:
+        opened.require_room(
+            prompt + new, f"a prompt of {prompt} tokens and {new} new are asked for", "give fewer"
+        )
+    except BundleProblem as problem:
+        raise BundleError(f"{problem.message};", f"{problem.hint}.") from problem
     manifest = opened.manifest
     try:
         bundle = Bundle(

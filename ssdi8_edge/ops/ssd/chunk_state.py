@@ -206,4 +206,5 @@ CHUNK_STATE = Op(
     reference=chunk_state_reference,
     body=_body,
     kernel=_kernel,
+    part="SSD",
 )

@@ -118,4 +118,5 @@ CHUNK_CUMSUM = Op(
     reference=chunk_cumsum_reference,
     body=_body,
     kernel=_kernel,
+    part="SSD",
 )

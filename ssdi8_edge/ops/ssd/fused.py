@@ -287,4 +287,5 @@ SSD_SCAN = Op(
     reference=ssd_scan_reference,
     body=_body,
     kernel=_kernel,
+    part="SSD",
 )

@@ -234,4 +234,5 @@ STATE_PASSING = Op(
     reference=state_passing_reference,
     body=_body,
     kernel=_kernel,
+    part="SSD",
 )

@@ -254,4 +254,5 @@ CHUNK_SCAN = Op(
     reference=chunk_scan_reference,
     body=_body,
     kernel=_kernel,
+    part="SSD",
 )

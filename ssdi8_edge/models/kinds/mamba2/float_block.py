@@ -52,9 +52,11 @@ class Mamba2FloatBlock(FloatBlock):
         heads, channels = block.nheads, block.conv_dim
         self.conv1d = nn.Conv1d(channels, channels, block.d_conv, groups=channels)
         # As state-spaces/mamba starts its training: dt log-uniform in [1e-3, 1e-1], A in [-16, -1].
-        dt = torch.exp(torch.empty(heads).uniform_(math.log(1e-3), math.log(1e-1)))
-        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
-        self.A_log = nn.Parameter(torch.empty(heads).uniform_(1.0, 16.0).log())
+        # On "meta", torch would load its compiler for `exp`, which takes seconds.
+        with torch.device("cpu"):
+            dt = torch.exp(torch.empty(heads).uniform_(math.log(1e-3), math.log(1e-1)))
+            self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
+            self.A_log = nn.Parameter(torch.empty(heads).uniform_(1.0, 16.0).log())
         self.D = nn.Parameter(torch.ones(heads))
         if block.gate_norm != "none":
             self.gate_norm = GatedRMSNorm(

@@ -246,6 +246,14 @@ def test_spellings_of_config(family: str) -> None:
         assert layout.describe(other) == plain, changes
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_null_gives_each_query_its_key(family: str) -> None:
+    """Left out, it is the class default, which for two of the three is another number."""
+    config = FAMILIES[family] | {"num_key_value_heads": None}
+    layout = next(each for each in layouts() if each.recognises(config))
+    assert layout.describe(config) == layout.describe(config | {"num_key_value_heads": 4})
+
+
 @pytest.mark.parametrize(
     "new_name",
     [
@@ -392,6 +400,13 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ("falcon_h1", {"model_type": "mamba"}, "made of Mamba-1 blocks; only Mamba-2 is supported"),
     ("falcon_h1", {"model_type": "falcon_mamba"}, "made of Mamba-1 blocks; only Mamba-2"),
     ("falcon_h1", {"model_type": "bamba"}, r"Bamba is not supported; Granite 4\.0 H continues it"),
+    ("falcon_h1", {"head_dim": 31}, "rotary positions turn pairs, and head_dim = 31 is odd"),
+    ("nemotron_h", {"layers_block_type": ["mamba", ["mlp"]]}, r"layers_block_type with \['mlp'\]"),
+    (
+        "granitemoehybrid",
+        {"model_type": ["mamba2"]},
+        r'sets model_type = \["mamba2"\]; only mamba2',
+    ),
     ("falcon_h1", {"model_type": "llama"}, 'sets model_type = "llama"; only mamba2, nemotron_h'),
 ]
 

@@ -150,10 +150,12 @@ def attention(
 ) -> Attention:
     """Attention without positions and biases; the arguments are class defaults.
 
-    Left out, there are as many heads of keys as of queries, and they share hidden_size.
+    Without them there are as many heads of keys as of queries, and they share hidden_size.
     """
     n_heads = size(config, "num_attention_heads", heads)
     d_model = size(config, "hidden_size")
+    # null is another thing than left out.
+    alone = config.get("num_key_value_heads", kv) is None
     if config.get("head_dim") is None and head_dim is None and d_model % n_heads:
         raise CheckpointError(
             f"config.json sets hidden_size = {d_model}, which num_attention_heads = {n_heads} do "
@@ -161,7 +163,7 @@ def attention(
         )
     return Attention(
         n_heads,
-        _given(config, "num_key_value_heads", kv or n_heads),
+        n_heads if alone else size(config, "num_key_value_heads", kv),
         _given(config, "head_dim", head_dim or d_model // n_heads),
     )
 
@@ -178,7 +180,7 @@ def words(config: Mapping[str, Any], key: str, known: Mapping[str, str]) -> list
     if not isinstance(value, Iterable) or not value:
         raise CheckpointError(f"config.json sets {key} = {value!r}; expected block types.")
     for word in value:
-        if word not in known:
+        if not isinstance(word, str) or word not in known:
             raise CheckpointError(
                 f"config.json sets {key} with {word!r}; only {', '.join(map(repr, known))} are "
                 "supported."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,10 +20,10 @@ SENTENCES = {
 
 def describe(config: Mapping[str, Any]) -> Description:
     """Raises CheckpointError."""
-    model_type = config["model_type"]
+    model_type = json.dumps(config["model_type"])
     raise CheckpointError(
-        SENTENCES.get(model_type)
-        or f'config.json sets model_type = "{model_type}"; only mamba2, nemotron_h, '
+        SENTENCES.get(model_type.strip('"'))
+        or f"config.json sets model_type = {model_type}; only mamba2, nemotron_h, "
         "granitemoehybrid and falcon_h1 are supported."
     )
 

@@ -1,8 +1,8 @@
 """A checkpoint on disk: what the model is, and its tensors under our names.
 
-A layout (`layouts/`) says how sizes and tensors are named. Opening a
-checkpoint checks the name, shape and type of every tensor; data is read only where a name is stored
-twice. A tensor that is read holds finite FP32 numbers, or is refused.
+A layout (`layouts/`) says how sizes and tensors are named, and which stored tensors are joined to
+one of ours. Opening a checkpoint checks the name, shape and type of every tensor; data is read only
+where a name is stored twice. A tensor that is read holds finite FP32 numbers, or is refused.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,15 @@ from runtime.files import TOKENIZER
 from ssdi8_edge.checkpoints.config import ORIGINAL, read_config
 from ssdi8_edge.checkpoints.files import FLOAT_TYPES, WeightFile, open_weights, weight_files
 from ssdi8_edge.checkpoints.hub import fetch_checkpoint
-from ssdi8_edge.checkpoints.layout import EMBEDDING, HEAD, Layout, expected_shapes
+from ssdi8_edge.checkpoints.layout import (
+    EMBEDDING,
+    HEAD,
+    Layout,
+    Piece,
+    Shape,
+    Source,
+    expected_shapes,
+)
 from ssdi8_edge.checkpoints.layouts import layouts
 from ssdi8_edge.ground.errors import CheckpointError
 from ssdi8_edge.ground.progress import Track, silent
@@ -110,9 +119,10 @@ class Checkpoint:
         raw = read_config(self._config_path)
         self._layout = self._layout_of(raw)
         self.description: Description = self._layout.describe(raw)
+        self._sources = dict(self._layout.sources(raw, self.description))
         self._weight_paths = weight_files(folder)
         self._places: dict[str, _Place] = {}
-        self._finite: set[str] = set()
+        self._finite: set[tuple[str, Piece]] = set()
         self.notes: list[str] = []
         self.parameter_bytes = 0
         self._locate()
@@ -130,15 +140,12 @@ class Checkpoint:
             "(Hugging Face): not a Mamba-2 model."
         )
 
-    def _place(self, name: str) -> _Place | None:
-        """Where the tensor of this name of ours is stored."""
-        return self._places.get(self._layout.stored_name(name))
-
     def _tie(self, tied: bool) -> None:
         self.description = dataclasses.replace(self.description, tie_embeddings=tied)
 
     def _locate(self) -> None:
         """Where each tensor is stored."""
+        left_out: list[str] = []
         for path in self._weight_paths:
             weights = open_weights(path)
             for stored in weights.names:
@@ -149,6 +156,10 @@ class Checkpoint:
                         f"{path} is already quantized: it holds the tensor {stored}", ORIGINAL
                     )
                 name, place = self._layout.canonical(stored), _Place(path, weights, stored)
+                said = [said for start, said in self._layout.left_out if name.startswith(start)]
+                if said:
+                    left_out += said
+                    continue
                 other = self._places.setdefault(name, place)
                 if other is not place and not _same_bits(other.read(), place.read()):
                     raise CheckpointError(
@@ -156,11 +167,12 @@ class Checkpoint:
                         f"{other.path.name} and {stored} in {path.name}",
                         "remove the one that does not belong to it.",
                     )
+        self.notes += [f"{self.folder}: {said}" for said in dict.fromkeys(left_out)]
 
     def _settle_head(self) -> None:
         """Whether the head is the embedding: the weights decide, config.json where they do not."""
-        embedding, head = self._place(EMBEDDING), self._place(HEAD)
-        stored_head = self._layout.stored_name(HEAD)
+        stored_embedding, stored_head = self.stored_name(EMBEDDING), self.stored_name(HEAD)
+        embedding, head = self._places.get(stored_embedding), self._places.get(stored_head)
         tied = self.description.tie_embeddings
         if head is None and embedding is not None:
             # A base model is saved without prefix, and without a head whatever config.json says.
@@ -171,30 +183,48 @@ class Checkpoint:
                     "its head; if the model has a head of its own, save the whole model."
                 )
         elif embedding is None and head is not None and tied:
-            self._places[self._layout.stored_name(EMBEDDING)] = self._places.pop(stored_head)
+            self._places[stored_embedding] = self._places.pop(stored_head)
         elif embedding is not None and head is not None and tied:
             if _same_weights(embedding, head):
                 del self._places[stored_head]
-                return
+            else:
+                self._tie(False)
+                self.notes.append(
+                    f"config.json ties {HEAD} to the embedding, but {self.folder} stores another "
+                    "one: the stored one is used."
+                )
+        sources = self._sources
+        if self.description.tie_embeddings and sources[EMBEDDING].scaled != sources[HEAD].scaled:
+            # Stored as one, but a factor makes them two.
+            (piece,) = sources[HEAD].pieces
+            sources[HEAD] = Source((dataclasses.replace(piece, stored=stored_embedding),))
             self._tie(False)
-            self.notes.append(
-                f"config.json ties {HEAD} to the embedding, but {self.folder} stores another one: "
-                "the stored one is used."
-            )
 
     def _is_base(self) -> bool:
         """Whether no stored name has the prefix that a whole model gives."""
-        return not any(".backbone." in f".{place.stored}" for place in self._places.values())
+        parts = {part for place in self._places.values() for part in place.stored.split(".")}
+        return parts.isdisjoint(self._layout.prefixes)
+
+    def _pieces(self, name: str, shape: Shape) -> Iterator[tuple[Piece, Shape]]:
+        """The stored pieces of this tensor of ours, and their shapes."""
+        source = self._sources[name]
+        for piece, part in zip(source.pieces, source.shapes(shape), strict=True):
+            if piece.stored:
+                yield piece, part
 
     def _verify(self) -> None:
         ours = expected_shapes(self.description)
         self.names = list(ours)
-        if self.description.tie_embeddings:
-            del ours[HEAD]
-        shapes = {self._layout.stored_name(name): shape for name, shape in ours.items()}
+        self._shapes = ours
+        shapes = {
+            piece.stored: part
+            for name, shape in ours.items()
+            if not (name == HEAD and self.description.tie_embeddings)
+            for piece, part in self._pieces(name, shape)
+        }
         for name, shape in shapes.items():
             if name not in self._places:
-                hint = SAVE_HEAD if name == self._layout.stored_name(HEAD) else AGAIN
+                hint = SAVE_HEAD if name == self.stored_name(HEAD) else AGAIN
                 raise CheckpointError(f"{self.folder} lacks the tensor {name}.", hint)
             found, dtype = self._places[name].describe()
             if found != shape:
@@ -213,22 +243,39 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder} holds an unexpected tensor {stored}.", AGAIN)
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor of this name of ours, in its stored type (F64 as F32), on the CPU.
+        """The tensor of this name of ours, on the CPU.
+
+        In its stored type (F64 as F32); in FP32 where it is multiplied or joined of several types.
 
         Raises CheckpointError when a value is not a finite FP32 number.
         """
         if name == HEAD and self.description.tie_embeddings:
             name = EMBEDDING
-        place = self._place(name)
-        if place is None:
+        if name not in self._sources:
             raise CheckpointError(f"{self.folder} has no tensor {name}.")
+        source, ours = self._sources[name], self._shapes[name]
+        return source.joined(
+            [
+                self._read(name, piece, source.axis) if piece.stored else torch.zeros(shape)
+                for piece, shape in zip(source.pieces, source.shapes(ours), strict=True)
+            ]
+        )
+
+    def _read(self, name: str, piece: Piece, axis: int) -> Tensor:
+        """A piece of this tensor of ours, times its factors."""
+        place = self._places[piece.stored]
         tensor = place.read()
-        if name not in self._finite:
+        checked = (name, piece) in self._finite
+        if not checked:
             self._require_finite(place.stored, tensor)
             if name.endswith(".A_log"):
                 self._require_finite(f"exp({place.stored})", tensor.double().exp())
-            self._finite.add(name)
-        return _at_most_fp32(tensor)
+        scaled = piece.scaled(_at_most_fp32(tensor), axis)
+        if not checked:
+            if piece.factors:
+                self._require_finite(f"{place.stored} times its multiplier", scaled)
+            self._finite.add((name, piece))
+        return scaled
 
     def require_finite(self, track: Track = silent) -> None:
         """Reads every tensor once.
@@ -253,8 +300,9 @@ class Checkpoint:
         )
 
     def stored_name(self, name: str) -> str:
-        """What messages call the tensor of this name of ours."""
-        return self._layout.stored_name(name)
+        """What messages call the tensor of this name of ours: all that it is made of."""
+        pieces = self._sources[name].pieces
+        return " + ".join(piece.stored for piece in pieces if piece.stored) or name
 
     def layer(self, index: int) -> dict[str, Tensor]:
         """The tensors of one block, under the names that its kind gives them."""

@@ -12,7 +12,7 @@ from ssdi8_edge.ground.errors import CheckpointError
 from ssdi8_edge.ground.foreign_json import read_object, typed
 
 # One function under two names.
-ACTIVATION_KEYS = ("activation", "hidden_act")
+ACTIVATION_KEYS = ("activation", "hidden_act", "mamba_hidden_act")
 ACTIVATION_ALIASES = {"swish": "silu"}
 # Where quantizers describe what they did to a checkpoint: transformers, compressed-tensors, MLX.
 QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
@@ -66,13 +66,44 @@ def flag(config: Mapping[str, Any], key: str, default: bool) -> bool:
     return bool(value)
 
 
-def norm_eps(config: Mapping[str, Any], key: str) -> float:
-    """A positive number; 1e-5 where it is left out."""
+def norm_eps(config: Mapping[str, Any], key: str, default: float = 1e-5) -> float:
+    """A positive number."""
     value = config.get(key)
-    value = 1e-5 if value is None else value
+    value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise CheckpointError(f"config.json sets {key} = {value!r}; expected a positive number.")
     return float(value)
+
+
+def number(config: Mapping[str, Any], key: str, default: float) -> float:
+    """A finite number."""
+    return _number(key, default if config.get(key) is None else config[key])
+
+
+def numbers(config: Mapping[str, Any], key: str, count: int) -> tuple[float, ...]:
+    """So many finite numbers; ones where they are left out."""
+    values = config.get(key)
+    values = [1.0] * count if values is None else values
+    if not isinstance(values, list) or len(values) != count:
+        raise CheckpointError(f"config.json sets {key} = {values!r}; expected {count} numbers.")
+    return tuple(_number(key, value) for value in values)
+
+
+def _number(key: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise CheckpointError(f"config.json sets {key} = {value!r}; expected a finite number.")
+    return float(value)
+
+
+def respelled(
+    config: Mapping[str, Any], spellings: Mapping[str, tuple[str, ...]]
+) -> dict[str, Any]:
+    """`config` with each key of `spellings` set to the first of its spellings that stands there."""
+    found = {
+        key: next((config[name] for name in names if config.get(name) is not None), None)
+        for key, names in spellings.items()
+    }
+    return {**config, **found}
 
 
 def dt_limit(limits: Any, key: str) -> tuple[float, float]:

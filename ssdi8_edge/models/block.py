@@ -121,16 +121,24 @@ class Context:
     position: Any = None
 
 
+@dataclass(frozen=True, kw_only=True)
 class Block(ABC):
-    """Sizes of one block, a frozen dataclass for each kind; wrong ones raise CheckpointError."""
+    """Sizes of one block, a frozen dataclass for each kind; wrong ones raise CheckpointError.
+
+    Attributes:
+        in_bias, out_bias: whether in_proj and out_proj have biases.
+    """
 
     kind: ClassVar[str]  # as in manifests: the name of its module
     # The ops behind the last state, where an error that no state shows is looked for.
     last_ops: ClassVar[tuple[str, ...]]
 
+    in_bias: bool = False
+    out_bias: bool = False
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe form."""
-        return {"kind": self.kind, **dataclasses.asdict(self)}  # type: ignore[call-overload]
+        return {"kind": self.kind, **dataclasses.asdict(self)}
 
     @classmethod
     def from_dict(cls: type[OwnBlock], fields: Mapping[str, Any]) -> OwnBlock:
@@ -179,11 +187,14 @@ class Block(ABC):
 
     def parameters(self, d_model: int) -> dict[str, tuple[int, ...]]:
         """Local name and shape of every tensor of the checkpoint, in the order of the data."""
+        rows = sum(self.parts.values())
         return {
             NORM: (d_model,),
-            IN_PROJ: (sum(self.parts.values()), d_model),
+            IN_PROJ: (rows, d_model),
+            **({IN_BIAS: (rows,)} if self.in_bias else {}),
             **self.own_parameters(),
             OUT_PROJ: (d_model, self.width),
+            **({OUT_BIAS: (d_model,)} if self.out_bias else {}),
         }
 
     @abstractmethod
@@ -281,7 +292,7 @@ class FloatBlock(nn.Module, ABC):
     def __init__(self, block: Block, d_model: int, norm_eps: float) -> None:
         super().__init__()
         self.norm = RMSNorm(d_model, norm_eps)
-        self.in_proj = nn.Linear(d_model, sum(block.parts.values()), bias=False)
+        self.in_proj = nn.Linear(d_model, sum(block.parts.values()), bias=block.in_bias)
 
     @abstractmethod
     def inner(

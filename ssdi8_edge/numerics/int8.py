@@ -13,7 +13,6 @@ Two roundings exist, chosen by the recipe (docs/method.md §3.1):
 
 from __future__ import annotations
 
-import functools
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -129,29 +128,15 @@ def scale_from_absmax(absmax: Tensor, floor: float = 1e-8) -> Tensor:
     return (absmax.float() / QMAX).clamp_min(floor)
 
 
-@functools.cache
-def _library_product_is_exact() -> bool:
-    """Whether `torch._int_mm` accumulates exactly here.
-
-    Without VNNI a CPU may add pairs of products in 16 bits and saturate; these extremes show it.
-    """
-    a = torch.full((32, 64), -128, dtype=torch.int8)
-    b = torch.full((64, 16), 127, dtype=torch.int8)
-    try:
-        return bool((torch._int_mm(a, b) == -128 * 127 * 64).all())
-    except RuntimeError:
-        return False
-
-
 def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Exact INT8 × INT8 → INT32 product of `a` (…, k) with the rows of `b` (n, k): (…, n)."""
+    """Exact INT8 × INT8 → INT32 product of `a` (…, k) with the rows of `b` (n, k): (…, n).
+
+    By FP32 products of integers. `torch._int_mm` is a plain loop on CPUs without VNNI, up to 28
+    times slower, and may be inexact on others.
+    """
     flat = a.reshape(-1, a.shape[-1])
-    # With one column, torch 2.13 returns memory that it never wrote.
-    if not a.is_cuda and flat.shape[1] > 1 and _library_product_is_exact():
-        product = torch._int_mm(flat, b.t())
-    else:
-        product = torch.zeros(flat.shape[0], b.shape[0], dtype=torch.int32, device=a.device)
-        for start in range(0, flat.shape[1], EXACT_FP32_TERMS):
-            part = slice(start, start + EXACT_FP32_TERMS)
-            product += (flat[:, part].float() @ b[:, part].float().t()).to(torch.int32)
+    product = torch.zeros(flat.shape[0], b.shape[0], dtype=torch.int32, device=a.device)
+    for start in range(0, flat.shape[1], EXACT_FP32_TERMS):
+        part = slice(start, start + EXACT_FP32_TERMS)
+        product += (flat[:, part].float() @ b[:, part].float().t()).to(torch.int32)
     return product.reshape(*a.shape[:-1], b.shape[0])

@@ -192,6 +192,13 @@ def test_hugging_face(shard_size: str, tied: bool, tmp_path: Path) -> None:
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
+def test_hugging_face_width_is_that_of_the_heads(hugging_face_folder: Path) -> None:
+    """What some config.json say of Codestral Mamba and its kin is not so, or is no whole number."""
+    plain = open_checkpoint(hugging_face_folder).description
+    edit_config(hugging_face_folder, expand=1.5, norm_before_gate=True)
+    assert open_checkpoint(hugging_face_folder).description == plain
+
+
 def test_hugging_face_time_step_limit(hugging_face_folder: Path) -> None:
     edit_config(hugging_face_folder, time_step_limit=[0.001, 0.1])
     assert mamba(open_checkpoint(hugging_face_folder).description).dt_limit == (0.001, 0.1)
@@ -317,8 +324,8 @@ def test_mamba_1_is_named(tiny_checkpoint: MakeCheckpoint) -> None:
         ({"use_bias": True}, "sets use_bias = true"),
         ({"use_conv_bias": False}, "sets use_conv_bias = false"),
         ({"hidden_act": "gelu"}, 'sets hidden_act = "gelu"'),
-        ({"model_type": "mamba"}, 'sets model_type = "mamba"'),
-        ({"num_heads": 4}, r"num_heads \* head_dim = 64, but expand \* hidden_size = 128"),
+        ({"model_type": "llama"}, 'sets model_type = "llama"; only mamba2, nemotron_h, gran'),
+        ({"num_heads": 4}, r"in_proj\.weight has shape \(296, 64\) where config\.json implies"),
         ({"hidden_size": None}, "lacks hidden_size"),
         ({"time_step_limit": [{"__float__": "much"}, 1]}, "sets time_step_limit"),
     ],

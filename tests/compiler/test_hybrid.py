@@ -11,17 +11,27 @@ import onnx
 import pytest
 import torch
 from case_table import Quantized, layer_of, random_ids, relative_error, session
-from tiny_hybrids import FALCON, FAMILIES, GRANITE, NEMOTRON, hybrid, quantized
+from tiny_hybrids import (
+    FALCON,
+    FAMILIES,
+    GRANITE,
+    NEMOTRON,
+    hybrid,
+    quantized,
+    with_biases,
+)
 from tiny_model import one_thread
 from torch import Tensor
 
 from runtime.files import WEIGHTS
 from ssdi8_edge.compile.export import export_model
 from ssdi8_edge.compile.safetensors_writer import SafetensorsWriter
-from ssdi8_edge.ground.errors import UsageError
-from ssdi8_edge.models.block import States
+from ssdi8_edge.ground.errors import CheckpointError, UsageError
+from ssdi8_edge.models.block import Block, States
 from ssdi8_edge.models.float import FloatModel
+from ssdi8_edge.models.kinds.attention import Attention
 from ssdi8_edge.models.kinds.mamba2 import Mamba2
+from ssdi8_edge.models.kinds.mlp import Mlp
 from ssdi8_edge.numerics import hadamard
 from ssdi8_edge.ops.kernel_limits import require_kernels, width_misfit
 from ssdi8_edge.recipes.presets import METHODS
@@ -183,6 +193,50 @@ def test_groups_of_4_bits_fit_every_width(nemotron: FloatModel) -> None:
     recipe = METHODS["edge-w4a8"]
     assert recipe.for_columns(64) == recipe
     assert recipe.for_columns(72) == recipe  # none fits: the quantizer says so
+
+
+@pytest.mark.parametrize("method", ["edge-w8a8", "edge-w4a8", "had-w8a8", "fp16"])
+def test_biases_of_linear_layers(nemotron: FloatModel, method: str) -> None:
+    """A large bias is kept, rotated as the stream is; the mean correction is added to it."""
+    model = hybrid(with_biases(nemotron.description))
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.in_proj.bias.uniform_(-0.5, 0.5)
+            layer.out_proj.bias.uniform_(-2, 2)
+    made = quantized(model, method)
+    for i in range(model.description.n_layer):
+        p, source = layer_of(made, i), model.layers[i]
+        assert torch.equal(p["in_proj.bias"], source.in_proj.bias)
+        wanted = source.out_proj.bias.detach().double()
+        if made.recipe.quantized:
+            wanted = hadamard.transform(wanted)
+        assert relative_error(p["out_proj.bias"], wanted) < 0.1
+        corrects = made.recipe.correction != "none"
+        assert torch.equal(p["out_proj.bias"], wanted.float()) is not corrects
+    ids = random_ids(2, TOKENS, seed=8)
+    with torch.no_grad():
+        expected = model(ids)[0]
+    found = made.model.forward(ids, keep=TOKENS)[0]
+    bound = BOUNDS.get(method, BOUNDS["w4a8" if "w4a8" in method else "w8a8"])
+    assert relative_error(found, expected) < bound
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "message"),
+    [
+        (Mlp, {"hidden": 8, "activation": "gelu"}, "activation must be relu2 or swiglu"),
+        (Attention, {"n_heads": 4, "n_kv_heads": 3, "head_dim": 8}, "4 heads cannot share"),
+        (
+            Attention,
+            {"n_heads": 4, "n_kv_heads": 2, "head_dim": 9, "rope_theta": 1e4},
+            "an even head_dim, not 10000.0 and 9",
+        ),
+        (Mamba2, {"d_inner": 64, "gate_norm": "last"}, "gate_norm must be one of grouped, norm"),
+    ],
+)
+def test_sizes_that_do_not_fit(kind: type[Block], sizes: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        kind(**sizes)
 
 
 def test_blocks_without_a_kernel_are_named() -> None:

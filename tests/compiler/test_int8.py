@@ -176,21 +176,11 @@ def exact_product(a: Tensor, b: Tensor) -> Tensor:
     return torch.from_numpy(a.numpy().astype(np.int64) @ b.numpy().astype(np.int64).T)
 
 
-@pytest.fixture(params=["library", "fp32 blocks"])
-def product_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both implementations of the product, wherever the tests run."""
-    if request.param == "fp32 blocks":
-        monkeypatch.setattr(int8, "_library_product_is_exact", lambda: False)
-    elif not int8._library_product_is_exact():
-        pytest.skip("torch._int_mm does not accumulate exactly on this CPU")
-    return str(request.param)
-
-
 @pytest.mark.parametrize("k", [1, 3, 64, 1023, 1024, 1025, 2048, 8192])
 @pytest.mark.parametrize(
     "extremes", [(-128, -128), (-128, 127), (127, 127)], ids=lambda pair: f"{pair[0]}x{pair[1]}"
 )
-def test_int8_matmul_of_extremes(product_path: str, k: int, extremes: tuple[int, int]) -> None:
+def test_int8_matmul_of_extremes(k: int, extremes: tuple[int, int]) -> None:
     """Sums up to 2^27: beyond FP32's integers, and what a saturating pair product gets wrong."""
     left, right = extremes
     a = torch.full((2, 3, k), left, dtype=torch.int8)
@@ -201,7 +191,7 @@ def test_int8_matmul_of_extremes(product_path: str, k: int, extremes: tuple[int,
 
 
 @pytest.mark.parametrize("k", [1024, 2048, 4096, 8192])
-def test_int8_matmul_of_odd_sums(product_path: str, k: int) -> None:
+def test_int8_matmul_of_odd_sums(k: int) -> None:
     """Sums that are odd and large: above 2^24 FP32 cannot hold them, so blocks must stay below."""
     a = torch.full((3, k), 127, dtype=torch.int8)
     b = torch.full((4, k), 127, dtype=torch.int8)
@@ -212,7 +202,7 @@ def test_int8_matmul_of_odd_sums(product_path: str, k: int) -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 7, 768), (17, 33, 1500), (40, 16, 8192)])
-def test_int8_matmul_of_random_values(product_path: str, shape: tuple[int, int, int]) -> None:
+def test_int8_matmul_of_random_values(shape: tuple[int, int, int]) -> None:
     """Odd shapes; every entry against 64-bit integers."""
     m, n, k = shape
     generator = torch.Generator().manual_seed(k)
@@ -221,7 +211,7 @@ def test_int8_matmul_of_random_values(product_path: str, shape: tuple[int, int, 
     assert torch.equal(int8.int8_matmul(a, b).long(), exact_product(a, b))
 
 
-def test_int8_matmul_of_strided_operands(product_path: str) -> None:
+def test_int8_matmul_of_strided_operands() -> None:
     """A slice of a larger tensor, as one token of a sequence is."""
     generator = torch.Generator().manual_seed(0)
     a = torch.randint(-128, 128, (2, 6, 64), generator=generator, dtype=torch.int8)[:, ::2]

@@ -289,7 +289,7 @@ def test_config_survives_json(
     [
         ({"d_model": 0}, "d_model must be a positive integer"),
         ({"blocks": []}, "n_layer must be a positive integer"),
-        ({"kind": "mamba9"}, "unknown kind 'mamba9'; this version knows mamba2"),
+        ({"kind": "mamba9"}, "unknown kind 'mamba9'; this version knows attention, mamba2, mlp"),
         ({"headdim": 48}, "d_inner = 128 is not a multiple of headdim = 48"),
         ({"ngroups": 3}, "8 heads cannot be shared by ngroups = 3"),
         ({"dt_limit": (0.2, 0.1)}, "dt_limit"),

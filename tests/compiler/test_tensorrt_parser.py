@@ -13,8 +13,9 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import pytest
-from case_table import apply_recipe, random_ids, tiny_recipe, write_checkpoint
+from case_table import Quantized, apply_recipe, random_ids, tiny_recipe, write_checkpoint
 from conftest import make_config
+from tiny_hybrids import FAMILIES, hybrid, quantized
 
 from runtime.files import WEIGHTS
 from ssdi8_edge.compile import lowering
@@ -56,10 +57,8 @@ VARIANTS: dict[str, tuple[str, int, dict[str, Any]]] = {
 class Graphs:
     """The graphs of one recipe, beside their weights."""
 
-    def __init__(self, folder: Path, name: str, ngroups: int, changes: dict[str, Any]) -> None:
-        checkpoint, _ = write_checkpoint(folder / "source", make_config(ngroups))
-        self.made = apply_recipe(checkpoint, tiny_recipe(name, **changes), random_ids(8, 48))
-        self.folder = folder
+    def __init__(self, folder: Path, made: Quantized) -> None:
+        self.made, self.folder = made, folder
         writer = SafetensorsWriter(folder / WEIGHTS)
         for key, tensor in self.made.tensors.items():
             writer.add(key, tensor)
@@ -87,7 +86,22 @@ class Graphs:
 
 @pytest.fixture(scope="module", params=VARIANTS.values(), ids=VARIANTS.keys())
 def graphs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Graphs:
-    return Graphs(tmp_path_factory.mktemp("parser"), *request.param)
+    name, ngroups, changes = request.param
+    folder = tmp_path_factory.mktemp("parser")
+    checkpoint, _ = write_checkpoint(folder / "source", make_config(ngroups))
+    return Graphs(folder, apply_recipe(checkpoint, tiny_recipe(name, **changes), random_ids(8, 48)))
+
+
+@pytest.mark.parametrize("changes", [{}, {"kv": "fp16"}], ids=["int8 cache", "fp16 cache"])
+@pytest.mark.parametrize("name", ["nemotron", "granite", "falcon"])
+def test_parses_hybrids(name: str, changes: dict[str, str], tmp_path: Path) -> None:
+    """Attention and activations in standard ops, until they have plugins."""
+    made = quantized(hybrid(FAMILIES[name].with_context(64)), "edge-w8a8", **changes)
+    _, network, parsed = parser()
+    path = Graphs(tmp_path, made).standard("tensorrt")
+    assert parsed.parse_from_file(str(path)), errors(parsed)
+    inputs = {network.get_input(i).name for i in range(network.num_inputs)}
+    assert "position" in inputs
 
 
 def parser() -> tuple[Any, Any, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any, cast
 
@@ -64,6 +65,14 @@ GATES = Description(
     ),
 )
 FAMILIES = {"nemotron": NEMOTRON, "granite": GRANITE, "falcon": FALCON, "gates": GATES}
+
+
+def with_biases(description: Description) -> Description:
+    """The same with biases of every linear layer."""
+    blocks = tuple(
+        dataclasses.replace(block, in_bias=True, out_bias=True) for block in description.blocks
+    )
+    return dataclasses.replace(description, blocks=blocks)
 
 
 class MemoryCheckpoint:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ssdi8_edge.checkpoints.config import dt_limit, flag, require, size
-from ssdi8_edge.checkpoints.layout import EMBEDDING, HEAD, Layout
+from ssdi8_edge.checkpoints.layout import EMBEDDING, HEAD, Layout, renamed, unwrapped
 from ssdi8_edge.ground.errors import CheckpointError
 from ssdi8_edge.models.description import Description
 from ssdi8_edge.models.kinds.mamba2 import Mamba2
@@ -90,7 +90,16 @@ def mamba2_model(
             f"config.json does not fit together: d_inner {d_inner}, headdim {headdim}, "
             f"ngroups {ngroups}."
         )
-    block = Mamba2(d_inner, dt_limit=dt_limit, norm_eps=norm_eps, **sizes)  # type: ignore[arg-type]
+    block = Mamba2(
+        d_inner=d_inner,
+        d_state=sizes["d_state"],
+        d_conv=sizes["d_conv"],
+        headdim=headdim,
+        ngroups=ngroups,
+        chunk_size=sizes["chunk_size"],
+        dt_limit=dt_limit,
+        norm_eps=norm_eps,
+    )
     return Description(
         d_model=d_model,
         vocab_size=vocab_size,
@@ -118,29 +127,21 @@ def stored_name(name: str) -> str:
     return f"backbone.layers.{index}.{_STORED.get(local, local)}"
 
 
-# Modules that training puts around a model or a layer; their names stay in what it saves.
-WRAPPERS = {
-    "_orig_mod",  # torch.compile
-    "module",  # DataParallel, DistributedDataParallel, DeepSpeed
-    "_forward_module",  # Fabric
-    "_fsdp_wrapped_module",
-    "_checkpoint_wrapped_module",
-    "model",  # LightningModule, by custom
-}
-# What a file of the model without its head, and so without `backbone.`, begins its names with.
+# What names begin with where the model was saved without its head, and so without `backbone.`.
 BACKBONE_PARTS = ("embedding", "embeddings", "layers", "norm_f")
 
 
 def canonical_name(stored: str) -> str:
     """The name of a stored tensor without what training, or saving a part, did to it."""
-    parts = [part for part in stored.split(".") if part not in WRAPPERS]
-    if parts and parts[0] in BACKBONE_PARTS:
-        parts.insert(0, "backbone")
-    name = ".".join(parts)
+    name = unwrapped(stored, "backbone", BACKBONE_PARTS)
     # transformers writes "embeddings" where state-spaces writes "embedding".
     return stored_name(EMBEDDING) if name == "backbone.embeddings.weight" else name
 
 
 STATE_SPACES = Layout(
-    "state-spaces", lambda config: "d_model" in config, describe, stored_name, canonical_name
+    "state-spaces",
+    lambda config: "d_model" in config,
+    describe,
+    renamed(stored_name),
+    canonical_name,
 )

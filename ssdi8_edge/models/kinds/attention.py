@@ -61,6 +61,11 @@ class Attention(Block):
             raise CheckpointError(
                 f"{self.n_heads} heads cannot share n_kv_heads = {self.n_kv_heads} keys."
             )
+        if self.rope_theta is not None and (self.rope_theta <= 0 or self.head_dim % 2):
+            raise CheckpointError(
+                "rotary positions need rope_theta > 0 and an even head_dim, not "
+                f"{self.rope_theta!r} and {self.head_dim}."
+            )
 
     @property
     def parts(self) -> dict[str, int]:
@@ -74,6 +79,7 @@ class Attention(Block):
         return self.n_heads * self.head_dim
 
     def with_context(self, tokens: int) -> Attention:
+        """With a cache of so many tokens."""
         return dataclasses.replace(self, context=tokens)
 
     def own_parameters(self) -> dict[str, tuple[int, ...]]:
@@ -174,31 +180,34 @@ class Attention(Block):
 
 
 class AttentionFloatBlock(FloatBlock):
+    """Attention with a cache that grows."""
+
     def __init__(self, block: Attention, d_model: int, norm_eps: float) -> None:
         super().__init__(block, d_model, norm_eps)
         self.sizes = block
-        self.out_proj = nn.Linear(block.width, d_model, bias=False)
+        self.out_proj = nn.Linear(block.width, d_model, bias=block.out_bias)
 
     def inner(
         self, projected: Tensor, states: States | None, observe: Observe | None
     ) -> tuple[Tensor, States]:
+        """States: k and v (b, kv, tokens so far, d), after rotary."""
         return float_attention(self.sizes, projected, states)
 
 
 def float_attention(
     sizes: Attention, projected: Tensor, states: States | None
 ) -> tuple[Tensor, States]:
+    """q, k, v = `projected` (b, l, rows) -> (b, l, Q·d), and the next k and v (b, kv, t, d)."""
     q, k, v = (
         part.unflatten(-1, (-1, sizes.head_dim)).transpose(1, 2)
         for part in projected.split([*sizes.parts.values()], -1)
     )
     first = 0 if states is None else states[0].shape[2]
+    positions = torch.arange(first, first + q.shape[2], device=q.device)
     if sizes.rope_theta:
         d = sizes.head_dim
-        angles = (
-            torch.arange(first, first + q.shape[2])[:, None].float()
-            * (sizes.rope_theta ** (-torch.arange(0, d, 2).double() / d)).float()
-        )
+        frequencies = (sizes.rope_theta ** (-torch.arange(0, d, 2).double() / d)).float()
+        angles = positions[:, None].float() * frequencies.to(q.device)
         cos, sin = angles.cos(), angles.sin()
 
         def turn(x: Tensor) -> Tensor:
@@ -208,6 +217,6 @@ def float_attention(
         q, k = turn(q), turn(k)
     if states is not None:
         k, v = torch.cat([states[0], k], 2), torch.cat([states[1], v], 2)
-    seen = torch.arange(k.shape[2]) <= torch.arange(first, first + q.shape[2])[:, None]
+    seen = torch.arange(k.shape[2], device=q.device) <= positions[:, None]
     o = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
     return o.transpose(1, 2).flatten(2), (k, v)

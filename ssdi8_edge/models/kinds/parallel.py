@@ -40,7 +40,7 @@ from ssdi8_edge.recipes.recipe import QuantConfig
 
 @dataclass(frozen=True)
 class Parallel(Block):
-    """Sizes of the two."""
+    """Sizes of the two; the biases are those of the joined linear layers."""
 
     kind: ClassVar[str] = "parallel"
     last_ops: ClassVar[tuple[str, ...]] = (
@@ -54,17 +54,26 @@ class Parallel(Block):
     attention: Attention
 
     def to_dict(self) -> dict[str, Any]:
+        """JSON-safe form, of both."""
         return {
             "kind": self.kind,
+            "in_bias": self.in_bias,
+            "out_bias": self.out_bias,
             "mamba": self.mamba.to_dict(),
             "attention": self.attention.to_dict(),
         }
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Parallel:
-        return cls(Mamba2.from_dict(fields["mamba"]), Attention.from_dict(fields["attention"]))
+        """Inverse of `to_dict`."""
+        both = {
+            "mamba": Mamba2.from_dict(fields["mamba"]),
+            "attention": Attention.from_dict(fields["attention"]),
+        }
+        return super().from_dict({**fields, **both})
 
     def adapted(self, recipe: QuantConfig) -> Parallel:
+        """With the recipe's chunk size."""
         return dataclasses.replace(self, mamba=self.mamba.adapted(recipe))
 
     @property
@@ -73,6 +82,7 @@ class Parallel(Block):
         return self.attention.context
 
     def with_context(self, tokens: int) -> Parallel:
+        """With a cache of so many tokens."""
         return dataclasses.replace(self, attention=self.attention.with_context(tokens))
 
     @property
@@ -87,9 +97,11 @@ class Parallel(Block):
 
     @property
     def prompt_multiple(self) -> int:
+        """A chunk of Mamba-2."""
         return self.mamba.prompt_multiple
 
     def own_parameters(self) -> dict[str, tuple[int, ...]]:
+        """Mamba-2's."""
         return self.mamba.own_parameters()
 
     # --- in floating point ---
@@ -102,7 +114,7 @@ class Parallel(Block):
 
     @property
     def rotation(self) -> InputRotation:
-        """Blocks."""
+        """Blocks: the two widths together seldom have an order."""
         return "blocks"
 
     def states(self, recipe: QuantConfig) -> tuple[StateSpec, ...]:
@@ -189,15 +201,18 @@ class ParallelObservers(Mamba2Observers):
 
 
 class ParallelFloatBlock(Mamba2FloatBlock):
+    """Mamba-2's parameters; in_proj and out_proj are wider."""
+
     def __init__(self, block: Parallel, d_model: int, norm_eps: float) -> None:
         super().__init__(block.mamba, d_model, norm_eps)
         self.block = block
-        self.in_proj = nn.Linear(d_model, sum(block.parts.values()), bias=False)
-        self.out_proj = nn.Linear(block.width, d_model, bias=False)
+        self.in_proj = nn.Linear(d_model, sum(block.parts.values()), bias=block.in_bias)
+        self.out_proj = nn.Linear(block.width, d_model, bias=block.out_bias)
 
     def inner(
         self, projected: Tensor, states: States | None, observe: Observe | None
     ) -> tuple[Tensor, States]:
+        """States: Mamba-2's, then attention's."""
         rows = sum(self.block.mamba.parts.values())
         r, carried = super().inner(
             projected[..., :rows], None if states is None else states[:2], observe

@@ -23,24 +23,27 @@ if TYPE_CHECKING:
 class GatedRMSNorm(nn.Module):
     """The gate comes before the norm: v = y * silu(z), then RMS over each of `groups` blocks.
 
-    y and z (..., size); computed and returned in FP32.
+    With `norm_first` it comes behind: y has the norm, and is gated then. y and z (..., size);
+    computed and returned in FP32.
     """
 
     def __init__(self, size: int, groups: int, eps: float, norm_first: bool = False) -> None:
         super().__init__()
-        self.norm_first = norm_first
         self.groups = groups
         self.eps = eps
+        self.norm_first = norm_first
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
+        gate = F.silu(z.float())
         if self.norm_first:
-            grouped = y.float().unflatten(-1, (self.groups, -1))
-            scale = torch.rsqrt(grouped.square().mean(-1, keepdim=True) + self.eps)
-            return (grouped * scale).flatten(-2) * self.weight.float() * F.silu(z.float())
-        gated = (y.float() * F.silu(z.float())).unflatten(-1, (self.groups, -1))
-        scale = torch.rsqrt(gated.square().mean(-1, keepdim=True) + self.eps)
-        return (gated * scale).flatten(-2) * self.weight.float()
+            return self._normed(y.float()) * gate
+        return self._normed(y.float() * gate)
+
+    def _normed(self, v: Tensor) -> Tensor:
+        grouped = v.unflatten(-1, (self.groups, -1))
+        scale = torch.rsqrt(grouped.square().mean(-1, keepdim=True) + self.eps)
+        return (grouped * scale).flatten(-2) * self.weight.float()
 
 
 class Mamba2FloatBlock(FloatBlock):
@@ -52,15 +55,17 @@ class Mamba2FloatBlock(FloatBlock):
         heads, channels = block.nheads, block.conv_dim
         self.conv1d = nn.Conv1d(channels, channels, block.d_conv, groups=channels)
         # As state-spaces/mamba starts its training: dt log-uniform in [1e-3, 1e-1], A in [-16, -1].
-        dt = torch.exp(torch.empty(heads).uniform_(math.log(1e-3), math.log(1e-1)))
-        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
-        self.A_log = nn.Parameter(torch.empty(heads).uniform_(1.0, 16.0).log())
+        # On "meta", torch would load its compiler for `exp`, which takes seconds.
+        with torch.device("cpu"):
+            dt = torch.exp(torch.empty(heads).uniform_(math.log(1e-3), math.log(1e-1)))
+            self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
+            self.A_log = nn.Parameter(torch.empty(heads).uniform_(1.0, 16.0).log())
         self.D = nn.Parameter(torch.ones(heads))
         if block.gate_norm != "none":
             self.gate_norm = GatedRMSNorm(
                 block.d_inner, block.ngroups, block.norm_eps, block.gate_norm == "norm_first"
             )
-        self.out_proj = nn.Linear(block.width, d_model, bias=False)
+        self.out_proj = nn.Linear(block.width, d_model, bias=block.out_bias)
 
     def convolve(self, xBC: Tensor, conv_state: Tensor) -> tuple[Tensor, Tensor]:
         """Depthwise causal convolution and SiLU; returns (b, l, E2) and the new conv state."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ssdi8_edge.checkpoints.config import size
-from ssdi8_edge.checkpoints.layout import Layout
+from ssdi8_edge.checkpoints.layout import Layout, renamed
 from ssdi8_edge.models.description import Description
 from ssdi8_edge.models.kinds import kind_named
 
@@ -20,4 +20,6 @@ def describe(config: Mapping[str, Any]) -> Description:
     )
 
 
-TOY = Layout("toy", lambda c: "toy_blocks" in c, describe, lambda name: name, lambda name: name)
+TOY = Layout(
+    "toy", lambda c: "toy_blocks" in c, describe, renamed(lambda name: name), lambda name: name
+)

@@ -44,9 +44,7 @@ def interface(model: Description, recipe: QuantConfig) -> dict[str, Any]:
             *_of_block(last, model.blocks[last].last_ops),
             *("head/RmsNorm", "head/Linear (lm_head)"),
         ],
-        "decode_suspects": [
-            "the decode step of any layer: CausalConv1d or SsdScan with one token, or Linear"
-        ],
+        "decode_suspects": [f"the decode step of any layer: {_ops_of(model, recipe)}"],
         "ops": {name.removeprefix("Ssdi8"): op.part for name, op in OPS.items()},
         "blocks": [block.kind for block in model.blocks],
     }
@@ -70,6 +68,13 @@ def _states(model: Description, recipe: QuantConfig) -> Iterator[dict[str, Any]]
             before = []
             seen_second_block = seen_second_block or i == 1
         before += _of_block(i, block.last_ops)
+
+
+def _ops_of(model: Description, recipe: QuantConfig) -> str:
+    """All ops that blocks are suspected by."""
+    states = (op for _, spec in model.states(recipe) for op in spec.ops)
+    last = (op for block in model.blocks for op in block.last_ops)
+    return ", ".join(sorted({op.split(" ")[0] for op in (*states, *last)}))
 
 
 def _of_block(index: int, ops: tuple[str, ...]) -> list[str]:

@@ -476,6 +476,23 @@ def test_tensorrt_grows_states_in_place(board_bundle: Path) -> None:
         assert cuda.leaks() == []
 
 
+def test_an_engine_that_reads_the_position_on_the_host_is_refused(
+    board_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As TensorRT takes it where standard ops make shapes of it."""
+
+    class Host(fake_tensorrt._Tensor):
+        def __init__(self, value: Any) -> None:
+            super().__init__(value)
+            self.is_shape_tensor = not self.shape
+
+    monkeypatch.setattr(fake_tensorrt, "_Tensor", Host)
+    with fake_tensorrt.installed():
+        capsys.readouterr()
+        assert run_build(["--force", "--no-memory-check"], board_bundle) == 2
+    assert "a state that grows by an op without a plugin" in capsys.readouterr().err
+
+
 def test_an_interrupted_step_is_repeated_at_its_position(board_bundle: Path) -> None:
     bundle = open_bundle(board_bundle)
     with fake_tensorrt.installed() as (cuda, _):

@@ -337,6 +337,11 @@ def test_memory_and_disk_are_checked_first(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(BundleProblem, match=r"5\.2 GiB free and building may need 5\.2 GiB.*swap"):
         build._check_memory(weights, 512 * MIB)
 
+    monkeypatch.setattr(build, "available_memory", lambda: needed + 100 * MIB)
+    build._check_memory(weights, 512 * MIB, caches=100 * MIB)
+    with pytest.raises(BundleProblem, match="building may need"):
+        build._check_memory(weights, 512 * MIB, caches=101 * MIB)
+
     build._check_disk(tmp_path, 0)
     with pytest.raises(BundleProblem, match=r"free and the engine may need .*--out"):
         build._check_disk(tmp_path, shutil.disk_usage(tmp_path).free)

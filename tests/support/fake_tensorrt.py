@@ -210,6 +210,7 @@ class _Tensor:
         dims = value.type.tensor_type.shape.dim
         self.shape = tuple(d.dim_value if d.HasField("dim_value") else -1 for d in dims)
         self.allowed_formats = 0
+        self.is_shape_tensor = False  # set by tests
 
 
 class _Network:

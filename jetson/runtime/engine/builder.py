@@ -77,7 +77,7 @@ class EngineBuilder:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
         config.clear_flag(trt.BuilderFlag.TF32)
-        self._add_profiles(builder, network, config, bundle.manifest["target"]["engine"])
+        self._add_profiles(builder, network, config, bundle)
         cache = config.create_timing_cache(timing_cache)
         if cache is None or not config.set_timing_cache(cache, False):
             # Of another GPU or version: measured anew rather than trusted.
@@ -95,13 +95,17 @@ class EngineBuilder:
             )
         return plan, bytes(memoryview(config.get_timing_cache().serialize()))
 
-    def _add_profiles(
-        self, builder: Any, network: Any, config: Any, shapes: Mapping[str, Sequence[int]]
-    ) -> None:
+    def _add_profiles(self, builder: Any, network: Any, config: Any, bundle: Bundle) -> None:
+        shapes: Mapping[str, Sequence[int]] = bundle.manifest["target"]["engine"]
         for tokens in (shapes["tokens"], [1, 1, 1]):
             profile = builder.create_optimization_profile()
             for tensor in _inputs(network):
                 if not tensor.shape:  # position, a scalar
+                    if tensor.is_shape_tensor:
+                        raise BundleProblem(
+                            f"{bundle.name} has a state that grows by an op without a plugin",
+                            "run it with --backend onnxruntime",
+                        )
                     continue
                 rest = tuple(tensor.shape)[1:]
                 profile.set_shape(

@@ -61,10 +61,11 @@ class Attention(Block):
             raise CheckpointError(
                 f"{self.n_heads} heads cannot share n_kv_heads = {self.n_kv_heads} keys."
             )
-        if self.rope_theta is not None and (self.rope_theta <= 0 or self.head_dim % 2):
+        if self.rope_theta is not None and self.rope_theta <= 0:
+            raise CheckpointError(f"rope_theta must be positive, not {self.rope_theta!r}.")
+        if self.rope_theta is not None and self.head_dim % 2:
             raise CheckpointError(
-                "rotary positions need rope_theta > 0 and an even head_dim, not "
-                f"{self.rope_theta!r} and {self.head_dim}."
+                f"rotary positions turn pairs, and head_dim = {self.head_dim} is odd."
             )
 
     @property

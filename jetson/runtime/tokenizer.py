@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -25,6 +26,23 @@ def _unless_panic(error: BaseException) -> BaseException:
         f"tokenizers fails with this tokenizer.json ({error})",
         f"upgrade it with: {sys.executable} -m pip install -U tokenizers",
     )
+
+
+def _stripping_safely(decoder: Any) -> Any:
+    """The same decoder, of its JSON, where `Strip` takes nothing on the right.
+
+    The library's own reads beyond the start of a text of too few letters and panics, with pages
+    about it on stderr; a `Replace` does the same to all others.
+    """
+    if isinstance(decoder, list):
+        return [_stripping_safely(each) for each in decoder]
+    if not isinstance(decoder, dict):
+        return decoder
+    if decoder.get("type") == "Strip" and decoder.get("stop"):
+        letters = rf"(?:{re.escape(decoder['content'])}){{0,{decoder['stop']}}}\z"
+        replace = {"type": "Replace", "pattern": {"Regex": letters}, "content": ""}
+        return {"type": "Sequence", "decoders": [{**decoder, "stop": 0}, replace]}
+    return {key: _stripping_safely(value) for key, value in decoder.items()}
 
 
 class Tokenizer:
@@ -52,6 +70,12 @@ class Tokenizer:
             ) from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        decoder = self._tokenizer.decoder
+        if decoder is not None:
+            written = json.loads(decoder.__getstate__())
+            if (safe := _stripping_safely(written)) != written:
+                decoder.__setstate__(json.dumps(safe).encode())
+                self._tokenizer.decoder = decoder
         ids = self._tokenizer.get_vocab().values()
         self.known = len(ids)
         self.vocabulary = 1 + max(ids, default=-1)

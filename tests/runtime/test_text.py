@@ -229,15 +229,46 @@ def test_truncation_and_padding_are_never_obeyed(tmp_path: Path, sentence: str) 
     assert tokens.flatten().tolist() == tiny_bundle.make_tokenizer().encode(text.read_text()).ids
 
 
-def test_a_defect_of_the_library_is_a_sentence(tmp_path: Path) -> None:
-    """It raises that past `except Exception`: what strips a space on the right fails on nothing."""
+@pytest.mark.parametrize(("start", "stop"), [(0, 1), (1, 1), (0, 2), (2, 3)])
+def test_what_strips_on_the_right_never_fails(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], start: int, stop: int
+) -> None:
+    """The library's own panics on a text of fewer letters, with a backtrace on stderr."""
     library = sentencepiece_like()
-    library.decoder = decoders.Sequence([decoders.Fuse(), decoders.Strip(" ", 0, 1)])
+    replace = decoders.Replace("▁", " ")
+    library.decoder = decoders.Sequence(
+        [replace, decoders.Fuse(), decoders.Strip(" ", start, stop)]
+    )
     tokenizer = saved(library, tmp_path / "tokenizer.json")
-    try:
-        assert tokenizer.decode([]) == ""  # a library that was mended
-    except BundleProblem as problem:
-        assert "tokenizers fails with this tokenizer.json" in str(problem)
+    space, letter = tokenizer.token_to_id("▁"), tokenizer.token_to_id("x")
+    assert space is not None and letter is not None
+    for before in range(3):
+        for behind in range(4):
+            ids = [space] * before + [letter] + [space] * behind
+            text = " " * max(0, before - start) + "x" + " " * max(0, behind - stop)
+            assert tokenizer.decode(ids) == text == library.decode(ids)
+        assert tokenizer.decode([space] * before) == " " * max(0, before - start - stop)
+    stream = TextStream(tokenizer, [1])  # after BOS alone
+    assert "".join([stream.add(letter), stream.add(space), stream.finish()]).rstrip() == "x"
+    assert capfd.readouterr().err == ""
+
+
+def test_a_defect_of_the_library_is_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It raises that past `except Exception`."""
+    panic = type("PanicException", (BaseException,), {})
+    tokenizer = saved(sentencepiece_like(), tmp_path / "tokenizer.json")
+
+    class Broken:
+        def decode(self, ids: list[int]) -> str:
+            raise panic("index out of bounds")
+
+        encode = decode
+
+    monkeypatch.setattr(tokenizer, "_tokenizer", Broken())
+    with pytest.raises(BundleProblem, match=r"fails with this tokenizer\.json \(index out"):
+        tokenizer.decode([])
 
 
 def test_prompt_calibration_and_evaluation_start_alike(tmp_path: Path) -> None:

@@ -41,18 +41,6 @@ def build(
             "target's.",
         ),
     ] = None,
-    lm_head: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="fp16, w8_row or w4 in place of the method's own choice."),
-    ] = None,
-    embedding: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="fp16 or int8_row in place of the method's own choice."),
-    ] = None,
-    kv: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Keys and values of attention: int8 or fp16."),
-    ] = None,
     until: Annotated[str, typer.Option(help="Stop after this stage.")] = "bundle",
     device: Annotated[
         str, typer.Option(help="Where to calibrate and quantize: cpu, cuda or cuda:INDEX.")
@@ -70,7 +58,6 @@ def build(
 
     # Cheap checks first: torch takes seconds to import.
     chosen_target, recipe = load_target(target), find_method(method)
-    recipe = recipe.with_choices(lm_head=lm_head, embedding=embedding, kv=kv)
     if context is not None:
         chosen_target = chosen_target.model_copy(update={"context": context})
     if host is not None:
@@ -81,7 +68,7 @@ def build(
         model=model,
         recipe=recipe,
         target=chosen_target,
-        out=expanded(out or Path("runs") / run_name(model, recipe.name, chosen_target.name)),
+        out=expanded(out or Path("runs") / run_name(model, method, chosen_target.name)),
         calibration=calibration,
         tokenizer=tokenizer,
         until=until,

@@ -33,7 +33,8 @@ from ssdi8_edge.models.block import (
 from ssdi8_edge.models.description import Description
 from ssdi8_edge.numerics.fp16_range import IN_FP32, RangeWatch, enter, see, watched
 from ssdi8_edge.ops import baseline
-from ssdi8_edge.ops.glue import EMBEDDING, EMBEDDING_INT8, LAST_POSITIONS, LOGITS
+from ssdi8_edge.ops.glue import EMBEDDING, LAST_POSITIONS, LOGITS
+from ssdi8_edge.ops.linear import LINEAR
 from ssdi8_edge.recipes.presets import DEFAULT_METHOD
 from ssdi8_edge.recipes.recipe import QuantConfig
 
@@ -83,7 +84,7 @@ def run_head(p: Parameters, context: Context, hidden: Any, residual: Any) -> Any
         logits = baseline.LINEAR(normed, p["lm_head.weight"])
     else:
         _, u = norm(p, "norm_f.scale", context, hidden, residual)
-        logits = linear(p, "lm_head", u, context.recipe.for_columns(context.d_model))
+        logits = LINEAR(*u, p["lm_head.weight"], p["lm_head.scale"], p["lm_head.bias"])
     return LOGITS(see("the logits", logits))
 
 
@@ -101,11 +102,7 @@ def run_model(
 
     `layer(i)` gives the parameters of block i; `top` those outside the blocks.
     """
-    table = top["embedding.weight"]
-    if context.recipe.embedding == "fp16":
-        hidden, residual = EMBEDDING(table, input_ids)
-    else:
-        hidden, residual = EMBEDDING_INT8(table, top["embedding.scale"], input_ids)
+    hidden, residual = EMBEDDING(top["embedding.weight"], input_ids)
     new_states = []
     for i, (block, carried) in enumerate(zip(blocks, states, strict=True)):
         enter(f"layers.{i}")

@@ -26,32 +26,6 @@ def _embedding_body(a: Attributes, form: BodyForm) -> str:
     )
 
 
-def embedding_int8_reference(
-    table: Tensor, scale: Tensor, input_ids: Tensor
-) -> tuple[Tensor, Tensor]:
-    """`embedding_reference` of INT8 rows: FP16(table · scale), scale (V) FP32 being the rows'."""
-    ids = input_ids.long()
-    hidden = (table[ids].float() * scale[ids][..., None]).half()
-    return hidden, torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-
-
-def _embedding_int8_body(a: Attributes, form: BodyForm) -> str:
-    return "\n".join(
-        [
-            "q = Gather (table, input_ids)",
-            t.from_int8("rows", "q", form),
-            "row_scale = Gather (scale, input_ids)",
-            t.ints("last", [-1]),
-            "row_scale_column = Unsqueeze (row_scale, last)",
-            "real = Mul (rows, row_scale_column)",
-            t.cast("hidden", "real", t.FP16),
-            t.number("zero", 0.0),
-            "hidden_shape = Shape (hidden)",
-            "residual = Expand (zero, hidden_shape)",
-        ]
-    )
-
-
 def last_positions_reference(
     hidden: Tensor, residual: Tensor, keep: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -97,13 +71,6 @@ EMBEDDING = Op(
     outputs=("hidden", "residual"),
     reference=embedding_reference,
     body=_embedding_body,
-    plugin=False,
-)
-EMBEDDING_INT8 = Op(
-    name="EmbeddingInt8",
-    outputs=("hidden", "residual"),
-    reference=embedding_int8_reference,
-    body=_embedding_int8_body,
     plugin=False,
 )
 LAST_POSITIONS = Op(

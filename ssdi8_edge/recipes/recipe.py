@@ -38,8 +38,7 @@ class QuantConfig:
         descent: passes of coordinate descent over the values that GPTQ has chosen.
         compensation: κ of docs/method.md §7.5: how much of the difference from the FP model, as far
             as the INT8 input tells it, is put into the weights before they are rounded.
-        lm_head: FP16, or with an INT8 norm_f W8A8 per row, or W4A8 in groups.
-        embedding: FP16, or INT8 rows of one scale each: half of its memory.
+        lm_head: FP16, or W8A8 per row with an INT8 norm_f.
         clip: end of the INT8 range of B and C, and of u and r if their scale is static: the largest
             value calibrated on ("absmax"), or where the squared error is least ("mse").
         input_scaling: of u and r, the inputs of in_proj and out_proj, and of that of an INT8
@@ -80,8 +79,7 @@ class QuantConfig:
     gptq: bool = True
     descent: int = 0
     compensation: float = 0.5
-    lm_head: Literal["fp16", "w8_row", "w4"] = "fp16"
-    embedding: Literal["fp16", "int8_row"] = "fp16"
+    lm_head: Literal["fp16", "w8_row"] = "fp16"
     clip: Literal["absmax", "mse"] = "mse"
     input_scaling: Literal["static", "dynamic"] = "dynamic"
     ssd: Literal["fp16", "int8", "dequantized"] = "int8"
@@ -119,13 +117,6 @@ class QuantConfig:
                 f"recipe {self.name} combines linear {self.linear!r} with ssd {self.ssd!r};",
                 "both must be fp16, or neither.",
             )
-        for name in ("lm_head", "embedding"):
-            if not self.quantized and getattr(self, name) != "fp16":
-                choice = f"{name} {getattr(self, name)!r}"
-                raise UsageError(
-                    f"recipe {self.name} combines {choice} with linear 'fp16';",
-                    "it needs a method that quantizes.",
-                )
         stored_only = self.x_granularity in ("tensor_percentile", "cluster")
         if stored_only and self.ssd != "dequantized":
             raise UsageError(
@@ -156,20 +147,6 @@ class QuantConfig:
         Groups that do not divide them are halved until they do, down to `LEAST_GROUP`.
         """
         return _with_groups_in(self, columns)
-
-    def with_choices(self, **choices: str | None) -> QuantConfig:
-        """The recipe with these fields, those that are None left as they are; its name says so.
-
-        Raises:
-            UsageError: a field has no such value, or does not go together with the others.
-        """
-        given = {
-            name: value
-            for name, value in choices.items()
-            if value is not None and value != getattr(self, name)
-        }
-        marks = "".join(f"+{name}-{value}" for name, value in given.items())
-        return dataclasses.replace(self, name=f"{self.name}{marks}", **given)  # type: ignore[arg-type]
 
     def require_exportable(self) -> None:
         """Raises UsageError for a recipe that no op computes."""

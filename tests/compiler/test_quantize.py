@@ -242,42 +242,6 @@ def test_int8_head(tiny: Tiny, scaling: str) -> None:
     assert logit_error(made, tiny.source()[1]) < 0.040  # measured 0.019
 
 
-def test_4_bit_head(tiny: Tiny) -> None:
-    """lm_head in groups, as other linear layers of 4 bits: close, and not as close as in INT8."""
-    made = tiny.quantized("edge-w8a8", lm_head="w4", group_size=32)
-    assert made.tensors["lm_head.packed"].shape == (256, 32)
-    assert made.tensors["lm_head.group_scale"].shape == (256, 2)
-    assert "lm_head.weight" not in made.tensors
-    eight = tiny.quantized("edge-w8a8", lm_head="w8_row")
-    float_model = tiny.source()[1]
-    assert logit_error(eight, float_model) < logit_error(made, float_model) < 0.2
-
-
-@pytest.mark.parametrize("lm_head", ["w8_row", "w4"])
-def test_a_head_is_fitted_to_its_inputs(tiny: Tiny, lm_head: str) -> None:
-    """GPTQ lessens the error on the calibration windows."""
-    errors = []
-    for gptq in (False, True):
-        made = tiny.quantized(
-            "edge-w8a8", lm_head=lm_head, group_size=32, gptq=gptq, compensation=0.0
-        )
-        fp16 = tiny.quantized("edge-w8a8", gptq=gptq, compensation=0.0)
-        found, wanted = (m.model.forward(made.ids, None, 64)[0] for m in (made, fp16))
-        errors.append(float((found - wanted).norm() / wanted.norm()))
-    assert errors[1] < errors[0]
-
-
-def test_int8_embedding(tiny: Tiny) -> None:
-    """Rows of one scale each, which the quantizer's own stream starts from, too."""
-    made = tiny.quantized("edge-w8a8", embedding="int8_row")
-    assert made.tensors["embedding.weight"].dtype is torch.int8
-    assert made.tensors["embedding.scale"].shape == (256,)
-    assert logit_error(made, tiny.source()[1]) < 0.040
-    table = made.tensors["embedding.weight"].float() * made.tensors["embedding.scale"][:, None]
-    exact = tiny.quantized("edge-w8a8").tensors["embedding.weight"].float()
-    assert ((table - exact).abs() <= 0.55 * made.tensors["embedding.scale"][:, None]).all()
-
-
 # ------------------------------------------------------------------------------------------------
 # Scales and weights
 # ------------------------------------------------------------------------------------------------
@@ -899,7 +863,7 @@ def test_recipe_of_another_version() -> None:
     [
         *("linear", "lm_head", "ssd", "ssd_ops", "bc_granularity", "x_granularity", "gate"),
         *("state_observer", "rounding", "ssm_params", "correction", "state_dtype"),
-        *("scaling", "clip", "group_search", "group_scales", "bc_rotation", "embedding", "kv"),
+        *("scaling", "clip", "group_search", "group_scales", "bc_rotation"),
     ],
 )
 def test_recipe_refuses_a_bad_value(field: str) -> None:
@@ -914,21 +878,6 @@ def test_recipe_refuses_half_fp16() -> None:
     for fields in ({"linear": "fp16"}, {"ssd": "fp16"}):
         with pytest.raises(UsageError, match="both must be fp16, or neither"):
             QuantConfig(name="x", **fields)
-
-
-@pytest.mark.parametrize("choice", [{"lm_head": "w8_row"}, {"embedding": "int8_row"}])
-def test_recipe_refuses_int8_ends_of_an_fp16_model(choice: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match="with linear 'fp16'"):
-        dataclasses.replace(METHODS["fp16"], **choice)
-
-
-def test_choices_are_in_the_name() -> None:
-    """A choice that the method makes itself changes nothing."""
-    recipe = METHODS["edge-w8a8"]
-    chosen = recipe.with_choices(lm_head="w4", embedding="int8_row", kv=None)
-    assert (chosen.lm_head, chosen.embedding, chosen.kv) == ("w4", "int8_row", recipe.kv)
-    assert chosen.name == "edge-w8a8+lm_head-w4+embedding-int8_row"
-    assert recipe.with_choices(lm_head=recipe.lm_head, kv="int8") == recipe
 
 
 def test_recipe_refuses_dynamic_scales_of_an_integer_carry() -> None:
@@ -980,7 +929,6 @@ FIELDS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "clip": ("absmax", {}, "tensors"),
     "input_scaling": ("static", {}, "tensors"),
     "lm_head": ("w8_row", {}, "tensors"),
-    "embedding": ("int8_row", {}, "tensors"),
     "ssd_ops": ("modular", {}, "outputs"),
     "bc_granularity": ("tensor", {}, "tensors"),
     "bc_rotation": ("none", {}, "tensors"),
@@ -995,8 +943,8 @@ FIELDS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "state_dtype": ("fp32", {}, "outputs"),
     "chunk_size": (8, {}, "statistics"),
 }
-# Labels; what hybrids alone read; and what the pipeline reads, below.
-ELSEWHERE = {"name", "about", "ssd", "kv", "calibration_tokens", "calibration_samples"}
+# Labels; and what the pipeline reads, below.
+ELSEWHERE = {"name", "about", "ssd", "calibration_tokens", "calibration_samples"}
 
 
 def test_every_field_is_in_the_table() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol
@@ -19,16 +19,9 @@ from torch.nn import functional as F
 
 from ssdi8_edge.checkpoints.checkpoint import Checkpoint
 from ssdi8_edge.checkpoints.layout import EMBEDDING, HEAD, NORM_F
-from ssdi8_edge.compile.calibrate import embed, fp32_layer
+from ssdi8_edge.compile.calibrate import TABLE_ROWS, embed, fp32_layer
 from ssdi8_edge.compile.quantize.correction import MeanDifference
-from ssdi8_edge.compile.quantize.ends import (
-    embedded,
-    embedding_tensors,
-    fp16_head,
-    head_scale,
-    quantized_head,
-)
-from ssdi8_edge.compile.quantize.linears import InputStatistics, linear_tensors
+from ssdi8_edge.compile.quantize.linears import InputStatistics, linear_tensors, w8_tensors
 from ssdi8_edge.ground.allocator import return_freed_memory
 from ssdi8_edge.ground.progress import Track, silent
 from ssdi8_edge.ground.spool import Spool, batches, open_spool
@@ -47,7 +40,9 @@ from ssdi8_edge.models.block import (
 from ssdi8_edge.models.description import Description
 from ssdi8_edge.models.float import load_block
 from ssdi8_edge.models.network import run_to_out_proj
+from ssdi8_edge.models.observers import of_linear_input
 from ssdi8_edge.models.rewrites import (
+    rotate_embedding,
     rotate_head,
     rotate_layer,
     rotate_out_proj_input,
@@ -92,17 +87,12 @@ def quantize(
     if not recipe.quantized:
         _keep_fp16(checkpoint, model, recipe, sink, track)
         return {}
-    ends = embedding_tensors(checkpoint, model, recipe)
-    if recipe.lm_head == "fp16":
-        ends |= fp16_head(checkpoint)
-    for name, tensor in ends.items():
-        sink.add(name, tensor)
-    del ends
+    _quantize_ends(checkpoint, model, recipe, statistics, sink)
     with (
         torch.inference_mode(),
         int8.count_saturation() as saturation,
         watched(recipe.name, lambda name: IN_FP32) as watch,
-        _Streams(checkpoint, model, recipe, ids, device, scratch) as streams,
+        _Streams(checkpoint, model, ids, device, scratch) as streams,
     ):
         for i in track(range(model.n_layer), "quantize"):
             prefix = f"layers.{i}."
@@ -117,18 +107,7 @@ def quantize(
             for name, tensor in layer.quantize(source, own).items():
                 sink.add(prefix + name, tensor)
             return_freed_memory()
-        fractions = saturation.fractions()
-        if recipe.lm_head != "fp16":
-            watch.scope = "head"
-            context = Context(recipe, model.d_model, model.residual_eps, linear)
-            head = head_scale(statistics, recipe)
-            inputs = None
-            if recipe.gptq or recipe.compensation:
-                inputs = _inputs_of_norm(streams, context, head, "norm_f.scale")
-            head |= quantized_head(checkpoint, recipe, inputs, device)
-            for name, tensor in head.items():
-                sink.add(name, tensor)
-        return fractions
+        return saturation.fractions()
 
 
 def quantized_description(
@@ -182,6 +161,42 @@ def _keep_fp16(
             sink.add(f"layers.{i}.{name}", tensor)
 
 
+def _quantize_ends(
+    checkpoint: Checkpoint,
+    model: Description,
+    recipe: QuantConfig,
+    statistics: Mapping[str, Tensor],
+    sink: Sink,
+) -> None:
+    """Embedding (FP16, rotated) and lm_head (rotated, γ_f folded; FP16 or INT8)."""
+    norm_f = checkpoint.tensor(NORM_F).float()
+
+    def rotated_embedding(rows: Tensor) -> Tensor:
+        return rotate_embedding(rows) * model.residual_scale
+
+    def rotated_head(rows: Tensor) -> Tensor:
+        return rotate_head(rows, norm_f)
+
+    sink.add(EMBEDDING, _by_rows(checkpoint, EMBEDDING, rotated_embedding))
+    head = _by_rows(checkpoint, HEAD, rotated_head)
+    if recipe.lm_head == "fp16":
+        sink.add(NORM_F, torch.ones_like(norm_f))
+        sink.add(HEAD, head)
+        return
+    if recipe.input_scaling == "static":
+        sink.add("norm_f.scale", of_linear_input(statistics["norm_f"]))
+    head = head.float()
+    for name, tensor in w8_tensors(head, head.abs().amax(1)).items():
+        sink.add(f"lm_head.{name}", tensor)
+
+
+def _by_rows(checkpoint: Checkpoint, name: str, rewrite: Callable[[Tensor], Tensor]) -> Tensor:
+    """Apply a row-wise rewrite to a tall matrix in pieces: FP64 copies of it are not held whole."""
+    parts = checkpoint.tensor(name).split(TABLE_ROWS)
+    rotated = f"{checkpoint.stored_name(name)}, rotated,"
+    return torch.cat([to_fp16(rewrite(part.float()), rotated, IN_FP32) for part in parts])
+
+
 class _Streams:
     """What flows between layers, of the FP and of the quantized model, at the layer at hand.
 
@@ -196,7 +211,6 @@ class _Streams:
         self,
         checkpoint: Checkpoint,
         model: Description,
-        recipe: QuantConfig,
         ids: Tensor,
         device: str,
         scratch: Path | None,
@@ -218,7 +232,6 @@ class _Streams:
         self.out_proj_input = spool(self.widest, torch.int8)
         self.out_proj_scale = spool(1, torch.float32)
         self._embedded = embed(checkpoint, ids, model.residual_scale)
-        self._recipe = recipe
 
     def store_out_proj_input(self, part: slice, r: Int8Input) -> None:
         """`out_proj_input` and `out_proj_scale` of these samples."""
@@ -234,28 +247,11 @@ class _Streams:
     def __enter__(self) -> _Streams:
         for part, rows in self._embedded:
             self.fp[part] = rows
-            self.quantized[part] = embedded(rows, self._recipe)
+            self.quantized[part] = rows.half().float()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
-
-
-def _inputs_of_norm(streams: _Streams, context: Context, p: Layer, scale: str) -> InputStatistics:
-    """The INT8 input of the linear behind a norm, and by how much the FP model's differs from it.
-
-    `scale` names the norm's static scale in `p`.
-    """
-    inputs = InputStatistics(context.d_model, context.d_model, streams.device)
-    for part in streams.parts:
-        entering = streams.quantized[part].to(streams.device)
-        zero = torch.zeros_like(entering, dtype=torch.float16)
-        _, u = norm(p, scale, context, zero, entering)
-        fp = streams.fp[part].to(streams.device)
-        fp_u = fp * torch.rsqrt(fp.square().mean(-1, keepdim=True) + context.residual_eps)
-        real = u.real()
-        inputs.add(real, fp_u - real)
-    return inputs
 
 
 class _Layer:
@@ -282,7 +278,7 @@ class _Layer:
         }
         weight, hessian = rotated[IN_PROJ], None
         if recipe.gptq or recipe.compensation:
-            inputs = _inputs_of_norm(self._streams, self._context, p, "u_scale")
+            inputs = self._in_proj_inputs(p)
             lacking = weight.double() @ inputs.regression() if recipe.compensation else 0.0
             weight = (weight + recipe.compensation * lacking).float()
             hessian = inputs.hessian if recipe.gptq else None
@@ -300,6 +296,20 @@ class _Layer:
 
         self._advance(p, rotated.get(OUT_BIAS))
         return p
+
+    def _in_proj_inputs(self, p: Layer) -> InputStatistics:
+        """in_proj's INT8 input, and by how much the FP model's differs from it."""
+        streams, model = self._streams, self._model
+        inputs = InputStatistics(model.d_model, model.d_model, streams.device)
+        for part in streams.parts:
+            entering = streams.quantized[part].to(streams.device)
+            zero = torch.zeros_like(entering, dtype=torch.float16)
+            _, u = norm(p, "u_scale", self._context, zero, entering)
+            fp = streams.fp[part].to(streams.device)
+            fp_u = fp * torch.rsqrt(fp.square().mean(-1, keepdim=True) + model.residual_eps)
+            real = u.real()
+            inputs.add(real, fp_u - real)
+        return inputs
 
     def _run_to_out_proj(
         self, p: Layer, rotated: Layer, out_proj: Tensor

@@ -81,10 +81,17 @@ def linear_tensors(
         if recipe.linear != "w8_row":
             sizes = parts if parts and recipe.linear == "w8_block" else [len(weight)]
             absmax = torch.cat([part.amax().expand(len(part)) for part in absmax.split([*sizes])])
-        scale = int8.scale_from_absmax(absmax)
-        tensors = {
-            "weight": quantize_w8(weight, scale, hessian, recipe.descent),
-            "scale": scale,
-            "bias": weight.new_zeros(len(weight)),
-        }
+        tensors = w8_tensors(weight, absmax, hessian, recipe.descent)
     return {f"{name}.{k}": v for k, v in tensors.items()}
+
+
+def w8_tensors(
+    weight: Tensor, absmax: Tensor, hessian: Tensor | None = None, descent: int = 0
+) -> dict[str, Tensor]:
+    """INT8 weight (Out, In) for ranges `absmax` (Out), its scale, a zero bias."""
+    scale = int8.scale_from_absmax(absmax)
+    return {
+        "weight": quantize_w8(weight, scale, hessian, descent),
+        "scale": scale,
+        "bias": weight.new_zeros(len(weight)),
+    }

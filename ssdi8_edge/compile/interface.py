@@ -42,7 +42,7 @@ def interface(model: Description, recipe: QuantConfig) -> dict[str, Any]:
         "states": states,
         "logits_suspects": [
             *_of_block(last, model.blocks[last].last_ops),
-            *("head/RmsNorm", "head/Linear (lm_head)"),
+            *("head/RmsNorm", f"head/{_head_op(recipe)} (lm_head)"),
         ],
         "decode_suspects": [
             "the decode step of any layer: CausalConv1d or SsdScan with one token, or Linear"
@@ -53,7 +53,7 @@ def interface(model: Description, recipe: QuantConfig) -> dict[str, Any]:
 
 
 def _states(model: Description, recipe: QuantConfig) -> Iterator[dict[str, Any]]:
-    before = ["Embedding"]
+    before = ["Embedding" if recipe.embedding == "fp16" else "EmbeddingInt8"]
     seen_second_block = False
     for i, block in enumerate(model.blocks):
         for spec in block.states(recipe):
@@ -70,6 +70,10 @@ def _states(model: Description, recipe: QuantConfig) -> Iterator[dict[str, Any]]
             before = []
             seen_second_block = seen_second_block or i == 1
         before += _of_block(i, block.last_ops)
+
+
+def _head_op(recipe: QuantConfig) -> str:
+    return "LinearW4" if recipe.lm_head == "w4" else "Linear"
 
 
 def _of_block(index: int, ops: tuple[str, ...]) -> list[str]:

@@ -120,10 +120,10 @@ class QuantConfig:
                 f"recipe {self.name} combines linear {self.linear!r} with ssd {self.ssd!r};",
                 "both must be fp16, or neither.",
             )
-        for field, table in (("lm_head", self.lm_head), ("embedding", self.embedding)):
-            if self.linear == "fp16" and table != "fp16":
+        for table, kept in (("lm_head", self.lm_head), ("embedding", self.embedding)):
+            if self.linear == "fp16" and kept != "fp16":
                 raise UsageError(
-                    f"recipe {self.name} combines linear 'fp16' with {field} {table!r};",
+                    f"recipe {self.name} combines linear 'fp16' with {table} {kept!r};",
                     "choose a method that quantizes.",
                 )
         stored_only = self.x_granularity in ("tensor_percentile", "cluster")

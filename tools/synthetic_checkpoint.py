@@ -1,11 +1,12 @@
-"""Writes a checkpoint of a published Mamba-2 size with random weights.
+"""Writes a checkpoint of a published size with random weights.
 
     python tools/synthetic_checkpoint.py --size 370m --tokenizer TOKENIZER.json --out FOLDER
+    python tools/synthetic_checkpoint.py --size nemotron-3-nano-4b --out FOLDER
 
 For measuring what a build costs (memory, time, bytes) without fetching a model: sizes, names and
-types are those of the state-spaces checkpoints, values are those that training starts from. What a
-quantized model of it says about accuracy is nothing. Layers are made and written one at a time, so
-that the tool needs little memory itself.
+types are those of the published checkpoints, values are about those that training starts from. What
+a quantized model of it says about accuracy is nothing. Tensors are made and written one at a time,
+large ones in pieces, so that the tool needs little memory itself.
 """
 
 from __future__ import annotations
@@ -14,20 +15,23 @@ import argparse
 import json
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from runtime.files import TOKENIZER, WEIGHTS
-from ssdi8_edge.checkpoints.layouts.state_spaces import stored_name
+from runtime.files import TOKENIZER
+from ssdi8_edge.checkpoints.checkpoint import Checkpoint
+from ssdi8_edge.checkpoints.config import read_config
+from ssdi8_edge.checkpoints.layout import HEAD, Layout, expected_shapes
+from ssdi8_edge.checkpoints.layouts import layouts
 from ssdi8_edge.compile.safetensors_writer import SafetensorsWriter
 from ssdi8_edge.ground.artifacts import whole_or_absent, write_json
-from ssdi8_edge.models.block import OUT_PROJ
-from ssdi8_edge.models.description import Description
-from ssdi8_edge.models.kinds.mamba2 import Mamba2
 
 # d_model and layers of state-spaces/mamba2-*; everything else is the same for all.
-SIZES = {
+MAMBA2 = {
     "130m": (768, 24),
     "370m": (1024, 48),
     "780m": (1536, 48),
@@ -35,25 +39,45 @@ SIZES = {
     "2.7b": (2560, 64),
 }
 VOCABULARY = 50277  # of the published tokenizer; the embedding is padded to the next multiple
-PAD_MULTIPLE = 16
-EMBEDDING_STD = 0.02
-EMBEDDING_ROWS = 4096  # made at a time
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "nemotron-3-nano-4b": {
+        "model_type": "nemotron_h",
+        "hidden_size": 3136,
+        "vocab_size": 131072,
+        "hybrid_override_pattern": "M-M-M-MM-M-M*-M-M*-M-M-M*-M-M-MM*-MMM-M-M-",
+        "mamba_num_heads": 96,
+        "mamba_head_dim": 80,
+        "ssm_state_size": 128,
+        "n_groups": 8,
+        "conv_kernel": 4,
+        "chunk_size": 128,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": 12544,
+        "mlp_hidden_act": "relu2",
+        "layer_norm_epsilon": 1e-5,
+        "tie_word_embeddings": False,
+    },
+}
+# What the layer norms and skips of a fresh model are, by the ends of stored names.
+ONES = ("norm.weight", "norm_f.weight", "layernorm.weight", ".D")
+ZEROS = (".bias", ".dt_bias")
+STD = 0.02
+PIECE = 1 << 24  # values made at a time
+SHARD_BYTES = 2 << 30
 
 
-def sizes_of(name: str) -> Description:
-    """The model's sizes under its published name."""
-    d_model, layers = SIZES[name]
-    padded = math.ceil(VOCABULARY / PAD_MULTIPLE) * PAD_MULTIPLE
-    block = Mamba2(d_inner=2 * d_model)
-    return Description(d_model=d_model, vocab_size=padded, blocks=(block,) * layers)
-
-
-def config_json(config: Description) -> dict[str, object]:
-    """config.json as the published checkpoints have it."""
+def config_of(size: str, blocks: str | None = None) -> dict[str, Any]:
+    """config.json as the published checkpoint has it; `blocks` replaces a hybrid's pattern."""
+    if size in HYBRIDS:
+        cut = {"hybrid_override_pattern": blocks} if blocks else {}
+        return HYBRIDS[size] | cut
+    d_model, layers = MAMBA2[size]
     return {
-        "d_model": config.d_model,
+        "d_model": d_model,
         "d_intermediate": 0,
-        "n_layer": config.n_layer,
+        "n_layer": layers,
         "vocab_size": VOCABULARY,
         "ssm_cfg": {"layer": "Mamba2"},
         "attn_layer_idx": [],
@@ -61,44 +85,91 @@ def config_json(config: Description) -> dict[str, object]:
         "rms_norm": True,
         "residual_in_fp32": True,
         "fused_add_norm": True,
-        "pad_vocab_size_multiple": PAD_MULTIPLE,
+        "pad_vocab_size_multiple": 16,
         "tie_embeddings": True,
     }
 
 
-def write_weights(path: Path, config: Description) -> None:
-    """FP16 weights as they are before training, tensor by tensor."""
-    writer = SafetensorsWriter(path)
-    table = torch.empty(config.vocab_size, config.d_model, dtype=torch.float16)
-    for rows in table.split(EMBEDDING_ROWS):
-        rows.copy_(torch.randn(rows.shape) * EMBEDDING_STD)
-    writer.add(stored_name("embedding.weight"), table)
-    for i, block in enumerate(config.blocks):
-        layer = block.float_block(config.d_model, config.norm_eps)
-        for name, value in layer.state_dict().items():
-            if name == OUT_PROJ:
-                value = value / math.sqrt(config.n_layer)  # keeps the residual stream in range
-            writer.add(stored_name(f"layers.{i}.{name}"), value.half())
-    writer.add(stored_name("norm_f.weight"), torch.ones(config.d_model, dtype=torch.float16))
-    writer.close()
+def stored_shapes(layout: Layout, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of the files."""
+    model = layout.describe(config)
+    sources = layout.sources(config, model)
+    return {
+        piece.stored: shape
+        for name, ours in expected_shapes(model).items()
+        if not (name == HEAD and model.tie_embeddings)
+        for piece, shape in zip(sources[name].pieces, sources[name].shapes(ours), strict=True)
+        if piece.stored
+    }
+
+
+def values(name: str, shape: tuple[int, ...], layers: int) -> Tensor:
+    """FP16 values about as they are before training, drawn in pieces."""
+    if name.endswith(ONES):
+        return torch.ones(shape, dtype=torch.float16)
+    if name.endswith(".A_log"):
+        return torch.empty(shape).uniform_(1, 16).log().half()
+    if name.endswith(ZEROS):
+        # The inverse softplus of a time step of 0.01.
+        return torch.full(shape, -4.6 if name.endswith(".dt_bias") else 0.0).half()
+    table = "embedding" in name or name == HEAD
+    width = math.prod(shape[1:])
+    std = STD if table else width**-0.5 / math.sqrt(3)
+    if name.endswith(("out_proj.weight", "o_proj.weight", "down_proj.weight")):
+        std /= math.sqrt(layers)  # keeps the residual stream in range
+    made = torch.empty(shape, dtype=torch.float16)
+    for piece in made.view(-1).split(PIECE):
+        piece.copy_(torch.randn(len(piece)) * std)
+    return made
+
+
+def shards(shapes: dict[str, tuple[int, ...]]) -> Iterator[dict[str, tuple[int, ...]]]:
+    """The tensors, in files of about `SHARD_BYTES`."""
+    shard: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        shard[name] = shape
+        if sum(2 * math.prod(each) for each in shard.values()) >= SHARD_BYTES:
+            yield shard
+            shard = {}
+    if shard:
+        yield shard
+
+
+def write_checkpoint(folder: Path, config: dict[str, Any]) -> None:
+    """config.json, shards and their index into an empty folder."""
+    write_json(folder / "config.json", config)
+    read = read_config(folder / "config.json")
+    layout = next(each for each in layouts() if each.recognises(read))
+    shapes = stored_shapes(layout, read)
+    layers = layout.describe(read).n_layer
+    files = list(shards(shapes))
+    places: dict[str, str] = {}
+    for i, shard in enumerate(files, 1):
+        name = f"model-{i:05}-of-{len(files):05}.safetensors" if files[1:] else "model.safetensors"
+        with SafetensorsWriter(folder / name) as writer:
+            for stored, shape in shard.items():
+                writer.add(stored, values(stored, shape, layers))
+                places[stored] = name
+    if files[1:]:
+        write_json(folder / "model.safetensors.index.json", {"weight_map": places})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--size", choices=SIZES, required=True)
-    parser.add_argument("--tokenizer", type=Path, required=True, help="a tokenizer.json to copy")
+    parser.add_argument("--size", choices=[*MAMBA2, *HYBRIDS], required=True)
+    parser.add_argument("--blocks", help="of a hybrid, another pattern: fewer of the same widths")
+    parser.add_argument("--tokenizer", type=Path, help="a tokenizer.json to copy")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.manual_seed(options.seed)
-    config = sizes_of(options.size)
     with whole_or_absent(options.out) as folder:
         folder.mkdir()
-        write_weights(folder / WEIGHTS, config)
-        write_json(folder / "config.json", config_json(config))
-        shutil.copyfile(options.tokenizer, folder / TOKENIZER)
-    size = (options.out / WEIGHTS).stat().st_size
-    print(json.dumps({"folder": str(options.out), "bytes": size}))
+        write_checkpoint(folder, config_of(options.size, options.blocks))
+        if options.tokenizer:
+            shutil.copyfile(options.tokenizer, folder / TOKENIZER)
+    written = Checkpoint(options.out).parameter_bytes
+    print(json.dumps({"folder": str(options.out), "bytes": written}))
 
 
 if __name__ == "__main__":

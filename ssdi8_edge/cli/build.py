@@ -29,6 +29,18 @@ def build(
         typer.Option(help="UTF-8 text to calibrate on; default: the text of the demo model."),
     ] = None,
     tokenizer: TokenizerOption = None,
+    lm_head: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="The last linear layer: fp16, w8_row or w4; default: the method's."),
+    ] = None,
+    embedding: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Its rows: fp16 or int8_row; default: the method's."),
+    ] = None,
+    kv: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Keys and values of attention: int8 or fp16; default: the method's."),
+    ] = None,
     out: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="Run folder; default: runs/MODEL--METHOD--TARGET."),
@@ -58,6 +70,7 @@ def build(
 
     # Cheap checks first: torch takes seconds to import.
     chosen_target, recipe = load_target(target), find_method(method)
+    recipe = recipe.choosing(lm_head=lm_head, embedding=embedding, kv=kv)
     if context is not None:
         chosen_target = chosen_target.model_copy(update={"context": context})
     if host is not None:
@@ -68,7 +81,7 @@ def build(
         model=model,
         recipe=recipe,
         target=chosen_target,
-        out=expanded(out or Path("runs") / run_name(model, method, chosen_target.name)),
+        out=expanded(out or Path("runs") / run_name(model, recipe.name, chosen_target.name)),
         calibration=calibration,
         tokenizer=tokenizer,
         until=until,

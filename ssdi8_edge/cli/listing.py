@@ -30,6 +30,10 @@ def _show_bundle(found: dict[str, Any]) -> None:
     recipe, target = found["recipe"], found["target"]
     results.print(f"{found['name']}  {found['bytes'] / 1e6:.1f} MB")
     results.print(f"recipe {recipe['name']}: {recipe['about']}")
+    results.print(
+        f"embedding {recipe['embedding']}, lm_head {recipe['lm_head']}, keys and values "
+        f"{recipe['kv']}"
+    )
     results.print(f"target {target['name']}: {target['about']} ({target['runtime']})")
     if found["context"] is not None:
         cache = f"{found['cache_bytes'] / 1e6:.1f} MB"
@@ -83,9 +87,10 @@ def methods(as_json: JsonOption = False) -> None:
     from ssdi8_edge.recipes.presets import METHODS
 
     def show() -> None:
-        rows = table("method", "what")
+        rows = table("method", "what", "embedding, lm_head", "keys and values")
         for config in METHODS.values():
-            rows.add_row(config.name, config.about)
+            tables = f"{config.embedding}, {config.lm_head}"
+            rows.add_row(config.name, config.about, tables, config.kv)
         results.print(rows)
 
     print_result([config.to_dict() for config in METHODS.values()], as_json, show)

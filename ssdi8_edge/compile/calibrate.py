@@ -78,6 +78,7 @@ def calibrate(
     ):
         table = checkpoint.tensor(EMBEDDING)
         norms = [rows.float().norm(dim=1).amax() for rows in table.split(TABLE_ROWS)]
+        del table
         statistics["embedding"] = torch.stack(norms).amax()
         if not statistics["embedding"].isfinite():
             raise CheckpointError(

@@ -142,7 +142,12 @@ def nested_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
                 yield from nested_nodes(attribute.g.node)
 
 
-_ELEMENT_TYPES = {"F32": TensorProto.FLOAT, "F16": TensorProto.FLOAT16, "I8": TensorProto.INT8}
+_ELEMENT_TYPES = {
+    "F32": TensorProto.FLOAT,
+    "F16": TensorProto.FLOAT16,
+    "I32": TensorProto.INT32,
+    "I8": TensorProto.INT8,
+}
 
 
 class _ExternalParameters:

@@ -42,7 +42,7 @@ def interface(model: Description, recipe: QuantConfig) -> dict[str, Any]:
         "states": states,
         "logits_suspects": [
             *_of_block(last, model.blocks[last].last_ops),
-            *("head/RmsNorm", "head/Linear (lm_head)"),
+            *("head/RmsNorm", f"head/{_head_op(recipe)} (lm_head)"),
         ],
         "decode_suspects": [f"the decode step of any layer: {_ops_of(model, recipe)}"],
         "ops": {name.removeprefix("Ssdi8"): op.part for name, op in OPS.items()},
@@ -51,7 +51,7 @@ def interface(model: Description, recipe: QuantConfig) -> dict[str, Any]:
 
 
 def _states(model: Description, recipe: QuantConfig) -> Iterator[dict[str, Any]]:
-    before = ["Embedding"]
+    before = ["Embedding" if recipe.embedding == "fp16" else "EmbeddingInt8"]
     seen_second_block = False
     for i, block in enumerate(model.blocks):
         for spec in block.states(recipe):
@@ -75,6 +75,10 @@ def _ops_of(model: Description, recipe: QuantConfig) -> str:
     states = (op for _, spec in model.states(recipe) for op in spec.ops)
     last = (op for block in model.blocks for op in block.last_ops)
     return ", ".join(sorted({op.split(" ")[0] for op in (*states, *last)}))
+
+
+def _head_op(recipe: QuantConfig) -> str:
+    return "LinearW4" if recipe.lm_head == "w4" else "Linear"
 
 
 def _of_block(index: int, ops: tuple[str, ...]) -> list[str]:

@@ -17,6 +17,7 @@ from torch import Tensor
 _DTYPES = {
     torch.float32: "F32",
     torch.float16: "F16",
+    torch.int32: "I32",
     torch.int8: "I8",
 }
 

@@ -1,9 +1,9 @@
 """The quantized network: one data flow, run on tensors or recorded as a graph.
 
 The parameters of a block are a mapping from name to tensor (or graph value); in the checkpoint
-`layers.{i}.` stands before the names. Outside the blocks there are `embedding.weight`,
-`norm_f.weight` or `norm_f.scale`, and `lm_head.*`. The recipe that quantizes nothing, the FP16
-baseline, runs here as well.
+`layers.{i}.` stands before the names. Outside the blocks there are `embedding.weight`, or
+`embedding.packed` and `embedding.scale`, `norm_f.weight` or `norm_f.scale`, and `lm_head.*`. The
+recipe that quantizes nothing, the FP16 baseline, runs here as well.
 """
 
 from __future__ import annotations
@@ -33,8 +33,7 @@ from ssdi8_edge.models.block import (
 from ssdi8_edge.models.description import Description
 from ssdi8_edge.numerics.fp16_range import IN_FP32, RangeWatch, enter, see, watched
 from ssdi8_edge.ops import baseline
-from ssdi8_edge.ops.glue import EMBEDDING, LAST_POSITIONS, LOGITS
-from ssdi8_edge.ops.linear import LINEAR
+from ssdi8_edge.ops.glue import EMBEDDING, EMBEDDING_INT8, LAST_POSITIONS, LOGITS
 from ssdi8_edge.recipes.presets import DEFAULT_METHOD
 from ssdi8_edge.recipes.recipe import QuantConfig
 
@@ -74,6 +73,13 @@ def run_to_out_proj(
     return residual, r, states
 
 
+def run_embedding(p: Parameters, recipe: QuantConfig, input_ids: Any) -> tuple[Any, Any]:
+    """input_ids (B, L) -> hidden (B, L, D) FP16 and residual (B, L, D) FP32 of the first block."""
+    if recipe.embedding == "fp16":
+        return EMBEDDING(p["embedding.weight"], input_ids)
+    return EMBEDDING_INT8(p["embedding.packed"], p["embedding.scale"], input_ids)
+
+
 def run_head(p: Parameters, context: Context, hidden: Any, residual: Any) -> Any:
     """Final norm and lm_head: logits (B, L, V) FP32."""
     if context.recipe.lm_head == "fp16":
@@ -84,7 +90,7 @@ def run_head(p: Parameters, context: Context, hidden: Any, residual: Any) -> Any
         logits = baseline.LINEAR(normed, p["lm_head.weight"])
     else:
         _, u = norm(p, "norm_f.scale", context, hidden, residual)
-        logits = LINEAR(*u, p["lm_head.weight"], p["lm_head.scale"], p["lm_head.bias"])
+        logits = linear(p, "lm_head", u, context.recipe.head.for_columns(context.d_model))
     return LOGITS(see("the logits", logits))
 
 
@@ -102,7 +108,7 @@ def run_model(
 
     `layer(i)` gives the parameters of block i; `top` those outside the blocks.
     """
-    hidden, residual = EMBEDDING(top["embedding.weight"], input_ids)
+    hidden, residual = run_embedding(top, context.recipe, input_ids)
     new_states = []
     for i, (block, carried) in enumerate(zip(blocks, states, strict=True)):
         enter(f"layers.{i}")
@@ -139,10 +145,11 @@ class QuantizedModel:
                 self._layers[int(index)][local] = tensor
             else:
                 self._top[name] = tensor
-        self._top.setdefault("lm_head.weight", self._top["embedding.weight"])
+        if recipe.lm_head == "fp16" and "lm_head.weight" not in self._top:
+            self._top["lm_head.weight"] = self._top["embedding.weight"]
 
     def zero_states(self, batch: int) -> list[States]:
-        device = self._top["embedding.weight"].device
+        device = next(iter(self._top.values())).device
         return [
             tuple(spec.zeros(batch, device) for spec in block.states(self.recipe))
             for block in self.description.blocks

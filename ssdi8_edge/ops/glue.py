@@ -26,6 +26,81 @@ def _embedding_body(a: Attributes, form: BodyForm) -> str:
     )
 
 
+def pack_rows(q: Tensor) -> Tensor:
+    """INT8 rows (V, D) as INT32 (V, D / 4), as `embedding_int8_reference` takes them.
+
+    D is a multiple of 4.
+    """
+    first, second, third, fourth = q.int().chunk(4, 1)
+    packed: Tensor = ((fourth * 256 + third + 128) * 256 + second + 128) * 256 + first + 128
+    return packed
+
+
+def unpack_rows(packed: Tensor) -> Tensor:
+    """Inverse of `pack_rows` on (…, D / 4): INT32 (…, D)."""
+    low = [(packed >> shift & 255) - 128 for shift in (0, 8, 16)]
+    return torch.cat([*low, packed >> 24], -1)
+
+
+def embedding_int8_reference(
+    packed: Tensor, scale: Tensor, input_ids: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`embedding_reference` with an INT8 table: hidden = FP16(FP32(q) · scale).
+
+    Args:
+        packed: (V, D / 4) INT32, = 2^24 · q3 + 2^16 · (q2 + 128) + 2^8 · (q1 + 128) + q0 + 128,
+            with qk the k-th quarter of the row's INT8 values. TensorRT takes INT8 constants as
+            weights of linear layers only, and INT32 as tables.
+        scale: (V, 1) FP32, of the rows.
+        input_ids: (B, L).
+    """
+    rows = input_ids.long()
+    hidden = (unpack_rows(packed[rows]).float() * scale[rows]).half()
+    return hidden, torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+
+
+def _embedding_int8_body(a: Attributes, form: BodyForm) -> str:
+    # Halves and bytes by floors of FP32 quotients: exact, and right whether a library's integer
+    # division rounds down or towards zero.
+    return "\n".join(
+        [
+            "words = Gather (packed, input_ids)",
+            "half_size = Constant <value = int32 {65536}> ()",
+            "upper_word = Div (words, half_size)",
+            "upper_part = Mul (upper_word, half_size)",
+            "rest_word = Sub (words, upper_part)",
+            t.cast("upper_rough", "upper_word", t.FP32),
+            t.cast("rest", "rest_word", t.FP32),
+            t.number("half_range", 65536.0),
+            t.number("byte_range", 256.0),
+            t.number("offset", 128.0),
+            *_floor_division("carry", "lower", "rest", "half_range"),
+            "upper = Add (upper_rough, carry)",
+            *_floor_division("u1", "u0", "lower", "byte_range"),
+            *_floor_division("q3", "u2", "upper", "byte_range"),
+            "lower_three = Concat <axis = 2> (u0, u1, u2)",
+            "signed = Sub (lower_three, offset)",
+            "q = Concat <axis = 2> (signed, q3)",
+            "row_scale = Gather (scale, input_ids)",
+            "real = Mul (q, row_scale)",
+            t.cast("hidden", "real", t.FP16),
+            t.number("zero", 0.0),
+            "hidden_shape = Shape (hidden)",
+            "residual = Expand (zero, hidden_shape)",
+        ]
+    )
+
+
+def _floor_division(quotient: str, remainder: str, x: str, by: str) -> list[str]:
+    """Of whole numbers in FP32, by a power of two."""
+    return [
+        f"{quotient}_exact = Div ({x}, {by})",
+        f"{quotient} = Floor ({quotient}_exact)",
+        f"{quotient}_part = Mul ({quotient}, {by})",
+        f"{remainder} = Sub ({x}, {quotient}_part)",
+    ]
+
+
 def last_positions_reference(
     hidden: Tensor, residual: Tensor, keep: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -71,6 +146,13 @@ EMBEDDING = Op(
     outputs=("hidden", "residual"),
     reference=embedding_reference,
     body=_embedding_body,
+    plugin=False,
+)
+EMBEDDING_INT8 = Op(
+    name="EmbeddingInt8",
+    outputs=("hidden", "residual"),
+    reference=embedding_int8_reference,
+    body=_embedding_int8_body,
     plugin=False,
 )
 LAST_POSITIONS = Op(

@@ -10,6 +10,9 @@ from ssdi8_edge.ops import onnx_text as t
 from ssdi8_edge.ops.kernel_library import Call, launch, require
 from ssdi8_edge.ops.op import Attributes, BodyForm, Op
 
+# Of a 4-bit weight, unpacked at once: whole, the one of a vocabulary would take gigabytes.
+ROWS = 16384
+
 
 def linear_reference(
     x: Tensor, token_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor
@@ -71,8 +74,14 @@ def linear_w4_reference(
     Returns:
         (B, L, Out) FP16.
     """
-    weight = unpack_w4(packed, group_scale, group_size)
-    return linear_reference(x, token_scale, weight, scale, bias)
+    pieces = zip(*(each.split(ROWS) for each in (packed, group_scale, scale, bias)), strict=True)
+    return torch.cat(
+        [
+            linear_reference(x, token_scale, unpack_w4(q4, sigma, group_size), step, shift)
+            for q4, sigma, step, shift in pieces
+        ],
+        -1,
+    )
 
 
 def _product(form: BodyForm) -> list[str]:

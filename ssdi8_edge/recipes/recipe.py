@@ -38,7 +38,9 @@ class QuantConfig:
         descent: passes of coordinate descent over the values that GPTQ has chosen.
         compensation: κ of docs/method.md §7.5: how much of the difference from the FP model, as far
             as the INT8 input tells it, is put into the weights before they are rounded.
-        lm_head: FP16, or W8A8 per row with an INT8 norm_f.
+        lm_head: FP16, or a linear layer with an INT8 input like those of blocks: W8A8 per output
+            row, or W4A8 in groups.
+        embedding: rows in FP16, or in INT8 with a scale each.
         clip: end of the INT8 range of B and C, and of u and r if their scale is static: the largest
             value calibrated on ("absmax"), or where the squared error is least ("mse").
         input_scaling: of u and r, the inputs of in_proj and out_proj, and of that of an INT8
@@ -79,7 +81,8 @@ class QuantConfig:
     gptq: bool = True
     descent: int = 0
     compensation: float = 0.5
-    lm_head: Literal["fp16", "w8_row"] = "fp16"
+    lm_head: Literal["fp16", "w8_row", "w4"] = "fp16"
+    embedding: Literal["fp16", "int8_row"] = "fp16"
     clip: Literal["absmax", "mse"] = "mse"
     input_scaling: Literal["static", "dynamic"] = "dynamic"
     ssd: Literal["fp16", "int8", "dequantized"] = "int8"
@@ -117,6 +120,12 @@ class QuantConfig:
                 f"recipe {self.name} combines linear {self.linear!r} with ssd {self.ssd!r};",
                 "both must be fp16, or neither.",
             )
+        for table, kept in (("lm_head", self.lm_head), ("embedding", self.embedding)):
+            if self.linear == "fp16" and kept != "fp16":
+                raise UsageError(
+                    f"recipe {self.name} combines linear 'fp16' with {table} {kept!r};",
+                    "choose a method that quantizes.",
+                )
         stored_only = self.x_granularity in ("tensor_percentile", "cluster")
         if stored_only and self.ssd != "dequantized":
             raise UsageError(
@@ -140,6 +149,26 @@ class QuantConfig:
     def quantized(self) -> bool:
         """Whether any part is INT8: such models are rotated."""
         return self.linear != "fp16"
+
+    @property
+    def head(self) -> QuantConfig:
+        """The recipe for a quantized lm_head, as if it were a linear layer of a block."""
+        return _for_linear(self, self.lm_head)
+
+    def choosing(self, **choices: str | None) -> QuantConfig:
+        """The recipe with other fields; those that are None stay.
+
+        What differs becomes a part of the name: another recipe has another run folder.
+
+        Raises:
+            UsageError: a field cannot be that, or not together with the others.
+        """
+        mine = self.to_dict()
+        new = {k: v for k, v in choices.items() if v is not None and v != mine[k]}
+        if not new:
+            return self
+        name = "+".join([self.name, *(f"{field}-{value}" for field, value in new.items())])
+        return type(self)(**{**mine, **new, "name": name})
 
     def for_columns(self, columns: int) -> QuantConfig:
         """The recipe for a linear layer of so many input columns.
@@ -175,6 +204,11 @@ class QuantConfig:
                     "quantize again.",
                 )
         return cls(**fields)
+
+
+@functools.cache
+def _for_linear(recipe: QuantConfig, linear: Any) -> QuantConfig:
+    return dataclasses.replace(recipe, linear=linear)
 
 
 @functools.cache

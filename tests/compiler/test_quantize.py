@@ -234,7 +234,7 @@ def test_stored_tensors(tiny: Tiny, name: str, ngroups: int) -> None:
 @pytest.mark.parametrize("scaling", ["static", "dynamic"])
 def test_int8_head(tiny: Tiny, scaling: str) -> None:
     """lm_head in INT8 per row with an INT8 norm_f: close to the FP16 head."""
-    made = tiny.quantized("edge-w8a8", lm_head="w8_row", input_scaling=scaling)
+    made = tiny.quantized("edge-w8a8", lm_head="w8_row", embedding="fp16", input_scaling=scaling)
     assert made.tensors["lm_head.weight"].dtype is torch.int8
     assert made.tensors["lm_head.scale"].shape == (256,)
     assert "norm_f.weight" not in made.tensors
@@ -861,7 +861,16 @@ def test_recipe_of_another_version() -> None:
 @pytest.mark.parametrize(
     "field",
     [
-        *("linear", "lm_head", "ssd", "ssd_ops", "bc_granularity", "x_granularity", "gate"),
+        *(
+            "linear",
+            "lm_head",
+            "embedding",
+            "ssd",
+            "ssd_ops",
+            "bc_granularity",
+            "x_granularity",
+            "gate",
+        ),
         *("state_observer", "rounding", "ssm_params", "correction", "state_dtype"),
         *("scaling", "clip", "group_search", "group_scales", "bc_rotation"),
     ],
@@ -929,6 +938,7 @@ FIELDS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "clip": ("absmax", {}, "tensors"),
     "input_scaling": ("static", {}, "tensors"),
     "lm_head": ("w8_row", {}, "tensors"),
+    "embedding": ("int8_row", {}, "tensors"),
     "ssd_ops": ("modular", {}, "outputs"),
     "bc_granularity": ("tensor", {}, "tensors"),
     "bc_rotation": ("none", {}, "tensors"),

@@ -49,6 +49,7 @@ VARIANTS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "edge-w8a8 modular 2 groups": ("edge-w8a8", 2, {"ssd_ops": "modular"}),
     # The parser takes an INT8 constant for nothing but a quantized weight.
     "edge-w4a8": ("edge-w4a8", 1, {"group_scales": "fp16"}),
+    "edge-w8a8 tables": ("edge-w8a8", 1, {"lm_head": "w8_row", "embedding": "int8_row"}),
     "ssdi8-w8a8": ("ssdi8-w8a8", 1, {}),
     "fp16": ("fp16", 1, {}),
 }

@@ -10,6 +10,8 @@ from case_table import (
 )
 from op_bodies import compare_body
 
+from ssdi8_edge.ops.glue import embedding_int8_reference, pack_rows, unpack_rows
+
 
 def test_small_bodies() -> None:
     """Embedding, the last positions and the cast of the logits copy values: exact."""
@@ -21,6 +23,25 @@ def test_small_bodies() -> None:
     for keep in (1, 3, 7):
         compare_body("LastPositions", [hidden, residual, torch.tensor(keep)], {})
     compare_body("Logits", [hidden], {})
+
+
+def test_int8_embedding_body() -> None:
+    """Every INT8 value at every place of a word, and rows whose values leave FP16's normal range:
+    exact, as are the values that were packed."""
+    every = torch.arange(-128, 128, dtype=torch.int8)
+    g = torch.Generator().manual_seed(9)
+    q = torch.cat([every.repeat(4)[None], torch.full((2, 1024), -128, dtype=torch.int8)])
+    q[2] = 127
+    q = torch.cat([q, torch.randint(-128, 128, (40, 1024), generator=g, dtype=torch.int8)])
+    packed = pack_rows(q)
+    assert packed.dtype is torch.int32 and torch.equal(unpack_rows(packed), q.int())
+    scale = torch.rand(len(q), 1, generator=g) * 10.0 ** torch.randint(-8, 2, (len(q), 1))
+    ids = torch.randint(0, len(q), (2, 50), generator=g, dtype=torch.int32)
+    ids[0, :3] = torch.arange(3)
+    compare_body("EmbeddingInt8", [packed, scale, ids], {})
+    hidden, residual = embedding_int8_reference(packed, scale, ids)
+    assert torch.equal(hidden, (q.float() * scale).half()[ids.long()])
+    assert residual.shape == hidden.shape and not residual.any()
 
 
 # The baseline has no rounding to INT8 that the other rows could change.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol
@@ -19,9 +19,16 @@ from torch.nn import functional as F
 
 from ssdi8_edge.checkpoints.checkpoint import Checkpoint
 from ssdi8_edge.checkpoints.layout import EMBEDDING, HEAD, NORM_F
-from ssdi8_edge.compile.calibrate import TABLE_ROWS, embed, fp32_layer
+from ssdi8_edge.compile.calibrate import embed, fp32_layer
 from ssdi8_edge.compile.quantize.correction import MeanDifference
-from ssdi8_edge.compile.quantize.linears import InputStatistics, linear_tensors, w8_tensors
+from ssdi8_edge.compile.quantize.gptq import Hessian
+from ssdi8_edge.compile.quantize.linears import InputStatistics, linear_tensors
+from ssdi8_edge.compile.quantize.tables import (
+    embedded,
+    embedding_tensors,
+    fp16_head,
+    quantized_head,
+)
 from ssdi8_edge.ground.allocator import return_freed_memory
 from ssdi8_edge.ground.progress import Track, silent
 from ssdi8_edge.ground.spool import Spool, batches, open_spool
@@ -42,7 +49,6 @@ from ssdi8_edge.models.float import load_block
 from ssdi8_edge.models.network import run_to_out_proj
 from ssdi8_edge.models.observers import of_linear_input
 from ssdi8_edge.models.rewrites import (
-    rotate_embedding,
     rotate_head,
     rotate_layer,
     rotate_out_proj_input,
@@ -87,12 +93,13 @@ def quantize(
     if not recipe.quantized:
         _keep_fp16(checkpoint, model, recipe, sink, track)
         return {}
-    _quantize_ends(checkpoint, model, recipe, statistics, sink)
+    for name, tensor in embedding_tensors(checkpoint, recipe, model.residual_scale).items():
+        sink.add(name, tensor)
     with (
         torch.inference_mode(),
         int8.count_saturation() as saturation,
         watched(recipe.name, lambda name: IN_FP32) as watch,
-        _Streams(checkpoint, model, ids, device, scratch) as streams,
+        _Streams(checkpoint, model, recipe, ids, device, scratch) as streams,
     ):
         for i in track(range(model.n_layer), "quantize"):
             prefix = f"layers.{i}."
@@ -107,6 +114,8 @@ def quantize(
             for name, tensor in layer.quantize(source, own).items():
                 sink.add(prefix + name, tensor)
             return_freed_memory()
+        saturation.scope, watch.scope = "head.", "head"
+        _quantize_head(checkpoint, model, recipe, statistics, streams, sink, track)
         return saturation.fractions()
 
 
@@ -161,40 +170,35 @@ def _keep_fp16(
             sink.add(f"layers.{i}.{name}", tensor)
 
 
-def _quantize_ends(
+def _quantize_head(
     checkpoint: Checkpoint,
     model: Description,
     recipe: QuantConfig,
     statistics: Mapping[str, Tensor],
+    streams: _Streams,
     sink: Sink,
+    track: Track,
 ) -> None:
-    """Embedding (FP16, rotated) and lm_head (rotated, γ_f folded; FP16 or INT8)."""
-    norm_f = checkpoint.tensor(NORM_F).float()
-
-    def rotated_embedding(rows: Tensor) -> Tensor:
-        return rotate_embedding(rows) * model.residual_scale
-
-    def rotated_head(rows: Tensor) -> Tensor:
-        return rotate_head(rows, norm_f)
-
-    sink.add(EMBEDDING, _by_rows(checkpoint, EMBEDDING, rotated_embedding))
-    head = _by_rows(checkpoint, HEAD, rotated_head)
+    """lm_head (rotated, γ_f folded): FP16, or INT8 for the stream behind the last block."""
     if recipe.lm_head == "fp16":
-        sink.add(NORM_F, torch.ones_like(norm_f))
-        sink.add(HEAD, head)
-        return
-    if recipe.input_scaling == "static":
-        sink.add("norm_f.scale", of_linear_input(statistics["norm_f"]))
-    head = head.float()
-    for name, tensor in w8_tensors(head, head.abs().amax(1)).items():
-        sink.add(f"lm_head.{name}", tensor)
+        sink.add(NORM_F, torch.ones(model.d_model))
+        head = fp16_head(checkpoint)
+    else:
+        p = {}
+        if recipe.input_scaling == "static":
+            p["norm_f.scale"] = of_linear_input(statistics["norm_f"])
+            sink.add("norm_f.scale", p["norm_f.scale"])
+        inputs = None
+        if recipe.gptq or recipe.compensation:
+            on_device = {k: v.to(streams.device) for k, v in p.items()}
+            inputs = streams.normed(on_device, "norm_f.scale", _context(model, recipe))
+        head = quantized_head(checkpoint, recipe, inputs, streams.device, track)
+    for name, tensor in head.items():
+        sink.add(name, tensor)
 
 
-def _by_rows(checkpoint: Checkpoint, name: str, rewrite: Callable[[Tensor], Tensor]) -> Tensor:
-    """Apply a row-wise rewrite to a tall matrix in pieces: FP64 copies of it are not held whole."""
-    parts = checkpoint.tensor(name).split(TABLE_ROWS)
-    rotated = f"{checkpoint.stored_name(name)}, rotated,"
-    return torch.cat([to_fp16(rewrite(part.float()), rotated, IN_FP32) for part in parts])
+def _context(model: Description, recipe: QuantConfig) -> Context:
+    return Context(recipe, model.d_model, model.residual_eps, linear, torch.tensor(0))
 
 
 class _Streams:
@@ -211,11 +215,13 @@ class _Streams:
         self,
         checkpoint: Checkpoint,
         model: Description,
+        recipe: QuantConfig,
         ids: Tensor,
         device: str,
         scratch: Path | None,
     ) -> None:
         self.device = device
+        self._model, self._recipe = model, recipe
         self.parts = batches(ids)
         self.tokens = ids.shape[1]
         self._stack = ExitStack()
@@ -247,8 +253,23 @@ class _Streams:
     def __enter__(self) -> _Streams:
         for part, rows in self._embedded:
             self.fp[part] = rows
-            self.quantized[part] = rows.half().float()
+            self.quantized[part] = embedded(rows, self._recipe)
         return self
+
+    def normed(self, p: Layer, scale: str, context: Context) -> InputStatistics:
+        """Of the linear layer behind the norm that reads the streams: its INT8 input, and by how
+        much the FP model's differs from it. `scale` names the input's static scale in `p`."""
+        model = self._model
+        inputs = InputStatistics(model.d_model, model.d_model, self.device)
+        for part in self.parts:
+            entering = self.quantized[part].to(self.device)
+            zero = torch.zeros_like(entering, dtype=torch.float16)
+            _, u = norm(p, scale, context, zero, entering)
+            fp = self.fp[part].to(self.device)
+            fp_u = fp * torch.rsqrt(fp.square().mean(-1, keepdim=True) + model.residual_eps)
+            real = u.real()
+            inputs.add(real, fp_u - real)
+        return inputs
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
@@ -264,7 +285,7 @@ class _Layer:
         self._index = index
         self._block = model.blocks[index]
         self._recipe = recipe
-        self._context = Context(recipe, model.d_model, model.residual_eps, linear, torch.tensor(0))
+        self._context = _context(model, recipe)
         self._streams = streams
 
     def quantize(self, source: Layer, statistics: Mapping[str, Tensor]) -> Layer:
@@ -276,9 +297,10 @@ class _Layer:
             **block.scales(statistics, recipe, order),
             **block.own_tensors(source, recipe),
         }
-        weight, hessian = rotated[IN_PROJ], None
+        weight = rotated[IN_PROJ]
+        hessian: Tensor | Hessian | None = None
         if recipe.gptq or recipe.compensation:
-            inputs = self._in_proj_inputs(p)
+            inputs = self._streams.normed(p, "u_scale", self._context)
             lacking = weight.double() @ inputs.regression() if recipe.compensation else 0.0
             weight = (weight + recipe.compensation * lacking).float()
             hessian = inputs.hessian if recipe.gptq else None
@@ -290,26 +312,14 @@ class _Layer:
         if outputs is not None:
             lacking = outputs.regression() if recipe.compensation else 0.0
             weight = (weight + recipe.compensation * lacking).float()
-            hessian = outputs.hessian if recipe.gptq else None
+            hessian = Hessian(outputs.hessian, recipe.descent) if recipe.gptq else None
+            # More than a gigabyte, if the block is wide.
+            del outputs, lacking
         p |= linear_tensors("out_proj", weight, recipe, hessian)
         p |= {k: v for k, v in rotated.items() if k == OUT_BIAS}
 
         self._advance(p, rotated.get(OUT_BIAS))
         return p
-
-    def _in_proj_inputs(self, p: Layer) -> InputStatistics:
-        """in_proj's INT8 input, and by how much the FP model's differs from it."""
-        streams, model = self._streams, self._model
-        inputs = InputStatistics(model.d_model, model.d_model, streams.device)
-        for part in streams.parts:
-            entering = streams.quantized[part].to(streams.device)
-            zero = torch.zeros_like(entering, dtype=torch.float16)
-            _, u = norm(p, "u_scale", self._context, zero, entering)
-            fp = streams.fp[part].to(streams.device)
-            fp_u = fp * torch.rsqrt(fp.square().mean(-1, keepdim=True) + model.residual_eps)
-            real = u.real()
-            inputs.add(real, fp_u - real)
-        return inputs
 
     def _run_to_out_proj(
         self, p: Layer, rotated: Layer, out_proj: Tensor

@@ -71,8 +71,32 @@ def require_groups(columns: int, group_size: int) -> None:
         )
 
 
+class Hessian:
+    """(In, In) = Σ x xᵀ of a linear's inputs, up to a factor, as GPTQ and the descent take it.
+
+    Made once for all rows of a weight that is quantized in pieces of rows.
+
+    Attributes:
+        unseen: (In) inputs that were always zero.
+        factor: (In, In) FP32, the upper Cholesky factor of the damped inverse.
+        plain: (In, In) FP32, for the descent; None without.
+    """
+
+    def __init__(self, hessian: Tensor, descent: int) -> None:
+        self.unseen = hessian.diagonal() == 0
+        # One copy in FP64, and each result in place of what it is made from: of wide layers, a
+        # matrix is more than a gigabyte.
+        work = hessian.to(torch.float64, copy=True)
+        work.diagonal().add_(self.unseen)
+        self.plain = work.float() if descent else None
+        work.diagonal().add_(DAMPING * work.diagonal().mean())
+        work = torch.linalg.cholesky(work)
+        work = torch.cholesky_inverse(work)
+        self.factor = torch.linalg.cholesky(work, upper=True).float()
+
+
 def quantize_w8(
-    weight: Tensor, scale: Tensor, hessian: Tensor | None = None, descent: int = 0
+    weight: Tensor, scale: Tensor, hessian: Tensor | Hessian | None = None, descent: int = 0
 ) -> Tensor:
     """INT8 values (Out, In) of `weight` under the scales of its rows (Out).
 
@@ -85,7 +109,7 @@ def quantize_w8(
 def quantize_w4(
     weight: Tensor,
     group_size: int,
-    hessian: Tensor | None = None,
+    hessian: Tensor | Hessian | None = None,
     descent: int = 0,
     *,
     integer_scales: bool = False,
@@ -182,7 +206,7 @@ def _round(
     grid: Grid,
     block: int,
     choose: ChooseScale,
-    hessian: Tensor | None,
+    hessian: Tensor | Hessian | None,
     descent: int,
 ) -> _Rounded:
     weight = weight.float()
@@ -190,13 +214,13 @@ def _round(
     if hessian is None:
         scales = torch.stack([choose(weight[:, i : i + block], i) for i in starts], 1)
         return _Rounded(grid.round(weight, _spread(scales, weight, block)), scales)
-    hessian = hessian.double()
-    unseen = hessian.diagonal() == 0
-    weight = weight.masked_fill(unseen, 0)
-    hessian = hessian + torch.diag(unseen.double())
-    rounded = _gptq(weight, grid, block, choose, hessian)
+    if isinstance(hessian, Tensor):
+        hessian = Hessian(hessian, descent)
+    weight = weight.masked_fill(hessian.unseen, 0)
+    rounded = _gptq(weight, grid, block, choose, hessian.factor)
     for _ in range(descent):
-        rounded = _descend(weight, grid, block, rounded, hessian.float())
+        assert hessian.plain is not None
+        rounded = _descend(weight, grid, block, rounded, hessian.plain)
     return rounded
 
 
@@ -205,13 +229,12 @@ def _spread(scales: Tensor, weight: Tensor, block: int) -> Tensor:
     return scales.repeat_interleave(block, 1)[:, : weight.shape[1]]
 
 
-def _gptq(weight: Tensor, grid: Grid, block: int, choose: ChooseScale, hessian: Tensor) -> _Rounded:
+def _gptq(weight: Tensor, grid: Grid, block: int, choose: ChooseScale, factor: Tensor) -> _Rounded:
     """Round columns one after the other, moving the error of each to those not yet rounded.
 
-    Source: docs/method.md §7.3 (22).
+    `factor` is that of `Hessian`. Source: docs/method.md §7.3 (22).
     """
     work, values = weight.clone(), torch.empty_like(weight)
-    factor = _inverse_cholesky(hessian)
     scales = []
     for start in range(0, weight.shape[1], block):
         part = slice(start, start + block)
@@ -257,11 +280,3 @@ def _descend(
             values[:, start + j] = q
         gradient -= ((values[:, part] - before) * scale[:, None]) @ hessian[part]
     return _Rounded(values, scales)
-
-
-def _inverse_cholesky(hessian: Tensor) -> Tensor:
-    """Upper Cholesky factor of the inverse damped Hessian, FP32."""
-    damped = hessian.clone()
-    damped.diagonal().add_(DAMPING * hessian.diagonal().mean())
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True).float()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ssdi8_edge.compile.quantize.gptq import quantize_w4, quantize_w8
+from ssdi8_edge.compile.quantize.gptq import Hessian, quantize_w4, quantize_w8
 from ssdi8_edge.numerics import int8
 from ssdi8_edge.recipes.recipe import QuantConfig
 
@@ -51,7 +51,7 @@ def linear_tensors(
     name: str,
     weight: Tensor,
     recipe: QuantConfig,
-    hessian: Tensor | None = None,
+    hessian: Tensor | Hessian | None = None,
     parts: Sequence[int] | None = None,
 ) -> dict[str, Tensor]:
     """Quantize `weight` (Out, In) FP32 by the recipe; zero bias.
@@ -86,7 +86,7 @@ def linear_tensors(
 
 
 def w8_tensors(
-    weight: Tensor, absmax: Tensor, hessian: Tensor | None = None, descent: int = 0
+    weight: Tensor, absmax: Tensor, hessian: Tensor | Hessian | None = None, descent: int = 0
 ) -> dict[str, Tensor]:
     """INT8 weight (Out, In) for ranges `absmax` (Out), its scale, a zero bias."""
     scale = int8.scale_from_absmax(absmax)

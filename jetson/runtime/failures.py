@@ -24,6 +24,7 @@ DEBUG_OPTION = "--debug"
 # In the environment, since commands start other programs of ours.
 DEBUG = "SSDI8_EDGE_DEBUG"
 
+LOADING = "loading libraries"
 FEWER_TOKENS = "end other programs, or ask for fewer tokens"
 
 # What says so in words alone: torch, onnxruntime, CUDA and its libraries, C++, the loader of shared
@@ -53,6 +54,8 @@ class Failure(NamedTuple):
 def during(doing: str, lower: str = "") -> Iterator[None]:
     """Notes on an exception that leaves the block what was being done; the innermost block counts.
 
+    Of one that an import raised, that is `LOADING`.
+
     Args:
         doing: such as "measuring"; it follows the word "while".
         lower: what takes less memory, as a remedy.
@@ -61,8 +64,19 @@ def during(doing: str, lower: str = "") -> Iterator[None]:
         yield
     except Exception as error:
         if not hasattr(error, "doing"):
-            error.doing, error.lower = doing, lower  # type: ignore[attr-defined]
+            error.doing = LOADING if _while_importing(error) else doing  # type: ignore[attr-defined]
+            error.lower = lower  # type: ignore[attr-defined]
         raise
+
+
+def _while_importing(error: BaseException) -> bool:
+    """Whether a module was being loaded when it was raised, as far up as it came."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return isinstance(error, ImportError) or any(
+        frame.f_code.co_filename.startswith("<frozen importlib")
+        or (frame.f_code.co_name == "<module>" and frame.f_globals.get("__name__") != "__main__")
+        for frame in frames
+    )
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -83,7 +97,7 @@ def out_of_memory(error: BaseException, *own: type[BaseException]) -> BaseExcept
     for each in chain(error):
         if isinstance(each, MemoryError) or type(each).__name__ == "OutOfMemoryError":
             return each
-        if isinstance(each, OSError):
+        if isinstance(each, OSError) and each.errno is not None:
             if each.errno == errno.ENOMEM:
                 return each
         elif not isinstance(each, (*own, UnicodeError)) and RAN_OUT.search(str(each)):
@@ -110,13 +124,15 @@ def explain(
     """What to tell a user who is not to see a traceback.
 
     Args:
-        doing: what the program was doing, where no `during` says it better.
+        doing: what the program was doing, where neither a `during` nor an import says it better.
         lower: likewise, what takes less memory.
         own: see `out_of_memory`.
     """
     noted = next((each for each in chain(error) if hasattr(each, "doing")), None)
     if noted is not None:
         doing, lower = noted.doing, noted.lower or lower  # type: ignore[attr-defined]
+    elif any(map(_while_importing, chain(error))):
+        doing = LOADING
     memory = out_of_memory(error, *own)
     if memory is not None:
         return memory_failure(memory, doing, lower)

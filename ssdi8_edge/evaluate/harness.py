@@ -28,10 +28,10 @@ from tqdm import tqdm
 from runtime.failures import during
 from runtime.stop import StopTexts
 from runtime.text import TextStream
+from ssdi8_edge.evaluate.decode import PIECE
 from ssdi8_edge.evaluate.local_data import Row
 from ssdi8_edge.evaluate.subject import Subject
 from ssdi8_edge.evaluate.tasks import Accuracy, Task
-from ssdi8_edge.evaluate.windows import require_context
 from ssdi8_edge.ground.errors import UsageError
 from ssdi8_edge.ground.progress import Track, silent
 from ssdi8_edge.ground.spool import GPU_TOKENS_PER_BATCH, TOKENS_PER_BATCH
@@ -39,8 +39,10 @@ from ssdi8_edge.ground.tokens import CUSTOMARY_ENDS, open_tokenizer
 
 # docs/method.md §11.2: longer inputs lose their beginning.
 MAX_TOKENS = 2048
-# lm-eval's own, where a task does not say how long its answers may be.
-MAX_NEW_TOKENS = 256
+# How many tokens a task that does not say generates: lm-eval's own default.
+NEW_TOKENS = 256
+# Its names of that, the one that is heeded first at the front.
+NEW_TOKENS_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 # What a short sequence counts for: the torch references pad it to a whole chunk.
 CHUNK = 256
 
@@ -60,7 +62,7 @@ class OpenTask(NamedTuple):
 
 
 class SubjectLM(TemplateLM):
-    """A subject as lm-eval sees one: log-likelihoods of continuations, in batches.
+    """A subject as lm-eval sees one: log-likelihoods of continuations, in batches; greedy texts.
 
     A batch holds inputs of similar length, padded on the right: the model is causal and its scales
     are static, so that a result does not depend on the batch. The state after a context is not
@@ -109,44 +111,56 @@ class SubjectLM(TemplateLM):
         raise NotImplementedError("perplexity is measured by ssdi8_edge.evaluate.windows")
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        """Greedy continuations, to an end of the model's own, a text of `until`, or `max_gen_toks`.
+        """The greedy text after each context, to an end of text or to one of its stop texts.
 
         Raises:
-            UsageError: a task wants answers drawn by chance.
+            UsageError: a task wants to sample, or leaves no room for its contexts.
         """
-        label = f"generating with {self._subject.name}"
-        answers = []
+        label = f"evaluating {self._subject.name} zero-shot"
+        texts = []
         for request in self._track(requests, label):
-            context, settings = request.args
-            if settings.get("do_sample") and settings.get("temperature", 1) > 0:
-                raise UsageError(
-                    "a task asks for answers drawn by chance;", "name one that is greedy."
-                )
-            until = settings.get("until") or []
-            stops = StopTexts([until] if isinstance(until, str) else [s for s in until if s])
             with during(label, "end other programs, or name fewer models at once"):
-                answers.append(
-                    self._continue(context, stops, settings.get("max_gen_toks", MAX_NEW_TOKENS))
-                )
-        return answers
+                texts.append(self._text(*request.args))
+            self.cache_hook.add_partial("generate_until", request.args, texts[-1])
+        return texts
 
-    def _continue(self, context: str, stops: StopTexts, most: int) -> str:
-        ids = self.tok_encode(context) or [self.prefix_token_id]
-        ids = ids[-(MAX_TOKENS - most) :] if most < MAX_TOKENS else ids[-1:]
+    def _text(self, context: str, settings: Mapping[str, Any]) -> str:
+        if settings.get("do_sample") and settings.get("temperature"):
+            raise UsageError(
+                "the task samples its texts, and here the likeliest token is taken;",
+                "set do_sample: false in its generation_kwargs.",
+            )
+        given = (settings[name] for name in NEW_TOKENS_NAMES if settings.get(name) is not None)
+        limit = int(next(given, NEW_TOKENS))
+        if limit >= MAX_TOKENS:
+            raise UsageError(
+                f"the task generates {limit} tokens, which leaves no room for its contexts;",
+                f"set max_gen_toks in its generation_kwargs below {MAX_TOKENS}.",
+            )
+        until = settings.get("until") or []
+        stop = StopTexts([text for text in ([until] if isinstance(until, str) else until) if text])
+        ids = (self.tok_encode(context) or [self.prefix_token_id])[limit - MAX_TOKENS :]
         stream = TextStream(self._encoder, ids)
-        feed, text = self._subject.sequence(), ""
-        with torch.inference_mode():
-            logits = feed(torch.tensor([ids], device=self._subject.device))
-            for left in reversed(range(most)):
-                token = int(logits[0, -1].argmax())
-                if token in self._subject.end_ids:
-                    break
-                text += stops.add(stream.add(token))
-                if stops.found:
-                    return text
-                if left:
-                    logits = feed(torch.tensor([[token]], device=self._subject.device))
-        return text + stops.add(stream.finish()) + stops.flush()
+        text = ""
+        for token in self._greedy(ids, limit):
+            if token in self._subject.end_ids:
+                break
+            text += stop.add(stream.add(token))
+            if stop.found:
+                return text
+        return text + stop.add(stream.finish()) + ("" if stop.found else stop.flush())
+
+    def _greedy(self, ids: list[int], limit: int) -> Iterator[int]:
+        """The likeliest tokens after `ids`, each given back to the model."""
+        feed, device = self._subject.sequence(), self._subject.device
+        given = [ids[start : start + PIECE] for start in range(0, len(ids), PIECE)]
+        for _ in range(limit):
+            with torch.inference_mode():
+                for piece in given:
+                    logits = feed(torch.tensor([piece], device=device))
+            token = int(logits[0, -1].argmax())
+            yield token
+            given = [[token]]
 
     def _loglikelihood_tokens(self, requests: Sequence[Request], **kwargs: Any) -> list[Answer]:
         """(log-likelihood in nats, whether it is the greedy continuation) of each request."""
@@ -154,7 +168,6 @@ class SubjectLM(TemplateLM):
         for number, (_, context, continuation) in enumerate(requests):
             given = tuple((context + continuation)[-(MAX_TOKENS + 1) : -1])
             by_input.setdefault(given, []).append(number)
-        require_context([self._subject], max(map(len, by_input), default=0), "an item")
         answers: dict[int, Answer] = {}
         label = f"evaluating {self._subject.name} zero-shot"
         lower = "end other programs, or name fewer models at once"

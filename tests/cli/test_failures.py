@@ -49,6 +49,7 @@ WORDS = {
     "C++": (RuntimeError("std::bad_alloc"), None),
     "system": (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), None),
     "loader": (ImportError("libx.so: failed to map segment from shared object"), None),
+    "ctypes": (OSError("libx.so: failed to map segment from shared object"), None),
     "threads": (RuntimeError("can't start new thread"), None),
 }
 
@@ -133,7 +134,7 @@ BROKEN = [
     ("onnx", "raise ImportError('libx.so: no such file', name='onnx')", 2, "onnx cannot be imp"),
     ("onnx", "1 / 0", 1, "unexpected ZeroDivisionError while loading libraries: division by zero;"),
     ("typer", "raise ImportError('torn', name='typer')", 2, "typer cannot be imported (torn)"),
-    ("typer", "1 / 0", 1, "unexpected ZeroDivisionError while loading the command line: divis"),
+    ("typer", "1 / 0", 1, "unexpected ZeroDivisionError while loading libraries: division by"),
 ]
 
 
@@ -147,6 +148,56 @@ def test_no_traceback_of_a_library(
     assert result.returncode == exit_code and result.stdout == ""
     assert result.stderr.startswith(f"ssdi8-edge: {words}"), result.stderr
     assert result.stderr.count("\n") == 1
+
+
+LIBRARY_ERRORS = (
+    "MemoryError",
+    "ImportError('libx.so: failed to map segment from shared object')",
+    "OSError('libx.so: failed to map segment from shared object: Cannot allocate memory')",
+    "OSError(12, 'Cannot allocate memory')",
+)
+
+
+@pytest.mark.parametrize("error", LIBRARY_ERRORS)
+def test_memory_that_ends_while_libraries_load(tmp_path: Path, error: str) -> None:
+    """Whichever way a library says so, and wherever it is loaded: also inside a stage."""
+    (tmp_path / "heavy.py").write_text(f"raise {error}")
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from runtime.failures import during, explain\n"
+        "for stage in (False, True):\n"
+        "    try:\n"
+        "        if stage:\n"
+        "            with during('building', 'take less'): import heavy\n"
+        "        import heavy\n"
+        "    except Exception as error: print(explain(error, 'running x').sentence)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        env=environment(PYTHONPATH=str(Path(shared.__file__).parents[1])),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    first, second = done.stdout.splitlines()
+    assert first == f"memory ran out while loading libraries; {shared.FEWER_TOKENS}."
+    assert second == "memory ran out while loading libraries; take less."
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
+@pytest.mark.parametrize("command", [["build"], ["evaluate", "demo", "--text", "x"], ["methods"]])
+def test_commands_under_a_limit_say_that_libraries_load(command: list[str]) -> None:
+    """The system's own limit, which torch passes while it loads; `methods` loads none of that."""
+    limited = ["sh", "-c", 'ulimit -v 400000; exec "$@"', "sh", *COMMAND, *command]
+    done = subprocess.run(
+        limited, capture_output=True, text=True, env=environment(OMP_NUM_THREADS="1"), check=False
+    )
+    if command == ["methods"]:
+        assert done.returncode == 0, done.stderr
+        return
+    assert done.returncode == 2
+    assert done.stderr.startswith("ssdi8-edge: memory ran out while loading libraries"), done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("place", ["before", "after"])
@@ -174,7 +225,7 @@ def test_the_boards_scripts(tmp_path: Path) -> None:
         command = [sys.executable, name, str(tmp_path)]
         plain = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
         assert plain.returncode == 1
-        assert "unexpected ZeroDivisionError while loading the runtime" in plain.stderr
+        assert "unexpected ZeroDivisionError while loading libraries" in plain.stderr
         assert "Traceback" not in plain.stderr
         debug = subprocess.run(
             [*command, "--debug"], capture_output=True, text=True, env=env, check=False

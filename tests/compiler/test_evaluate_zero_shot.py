@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -167,45 +168,6 @@ def test_long_input_loses_its_beginning(
     assert long == likelihoods(harness, model, [(("ab" * 100)[-31:], "cd")])[0]
 
 
-def generated(harness: Any, source: Path, context: str, **settings: Any) -> str:
-    lm = harness.SubjectLM(open_subject(str(source)))
-    request = harness.Instance("generate_until", {}, (context, settings), 0)
-    answers: list[str] = lm.generate_until([request])
-    return answers[0]
-
-
-@pytest.mark.parametrize("kind", ["checkpoint", "quantized", "bundle"])
-def test_generating_ends_where_it_should(
-    harness: Any, model: Path, run: Path, tmp_path: Path, kind: str
-) -> None:
-    """After so many tokens, before a stop text, also one across tokens, and at an end token."""
-    place = {"checkpoint": model, "quantized": run / "quantized", "bundle": run}[kind]
-    whole = generated(harness, place, "The sea", max_gen_toks=8)
-    lm = harness.SubjectLM(open_subject(str(place)))
-    ids = lm.tok_encode("The sea")
-    feed = lm._subject.sequence()
-    tokens = []
-    step = torch.tensor([ids])
-    for _ in range(8):
-        tokens.append(int(feed(step)[0, -1].argmax()))
-        step = torch.tensor([tokens[-1:]])
-    assert whole == lm._encoder.decode(ids + tokens)[len("The sea") :]
-    assert whole.startswith(generated(harness, place, "The sea", max_gen_toks=3))
-    stop = whole[2:5]
-    assert generated(harness, place, "The sea", max_gen_toks=8, until=[stop]) == whole[:2]
-    assert generated(harness, place, "The sea", max_gen_toks=8, until=stop) == whole[:2]
-    ending = replace(lm._subject, end_ids=(tokens[2],))
-    request = harness.Instance("generate_until", {}, ("The sea", {"max_gen_toks": 8}), 0)
-    (text,) = harness.SubjectLM(ending).generate_until([request])
-    first = tokens.index(tokens[2])
-    assert text == lm._encoder.decode(ids + tokens[:first])[len("The sea") :]
-
-
-def test_answers_drawn_by_chance_are_refused(harness: Any, model: Path) -> None:
-    with pytest.raises(UsageError, match="asks for answers drawn by chance"):
-        generated(harness, model, "The sea", do_sample=True)
-
-
 def test_texts_start_and_end_as_the_checkpoint_says(harness: Any, model: Path) -> None:
     """The template's BOS stands before a context and for an empty one, never inside."""
     subject = open_subject(str(model))
@@ -229,6 +191,107 @@ def test_texts_start_and_end_as_the_checkpoint_says(harness: Any, model: Path) -
 def test_empty_context_without_an_end_of_text(harness: Any, model: Path) -> None:
     with pytest.raises(UsageError, match=r"no <\|endoftext\|>, which an empty context needs; name"):
         likelihoods(harness, model, [("", "abc")])
+
+
+# --------------------------------------------------------------------------------------------------
+# texts
+
+
+def generated(lm: Any, context: str, **settings: Any) -> str:
+    from lm_eval.api.instance import Instance
+
+    (text,) = lm.generate_until([Instance("generate_until", {}, (context, settings), 0)])
+    return str(text)
+
+
+@pytest.mark.parametrize("kind", ["fp32", "quantized", "bundle"])
+def test_text_is_that_of_the_likeliest_tokens(
+    harness: Any, model: Path, run: Path, kind: str
+) -> None:
+    """Each given back to the model, also after a context of several pieces."""
+    source = {"fp32": model, "quantized": run / "quantized", "bundle": run}[kind]
+    subject = open_subject(str(source))
+    lm = harness.SubjectLM(subject)
+    for context in ("The sea", "night " * 50):
+        feed, ids = subject.sequence(), byte_tokenizer().encode(context).ids
+        with torch.inference_mode():
+            logits = feed(torch.tensor([ids]))
+            tokens = [int(logits[0, -1].argmax())]
+            for _ in range(4):
+                tokens.append(int(feed(torch.tensor([tokens[-1:]]))[0, -1].argmax()))
+        assert generated(lm, context, until=[], max_gen_toks=5) == byte_tokenizer().decode(tokens)
+
+
+def spelling(subject: Any, text: str, end: int) -> Any:
+    """The subject with a model that says each letter of `text` after the one before, then `end`."""
+    ids = [*byte_tokenizer().encode(text).ids, end]
+    following = dict(pairwise(ids))
+
+    def sequence() -> Any:
+        def feed(given: torch.Tensor) -> torch.Tensor:
+            logits = torch.zeros(1, given.shape[1], 256)
+            logits[0, -1, following.get(int(given[0, -1]), 0)] = 1.0
+            return logits
+
+        return feed
+
+    return replace(subject, sequence=sequence, end_ids=(7, end))
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"until": ["xyz"]}, "bcdéfgh"),
+        ({}, "bcdéfgh"),
+        ({"until": "f"}, "bcdé"),
+        ({"until": ["", "gh", "dé"]}, "bc"),
+        ({"until": ["hi"], "max_gen_toks": 3}, "bcd"),
+        ({"until": ["h?"], "do_sample": False, "temperature": 0.0}, "bcdéfgh"),
+        ({"max_new_tokens": 5}, "bcdé"),
+        ({"max_gen_toks": 0}, ""),
+    ],
+)
+def test_text_ends_at_an_end_of_text_and_at_stop_texts(
+    harness: Any, model: Path, settings: dict[str, Any], text: str
+) -> None:
+    """Stop texts across the borders of tokens, left out; a character of two tokens stays whole."""
+    lm = harness.SubjectLM(spelling(open_subject(str(model)), "abcdéfgh", 9))
+    assert generated(lm, "x a", **settings) == text
+
+
+def test_a_text_that_cannot_be_asked_for(harness: Any, model: Path) -> None:
+    lm = harness.SubjectLM(open_subject(str(model)))
+    with pytest.raises(UsageError, match="the task samples its texts"):
+        generated(lm, "a", do_sample=True, temperature=0.7)
+    with pytest.raises(UsageError, match="generates 2048 tokens, which leaves no room"):
+        generated(lm, "a", max_gen_toks=2048)
+
+
+def test_a_task_that_generates(harness: Any, model: Path, tmp_path: Path) -> None:
+    """Through lm-eval: what stands after the end of a text does not count."""
+    rows = [{"question": "x a", "answer": "bcd"}, {"question": "a", "answer": "bcde"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    definition = {
+        "task": "spelling",
+        "output_type": "generate_until",
+        "dataset_path": "json",
+        "dataset_kwargs": {
+            "data_files": {"test": str(tmp_path / "rows.jsonl")},
+            "cache_dir": str(tmp_path / "cache"),
+        },
+        "test_split": "test",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{answer}}",
+        "generation_kwargs": {"until": ["\n\n"]},
+        "metric_list": [{"metric": "exact_match"}],
+    }
+    (tmp_path / "spelling.yaml").write_text(json.dumps(definition))
+    manager = harness.TaskManager(include_path=str(tmp_path), include_defaults=False)
+    loaded = manager.load(["spelling"])["tasks"]["spelling"]
+    task = replace(TASKS["piqa"], name="spelling", harness="spelling")
+    lm = harness.SubjectLM(spelling(open_subject(str(model)), "abcd", 9))
+    found = harness.run_tasks(lm, {"spelling": harness.OpenTask(task, loaded)}, None)
+    assert [sample["exact_match"] for sample in found["samples"]["spelling"]] == [1, 0]
 
 
 # --------------------------------------------------------------------------------------------------

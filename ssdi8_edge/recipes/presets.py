@@ -54,6 +54,7 @@ METHODS: dict[str, QuantConfig] = {
             name="edge-w8a8",
             about="ours: INT8 weights per row by GPTQ, inputs per token, rotated and clipped B and "
             "C, FP32 carry, dynamic scales inside SSD, compensation of input errors",
+            embedding="int8_row",
         ),
         QuantConfig(
             name="edge-w4a8",
@@ -64,6 +65,8 @@ METHODS: dict[str, QuantConfig] = {
             descent=4,
             correction="residual",
             correction_strength=None,
+            lm_head="w8_row",
+            embedding="int8_row",
         ),
         _released(
             "ssdi8-w8a8",

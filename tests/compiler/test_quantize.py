@@ -47,7 +47,7 @@ from ssdi8_edge.ground.windows import read_tokens
 from ssdi8_edge.models.block import IN_PROJ, NORM, OUT_PROJ, Context, States, linear
 from ssdi8_edge.models.float import FloatModel
 from ssdi8_edge.models.kinds.mamba2.clusters import permuted, sort_and_cluster
-from ssdi8_edge.models.network import QuantizedModel, run_block, run_model
+from ssdi8_edge.models.network import QuantizedModel, run_block, run_embedding, run_model
 from ssdi8_edge.numerics import hadamard, int8
 from ssdi8_edge.ops.linear import unpack_w4
 from ssdi8_edge.recipes.presets import METHODS, find_method
@@ -206,7 +206,8 @@ def test_stored_tensors(tiny: Tiny, name: str, ngroups: int) -> None:
     states = [tuple(s.zeros(1) for s in block.states(recipe)) for block in blocks]
     context = Context(recipe, description.d_model, description.residual_eps, linear)
     top = {k: v for k, v in made.tensors.items() if not k.startswith("layers.")}
-    top.setdefault("lm_head.weight", top["embedding.weight"])
+    if recipe.lm_head == "fp16":
+        top.setdefault("lm_head.weight", top.get("embedding.weight"))
     ids = random_ids(1, 2 * description.prompt_multiple)
     run_model(blocks, recorded.__getitem__, top, context, ids, states, torch.tensor(1))
     for block, p in zip(blocks, recorded, strict=True):
@@ -226,7 +227,8 @@ def test_stored_tensors(tiny: Tiny, name: str, ngroups: int) -> None:
         assert sorted(tuple(v.shape) for v in own) == sorted(squeezed)
         assert all((v > 0).all() for k, v in rest.items() if k.endswith("_scale"))
         assert p.read == p.keys()
-    assert made.tensors["embedding.weight"].dtype is torch.float16
+    table = "embedding.weight" if recipe.embedding == "fp16" else "embedding.packed"
+    assert made.tensors[table].dtype is {"fp16": torch.float16}.get(recipe.embedding, torch.int32)
     # Rotated, and so no longer tied.
     assert ("lm_head.weight" in made.tensors) == recipe.quantized
 
@@ -557,8 +559,7 @@ def test_shrinkage_leaves_noise_alone() -> None:
 
 def capture_out(model: QuantizedModel, ids: Tensor) -> list[Tensor]:
     """Outputs of out_proj, layer by layer, and the residual behind the last."""
-    hidden = model._top["embedding.weight"][ids]
-    residual = torch.zeros(hidden.shape)
+    hidden, residual = run_embedding(model._top, model.recipe, ids)
     outputs = []
     states = model.zero_states(len(ids))
     for block, p, state in zip(model.description.blocks, model._layers, states, strict=True):
@@ -938,7 +939,7 @@ FIELDS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "clip": ("absmax", {}, "tensors"),
     "input_scaling": ("static", {}, "tensors"),
     "lm_head": ("w8_row", {}, "tensors"),
-    "embedding": ("int8_row", {}, "tensors"),
+    "embedding": ("fp16", {}, "tensors"),
     "ssd_ops": ("modular", {}, "outputs"),
     "bc_granularity": ("tensor", {}, "tensors"),
     "bc_rotation": ("none", {}, "tensors"),
@@ -953,8 +954,8 @@ FIELDS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "state_dtype": ("fp32", {}, "outputs"),
     "chunk_size": (8, {}, "statistics"),
 }
-# Labels; and what the pipeline reads, below.
-ELSEWHERE = {"name", "about", "ssd", "calibration_tokens", "calibration_samples"}
+# Labels; what the pipeline reads, below; and what attention reads, in test_hybrid.py.
+ELSEWHERE = {"name", "about", "ssd", "calibration_tokens", "calibration_samples", "kv"}
 
 
 def test_every_field_is_in_the_table() -> None:
@@ -979,7 +980,7 @@ def test_no_field_is_dead(tiny: Tiny, field: str) -> None:
 
 def test_ssd_field(tiny: Tiny) -> None:
     """ssd (with linear, which it must agree with) selects the FP16 graph: nothing is INT8."""
-    made = tiny.quantized("edge-w8a8", linear="fp16", ssd="fp16")
+    made = tiny.quantized("edge-w8a8", linear="fp16", ssd="fp16", embedding="fp16")
     assert not any(v.dtype is torch.int8 for v in made.tensors.values())
 
 

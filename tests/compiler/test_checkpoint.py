@@ -192,6 +192,13 @@ def test_hugging_face(shard_size: str, tied: bool, tmp_path: Path) -> None:
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
+def test_hugging_face_width_is_that_of_the_heads(hugging_face_folder: Path) -> None:
+    """What some config.json say of Codestral Mamba and its kin is not so, or is no whole number."""
+    plain = open_checkpoint(hugging_face_folder).description
+    edit_config(hugging_face_folder, expand=1.5, norm_before_gate=True)
+    assert open_checkpoint(hugging_face_folder).description == plain
+
+
 def test_hugging_face_time_step_limit(hugging_face_folder: Path) -> None:
     edit_config(hugging_face_folder, time_step_limit=[0.001, 0.1])
     assert mamba(open_checkpoint(hugging_face_folder).description).dt_limit == (0.001, 0.1)

@@ -26,10 +26,12 @@ from torch import Tensor
 from runtime.files import WEIGHTS
 from ssdi8_edge.compile.export import export_model
 from ssdi8_edge.compile.safetensors_writer import SafetensorsWriter
-from ssdi8_edge.ground.errors import UsageError
-from ssdi8_edge.models.block import States
+from ssdi8_edge.ground.errors import CheckpointError, UsageError
+from ssdi8_edge.models.block import Block, States
 from ssdi8_edge.models.float import FloatModel
+from ssdi8_edge.models.kinds.attention import Attention
 from ssdi8_edge.models.kinds.mamba2 import Mamba2
+from ssdi8_edge.models.kinds.mlp import Mlp
 from ssdi8_edge.numerics import hadamard
 from ssdi8_edge.ops.kernel_limits import require_kernels, width_misfit
 from ssdi8_edge.recipes.presets import METHODS
@@ -217,6 +219,24 @@ def test_biases_of_linear_layers(nemotron: FloatModel, method: str) -> None:
     found = made.model.forward(ids, keep=TOKENS)[0]
     bound = BOUNDS.get(method, BOUNDS["w4a8" if "w4a8" in method else "w8a8"])
     assert relative_error(found, expected) < bound
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "message"),
+    [
+        (Mlp, {"hidden": 8, "activation": "gelu"}, "activation must be relu2 or swiglu"),
+        (Attention, {"n_heads": 4, "n_kv_heads": 3, "head_dim": 8}, "4 heads cannot share"),
+        (
+            Attention,
+            {"n_heads": 4, "n_kv_heads": 2, "head_dim": 9, "rope_theta": 1e4},
+            "an even head_dim, not 10000.0 and 9",
+        ),
+        (Mamba2, {"d_inner": 64, "gate_norm": "last"}, "gate_norm must be one of grouped, norm"),
+    ],
+)
+def test_sizes_that_do_not_fit(kind: type[Block], sizes: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        kind(**sizes)
 
 
 def test_blocks_without_a_kernel_are_named() -> None:

@@ -1030,7 +1030,7 @@ FIELDS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "state_dtype": ("fp32", {}, "outputs"),
     "chunk_size": (8, {}, "statistics"),
 }
-# Labels; and what the pipeline reads, below.
+# Labels; what the pipeline reads, below; and what attention reads, in test_hybrid.py.
 ELSEWHERE = {"name", "about", "ssd", "calibration_tokens", "calibration_samples", "kv"}
 
 

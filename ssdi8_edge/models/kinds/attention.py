@@ -61,6 +61,11 @@ class Attention(Block):
             raise CheckpointError(
                 f"{self.n_heads} heads cannot share n_kv_heads = {self.n_kv_heads} keys."
             )
+        if self.rope_theta is not None and (self.rope_theta <= 0 or self.head_dim % 2):
+            raise CheckpointError(
+                "rotary positions need rope_theta > 0 and an even head_dim, not "
+                f"{self.rope_theta!r} and {self.head_dim}."
+            )
 
     @property
     def parts(self) -> dict[str, int]:
@@ -74,6 +79,7 @@ class Attention(Block):
         return self.n_heads * self.head_dim
 
     def with_context(self, tokens: int) -> Attention:
+        """With a cache of so many tokens."""
         return dataclasses.replace(self, context=tokens)
 
     def own_parameters(self) -> dict[str, tuple[int, ...]]:
@@ -174,6 +180,8 @@ class Attention(Block):
 
 
 class AttentionFloatBlock(FloatBlock):
+    """Attention with a cache that grows."""
+
     def __init__(self, block: Attention, d_model: int, norm_eps: float) -> None:
         super().__init__(block, d_model, norm_eps)
         self.sizes = block
@@ -182,12 +190,14 @@ class AttentionFloatBlock(FloatBlock):
     def inner(
         self, projected: Tensor, states: States | None, observe: Observe | None
     ) -> tuple[Tensor, States]:
+        """States: k and v (b, kv, tokens so far, d), after rotary."""
         return float_attention(self.sizes, projected, states)
 
 
 def float_attention(
     sizes: Attention, projected: Tensor, states: States | None
 ) -> tuple[Tensor, States]:
+    """q, k, v = `projected` (b, l, rows) -> (b, l, Q·d), and the next k and v (b, kv, t, d)."""
     q, k, v = (
         part.unflatten(-1, (-1, sizes.head_dim)).transpose(1, 2)
         for part in projected.split([*sizes.parts.values()], -1)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssdi8_edge.ground.errors import CheckpointError
 from ssdi8_edge.models.block import (
     Block,
     Context,
@@ -27,19 +28,27 @@ from ssdi8_edge.numerics.formats import InputRotation
 from ssdi8_edge.ops.activation import ACTIVATION, ACTIVATION_FP16
 from ssdi8_edge.recipes.recipe import QuantConfig
 
+Activation = Literal["relu2", "swiglu"]
+
 
 @dataclass(frozen=True)
 class Mlp(Block):
-    """Sizes of an MLP block."""
+    """Sizes of an MLP block.
+
+    Attributes:
+        activation: "relu2", max(x, 0)²; "swiglu", silu(gate) · up.
+    """
 
     kind: ClassVar[str] = "mlp"
     last_ops: ClassVar[tuple[str, ...]] = ("Activation", "Linear (out_proj)")
 
     hidden: int
-    activation: Literal["relu2", "swiglu"] = "relu2"
+    activation: Activation = "relu2"
 
     def __post_init__(self) -> None:
         require_sizes(self, "hidden")
+        if self.activation not in get_args(Activation):
+            raise CheckpointError(f"activation must be relu2 or swiglu, not {self.activation!r}.")
 
     @property
     def parts(self) -> dict[str, int]:
@@ -120,6 +129,8 @@ class Mlp(Block):
 
 
 class MlpFloatBlock(FloatBlock):
+    """The activation alone."""
+
     def __init__(self, block: Mlp, d_model: int, norm_eps: float) -> None:
         super().__init__(block, d_model, norm_eps)
         self.sizes = block
@@ -128,6 +139,7 @@ class MlpFloatBlock(FloatBlock):
     def inner(
         self, projected: Tensor, states: States | None, observe: Observe | None
     ) -> tuple[Tensor, States]:
+        """(b, l, hidden), and no states."""
         if self.sizes.activation == "relu2":
             return projected.relu().square(), ()
         gate, up = projected.chunk(2, -1)

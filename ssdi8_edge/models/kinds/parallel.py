@@ -54,6 +54,7 @@ class Parallel(Block):
     attention: Attention
 
     def to_dict(self) -> dict[str, Any]:
+        """JSON-safe form, of both."""
         return {
             "kind": self.kind,
             "in_bias": self.in_bias,
@@ -64,6 +65,7 @@ class Parallel(Block):
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Parallel:
+        """Inverse of `to_dict`."""
         both = {
             "mamba": Mamba2.from_dict(fields["mamba"]),
             "attention": Attention.from_dict(fields["attention"]),
@@ -71,6 +73,7 @@ class Parallel(Block):
         return super().from_dict({**fields, **both})
 
     def adapted(self, recipe: QuantConfig) -> Parallel:
+        """With the recipe's chunk size."""
         return dataclasses.replace(self, mamba=self.mamba.adapted(recipe))
 
     @property
@@ -79,6 +82,7 @@ class Parallel(Block):
         return self.attention.context
 
     def with_context(self, tokens: int) -> Parallel:
+        """With a cache of so many tokens."""
         return dataclasses.replace(self, attention=self.attention.with_context(tokens))
 
     @property
@@ -93,9 +97,11 @@ class Parallel(Block):
 
     @property
     def prompt_multiple(self) -> int:
+        """A chunk of Mamba-2."""
         return self.mamba.prompt_multiple
 
     def own_parameters(self) -> dict[str, tuple[int, ...]]:
+        """Mamba-2's."""
         return self.mamba.own_parameters()
 
     # --- in floating point ---
@@ -108,7 +114,7 @@ class Parallel(Block):
 
     @property
     def rotation(self) -> InputRotation:
-        """Blocks."""
+        """Blocks: the two widths together seldom have an order."""
         return "blocks"
 
     def states(self, recipe: QuantConfig) -> tuple[StateSpec, ...]:
@@ -195,6 +201,8 @@ class ParallelObservers(Mamba2Observers):
 
 
 class ParallelFloatBlock(Mamba2FloatBlock):
+    """Mamba-2's parameters; in_proj and out_proj are wider."""
+
     def __init__(self, block: Parallel, d_model: int, norm_eps: float) -> None:
         super().__init__(block.mamba, d_model, norm_eps)
         self.block = block
@@ -204,6 +212,7 @@ class ParallelFloatBlock(Mamba2FloatBlock):
     def inner(
         self, projected: Tensor, states: States | None, observe: Observe | None
     ) -> tuple[Tensor, States]:
+        """States: Mamba-2's, then attention's."""
         rows = sum(self.block.mamba.parts.values())
         r, carried = super().inner(
             projected[..., :rows], None if states is None else states[:2], observe

@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -45,6 +45,8 @@ from ssdi8_edge.ops.ssd.fused import SSD_SCAN, ssd_modules
 from ssdi8_edge.recipes.presets import METHODS
 from ssdi8_edge.recipes.recipe import QuantConfig
 
+GateNorm = Literal["grouped", "norm_first", "none"]
+
 # An infinite dt limit in FP32 attributes: larger than any softplus of an FP16 input.
 UNLIMITED = 3.4e38
 # What exp of FP64 holds is below e^709.8.
@@ -76,7 +78,7 @@ class Mamba2(Block):
     chunk_size: int = 256
     dt_limit: tuple[float, float] = (0.0, math.inf)
     norm_eps: float = 1e-5
-    gate_norm: Literal["grouped", "norm_first", "none"] = "grouped"
+    gate_norm: GateNorm = "grouped"
 
     def __post_init__(self) -> None:
         require_sizes(self, "d_inner", "d_state", "d_conv", "headdim", "ngroups", "chunk_size")
@@ -87,6 +89,10 @@ class Mamba2(Block):
         if self.nheads % self.ngroups:
             raise CheckpointError(
                 f"{self.nheads} heads cannot be shared by ngroups = {self.ngroups} groups."
+            )
+        if self.gate_norm not in get_args(GateNorm):
+            raise CheckpointError(
+                f"gate_norm must be one of {', '.join(get_args(GateNorm))}, not {self.gate_norm!r}."
             )
         low, high = self.dt_limit
         if not 0.0 <= low < high:

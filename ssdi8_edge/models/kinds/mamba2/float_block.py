@@ -23,24 +23,27 @@ if TYPE_CHECKING:
 class GatedRMSNorm(nn.Module):
     """The gate comes before the norm: v = y * silu(z), then RMS over each of `groups` blocks.
 
-    y and z (..., size); computed and returned in FP32.
+    With `norm_first` it comes behind: y has the norm, and is gated then. y and z (..., size);
+    computed and returned in FP32.
     """
 
     def __init__(self, size: int, groups: int, eps: float, norm_first: bool = False) -> None:
         super().__init__()
-        self.norm_first = norm_first
         self.groups = groups
         self.eps = eps
+        self.norm_first = norm_first
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
+        gate = F.silu(z.float())
         if self.norm_first:
-            grouped = y.float().unflatten(-1, (self.groups, -1))
-            scale = torch.rsqrt(grouped.square().mean(-1, keepdim=True) + self.eps)
-            return (grouped * scale).flatten(-2) * self.weight.float() * F.silu(z.float())
-        gated = (y.float() * F.silu(z.float())).unflatten(-1, (self.groups, -1))
-        scale = torch.rsqrt(gated.square().mean(-1, keepdim=True) + self.eps)
-        return (gated * scale).flatten(-2) * self.weight.float()
+            return self._normed(y.float()) * gate
+        return self._normed(y.float() * gate)
+
+    def _normed(self, v: Tensor) -> Tensor:
+        grouped = v.unflatten(-1, (self.groups, -1))
+        scale = torch.rsqrt(grouped.square().mean(-1, keepdim=True) + self.eps)
+        return (grouped * scale).flatten(-2) * self.weight.float()
 
 
 class Mamba2FloatBlock(FloatBlock):

@@ -61,6 +61,7 @@ METHODS: dict[str, QuantConfig] = {
             "correction of the residual stream",
             linear="w4",
             group_size=32,
+            lm_head="w8_row",
             descent=4,
             correction="residual",
             correction_strength=None,

@@ -44,6 +44,10 @@ SHARED: dict[str, dict[str, Any]] = {
     "full compensation": {"compensation": 1.0},
     "long calibration sequences": {"calibration_tokens": 2048, "calibration_samples": 32},
     "weights rounded to nearest": {"gptq": False},
+    "lm_head in FP16": {"lm_head": "fp16"},
+    "lm_head in INT8": {"lm_head": "w8_row"},
+    "lm_head in 4 bits": {"lm_head": "w4"},
+    "embedding in INT8": {"embedding": "int8_row"},
 }
 # What 4 bits need and 8 bits do not.
 _ADDED: dict[str, dict[str, Any]] = {

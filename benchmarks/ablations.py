@@ -96,7 +96,7 @@ def main() -> None:
     recipes = [method] + [
         replace(method, name=f"{method.name}, {name}", **fields)
         for name, fields in DEPARTURES[args.method].items()
-        if args.only in name
+        if args.only in name and replace(method, **fields) != method
     ]
     measures = plan([], [args.text], None, args.limit, args.long_context)
     say = Console(stderr=True).print

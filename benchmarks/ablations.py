@@ -44,6 +44,10 @@ SHARED: dict[str, dict[str, Any]] = {
     "full compensation": {"compensation": 1.0},
     "long calibration sequences": {"calibration_tokens": 2048, "calibration_samples": 32},
     "weights rounded to nearest": {"gptq": False},
+    "lm_head in FP16": {"lm_head": "fp16"},
+    "lm_head in INT8": {"lm_head": "w8_row"},
+    "lm_head in 4 bits": {"lm_head": "w4"},
+    "embedding in INT8": {"embedding": "int8_row"},
 }
 # What 4 bits need and 8 bits do not.
 _ADDED: dict[str, dict[str, Any]] = {
@@ -92,7 +96,7 @@ def main() -> None:
     recipes = [method] + [
         replace(method, name=f"{method.name}, {name}", **fields)
         for name, fields in DEPARTURES[args.method].items()
-        if args.only in name
+        if args.only in name and replace(method, **fields) != method
     ]
     measures = plan([], [args.text], None, args.limit, args.long_context)
     say = Console(stderr=True).print

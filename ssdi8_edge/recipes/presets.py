@@ -59,13 +59,13 @@ METHODS: dict[str, QuantConfig] = {
         QuantConfig(
             name="edge-w4a8",
             about="ours with 4-bit weights in groups of 32, searched scales, descent after GPTQ, "
-            "correction of the residual stream",
+            "correction of the residual stream, INT8 lm_head",
             linear="w4",
             group_size=32,
+            lm_head="w8_row",
             descent=4,
             correction="residual",
             correction_strength=None,
-            lm_head="w8_row",
             embedding="int8_row",
         ),
         _released(

@@ -70,7 +70,8 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
 def test_help_of_every_command() -> None:
     """Help is on stdout and names the options that are promised."""
     promised = {
-        "build": "target model method calibration tokenizer out until device host dry-run json",
+        "build": "target model method calibration tokenizer out lm-head embedding kv until device "
+        "host dry-run json",
         "run": "prompt prompt-file interactive max-new-tokens top-p stop threads device json",
         "evaluate": "text tasks methods data limit long-context device save json",
         "inspect": "json",
@@ -152,6 +153,19 @@ def test_build_for_the_users_own_target_until_a_stage(scene: Scene, tmp_path: Pa
     assert "stopped as asked" in result.stderr
     present = {path.name for path in (tmp_path / "run").iterdir()} - BOOKKEEPING
     assert present == {"calibration.safetensors"}
+
+
+def test_build_with_tables_of_another_kind(scene: Scene, tmp_path: Path) -> None:
+    """The choices are in the bundle's recipe, `inspect` shows them, a wrong one is one sentence."""
+    out = tmp_path / "run"
+    result = scene.build("--out", out, "--lm-head", "w4", "--embedding", "int8_row", "--kv", "fp16")
+    assert result.returncode == 0, result.stderr
+    recipe = data("inspect", out)["recipe"]
+    assert (recipe["lm_head"], recipe["embedding"], recipe["kv"]) == ("w4", "int8_row", "fp16")
+    shown = ssdi8("inspect", out).stdout
+    assert "embedding int8_row, lm_head w4, keys and values fp16" in shown
+    refused = scene.build("--out", out, "--lm-head", "w5")
+    assert refused.returncode == 2 and "lm_head is 'w5'" in refused.stderr
 
 
 def test_dry_run(scene: Scene, tmp_path: Path) -> None:

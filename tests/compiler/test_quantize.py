@@ -37,10 +37,11 @@ from ssdi8_edge.checkpoints.quantized import is_quantized_checkpoint, load_quant
 from ssdi8_edge.compile import safetensors_writer
 from ssdi8_edge.compile.calibrate import fp32_layer
 from ssdi8_edge.compile.pipeline import Build, BuildRequest
-from ssdi8_edge.compile.quantize import quantize
+from ssdi8_edge.compile.quantize import quantize, tables
 from ssdi8_edge.compile.quantize.correction import SKIP_TOKENS, MeanDifference
 from ssdi8_edge.compile.quantize.gptq import quantize_w4, quantize_w8
 from ssdi8_edge.compile.quantize.linears import InputStatistics
+from ssdi8_edge.compile.quantize.tables import embedded, embedding_tensors, quantized_head
 from ssdi8_edge.compile.safetensors_writer import SafetensorsWriter
 from ssdi8_edge.ground.errors import CheckpointError, UsageError
 from ssdi8_edge.ground.windows import read_tokens
@@ -48,6 +49,7 @@ from ssdi8_edge.models.block import IN_PROJ, NORM, OUT_PROJ, Context, States, li
 from ssdi8_edge.models.float import FloatModel
 from ssdi8_edge.models.kinds.mamba2.clusters import permuted, sort_and_cluster
 from ssdi8_edge.models.network import QuantizedModel, run_block, run_embedding, run_model
+from ssdi8_edge.models.rewrites import rotate_embedding
 from ssdi8_edge.numerics import hadamard, int8
 from ssdi8_edge.ops.linear import unpack_w4
 from ssdi8_edge.recipes.presets import METHODS, find_method
@@ -242,6 +244,81 @@ def test_int8_head(tiny: Tiny, scaling: str) -> None:
     assert "norm_f.weight" not in made.tensors
     assert ("norm_f.scale" in made.tensors) == (scaling == "static")
     assert logit_error(made, tiny.source()[1]) < 0.040  # measured 0.019
+
+
+@pytest.mark.parametrize("head", ["w8_row", "w4"])
+def test_head_is_fitted_to_its_inputs(tiny: Tiny, head: str) -> None:
+    """GPTQ and compensation on the stream behind the last block: logits closer than by rounding."""
+    fitted = tiny.quantized("edge-w8a8", lm_head=head, embedding="fp16")
+    rounded = TensorSink({k: v for k, v in fitted.tensors.items() if "lm_head" not in k})
+    checkpoint, model = tiny.source()
+    for name, tensor in quantized_head(
+        checkpoint, dataclasses.replace(fitted.recipe, gptq=False), None, "cpu"
+    ).items():
+        rounded.add(name, tensor)
+    assert rounded.keys() == fitted.tensors.keys()
+    plain = QuantizedModel(fitted.model.description, fitted.recipe, rounded)
+    plain_made = dataclasses.replace(fitted, model=plain)
+    assert logit_error(fitted, model) < logit_error(plain_made, model)
+
+
+@pytest.mark.parametrize("head", ["w8_row", "w4"])
+def test_tables_in_pieces(tiny: Tiny, head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many rows a piece has, the tensors are the same bits: also with a last one that is
+    shorter."""
+    checkpoint, _ = tiny.source()
+    recipe = tiny_recipe("edge-w4a8", lm_head=head, embedding="int8_row")
+    g = torch.Generator().manual_seed(1)
+    inputs = InputStatistics(64, 64, "cpu")
+    inputs.add(torch.randn(1, 200, 64, generator=g), torch.randn(1, 200, 64, generator=g) / 50)
+
+    def made() -> dict[str, Tensor]:
+        return {
+            **embedding_tensors(checkpoint, recipe, 0.5),
+            **quantized_head(checkpoint, recipe, inputs, "cpu"),
+        }
+
+    whole = made()
+    monkeypatch.setattr(tables, "TABLE_ROWS", 96)
+    pieces = made()
+    assert whole.keys() == pieces.keys()
+    for name, tensor in whole.items():
+        assert len(tensor) == 256
+        if name.endswith(("packed", "weight")):
+            # Products of other heights are summed in another order.
+            assert (tensor != pieces[name]).float().mean() < 0.002
+        else:
+            torch.testing.assert_close(tensor, pieces[name], rtol=1e-5, atol=0)
+
+
+def test_embedding_in_int8(tiny: Tiny) -> None:
+    """Each value within half a step of the FP16 one; the calibration stream begins with them."""
+    made = tiny.quantized("edge-w8a8", embedding="int8_row", lm_head="fp16")
+    plain = tiny.quantized("edge-w8a8", embedding="fp16", lm_head="fp16")
+    assert "embedding.weight" not in made.tensors
+    ids = torch.arange(256)[None]
+    hidden, _ = run_embedding(made.tensors, made.recipe, ids)
+    want = plain.tensors["embedding.weight"][ids]
+    half_step = made.tensors["embedding.scale"] / 2
+    # Both are rounded to FP16 besides.
+    bound = half_step + 2.0**-10 * want.float().abs()
+    assert ((hidden.float() - want.float()).abs() <= bound * 1.001).all()
+    rows = rotate_embedding(tiny.source()[0].tensor("embedding.weight").float())
+    assert torch.equal(embedded(rows, made.recipe), hidden[0].float())
+    assert logit_error(made, tiny.source()[1]) < 1.3 * logit_error(plain, tiny.source()[1])
+
+
+def test_choices() -> None:
+    """What differs goes into the name; what is the method's own changes nothing."""
+    method = find_method("edge-w8a8")
+    assert method.choosing(lm_head=method.lm_head, embedding=None, kv=None) is method
+    other = method.choosing(lm_head="w4", kv="fp16")
+    assert (other.lm_head, other.kv, other.embedding) == ("w4", "fp16", method.embedding)
+    assert other.name == "edge-w8a8+lm_head-w4+kv-fp16"
+    with pytest.raises(UsageError, match="lm_head is 'int4'"):
+        method.choosing(lm_head="int4")
+    with pytest.raises(UsageError, match="linear 'fp16' with embedding 'int8_row'"):
+        find_method("fp16").choosing(embedding="int8_row")
 
 
 # ------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from ssdi8_edge.recipes.presets import METHODS
 @pytest.mark.parametrize(
     ("name", "first", "last"),
     [
-        ("conv_state.0", "Embedding", "layers.0/Linear (in_proj)"),
+        ("conv_state.0", "EmbeddingInt8", "layers.0/Linear (in_proj)"),
         ("ssm_state.0", "layers.0/CausalConv1d", "layers.0/StatePassing"),
         ("conv_state.1", "layers.0/ChunkScan", "layers.1/Linear (in_proj)"),
     ],

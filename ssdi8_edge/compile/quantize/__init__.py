@@ -23,6 +23,7 @@ from ssdi8_edge.compile.calibrate import TABLE_ROWS, embed, fp32_layer
 from ssdi8_edge.compile.quantize.correction import MeanDifference
 from ssdi8_edge.compile.quantize.linears import InputStatistics, linear_tensors, w8_tensors
 from ssdi8_edge.ground.allocator import return_freed_memory
+from ssdi8_edge.ground.errors import CheckpointError
 from ssdi8_edge.ground.progress import Track, silent
 from ssdi8_edge.ground.spool import Spool, batches, open_spool
 from ssdi8_edge.models.block import IN_PROJ, NORM, OUT_PROJ, Context, Int8Input, Layer, linear, norm
@@ -41,6 +42,9 @@ from ssdi8_edge.numerics import int8
 from ssdi8_edge.numerics.fp16_range import IN_FP32, LARGEST, all_finite, to_fp16, watched
 from ssdi8_edge.recipes.presets import DEFAULT_METHOD
 from ssdi8_edge.recipes.recipe import QuantConfig
+
+# Error of an embedding row, relative to it, that is no longer small beside that of INT8.
+FADED = 1 / 32
 
 
 class Sink(Protocol):
@@ -112,10 +116,23 @@ def quantized_description(
         return model
     added = [statistics["embedding"]]
     added += [statistics[f"layers.{i}.out"] for i in range(model.n_layer)]
+    return dataclasses.replace(model, residual_scale=_unit(torch.stack(added).max()))
+
+
+def _unit(largest: Tensor) -> float:
+    """The power of two that brings a value of the residual stream into FP16, at most 1."""
     # Half of the range is left to text with larger values and to errors of quantization.
-    excess = torch.stack(added).max().item() / (LARGEST / 2)
-    scale = 2.0 ** -math.ceil(math.log2(excess)) if excess > 1 else 1.0
-    return dataclasses.replace(model, residual_scale=scale)
+    excess = largest.item() / (LARGEST / 2)
+    return 2.0 ** -math.ceil(math.log2(excess)) if excess > 1 else 1.0
+
+
+def _faded(scaled: Tensor, scale: float) -> int:
+    """How many rows FP16 keeps well, but not times `scale`, near the lower end of its range."""
+
+    def faded(rows: Tensor) -> Tensor:
+        return (rows.half().float() - rows).norm(dim=1) > FADED * rows.norm(dim=1)
+
+    return int((faded(scaled) & ~faded(scaled / scale)).sum())
 
 
 def _keep_fp16(
@@ -158,14 +175,26 @@ def _quantize_ends(
 ) -> None:
     """Embedding (FP16, rotated) and lm_head (rotated, γ_f folded; FP16 or INT8)."""
     norm_f = checkpoint.tensor(NORM_F).float()
+    # What a layer adds may outweigh the embedding; where that needs the scale, its rows must last.
+    lost, ruled = 0, _unit(statistics["embedding"]) == model.residual_scale < 1
 
     def rotated_embedding(rows: Tensor) -> Tensor:
-        return rotate_embedding(rows) * model.residual_scale
+        nonlocal lost
+        scaled = rotate_embedding(rows) * model.residual_scale
+        lost += _faded(scaled, model.residual_scale) if ruled else 0
+        return scaled
 
     def rotated_head(rows: Tensor) -> Tensor:
         return rotate_head(rows, norm_f)
 
-    sink.add(EMBEDDING, _by_rows(checkpoint, EMBEDDING, rotated_embedding))
+    embedding = _by_rows(checkpoint, EMBEDDING, rotated_embedding)
+    if lost:
+        raise CheckpointError(
+            f"tensor {checkpoint.stored_name(EMBEDDING)} has rows so much longer than others that "
+            f"FP16, in which it is kept, loses {lost} of its {len(embedding)} rows beside them",
+            f"look at the longest row; {IN_FP32}",
+        )
+    sink.add(EMBEDDING, embedding)
     head = _by_rows(checkpoint, HEAD, rotated_head)
     if recipe.lm_head == "fp16":
         sink.add(NORM_F, torch.ones_like(norm_f))

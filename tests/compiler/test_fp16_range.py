@@ -235,6 +235,27 @@ def test_embedding_too_long_for_fp32(folder: Path, build: Callable[..., Build]) 
         build("edge-w8a8").run()
 
 
+@pytest.mark.parametrize(("factor", "built"), [(1e8, True), (1e10, False), (1e13, False)])
+def test_a_row_far_longer_than_the_others(factor: float, built: bool, tmp_path: Path) -> None:
+    """Carried while FP16 holds the others beside it; then refused, as nothing is left of them."""
+
+    def edit(tensors: dict[str, Tensor]) -> None:
+        tensors[HEAD] = tensors[EMBEDDING].clone()
+        tensors[EMBEDDING][5] *= factor
+
+    checkpoint, _ = write_checkpoint(tmp_path / "m", make_config())
+    edit_weights(checkpoint.folder, edit)
+    checkpoint = Checkpoint(checkpoint.folder)
+    ids = random_ids(4, 48)
+    if built:
+        assert apply_recipe(checkpoint, tiny_recipe("edge-w8a8"), ids).model
+        return
+    with pytest.raises(CheckpointError, match="loses 255 of its 256 rows beside them") as caught:
+        apply_recipe(checkpoint, tiny_recipe("edge-w8a8"), ids)
+    assert f"tensor {EMBEDDING} has rows" in str(caught.value)
+    assert "only `evaluate CHECKPOINT`" in str(caught.value)
+
+
 def bias_of_time_step(value: float) -> Edit:
     return lambda tensors: tensors[f"{LAYER}mixer.dt_bias"][1:2].fill_(value)
 

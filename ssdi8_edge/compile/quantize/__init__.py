@@ -93,7 +93,9 @@ def quantize(
     if not recipe.quantized:
         _keep_fp16(checkpoint, model, recipe, sink, track)
         return {}
-    for name, tensor in embedding_tensors(checkpoint, recipe, model.residual_scale).items():
+    # What a layer adds may outweigh the embedding; where that needs the scale, its rows must last.
+    ruled = _unit(statistics["embedding"]) == model.residual_scale < 1
+    for name, tensor in embedding_tensors(checkpoint, recipe, model.residual_scale, ruled).items():
         sink.add(name, tensor)
     with (
         torch.inference_mode(),
@@ -132,10 +134,14 @@ def quantized_description(
         return model
     added = [statistics["embedding"]]
     added += [statistics[f"layers.{i}.out"] for i in range(model.n_layer)]
+    return dataclasses.replace(model, residual_scale=_unit(torch.stack(added).max()))
+
+
+def _unit(largest: Tensor) -> float:
+    """The power of two that brings a value of the residual stream into FP16, at most 1."""
     # Half of the range is left to text with larger values and to errors of quantization.
-    excess = torch.stack(added).max().item() / (LARGEST / 2)
-    scale = 2.0 ** -math.ceil(math.log2(excess)) if excess > 1 else 1.0
-    return dataclasses.replace(model, residual_scale=scale)
+    excess = largest.item() / (LARGEST / 2)
+    return 2.0 ** -math.ceil(math.log2(excess)) if excess > 1 else 1.0
 
 
 def _keep_fp16(

@@ -15,6 +15,7 @@ from ssdi8_edge.checkpoints.layout import EMBEDDING, HEAD, NORM_F
 from ssdi8_edge.compile.calibrate import TABLE_ROWS
 from ssdi8_edge.compile.quantize.gptq import Hessian
 from ssdi8_edge.compile.quantize.linears import InputStatistics, linear_tensors
+from ssdi8_edge.ground.errors import CheckpointError
 from ssdi8_edge.ground.progress import Track, silent
 from ssdi8_edge.models.rewrites import rotate_embedding, rotate_head
 from ssdi8_edge.numerics.fp16_range import IN_FP32, to_fp16
@@ -22,22 +23,30 @@ from ssdi8_edge.numerics.int8 import quantize_by_largest
 from ssdi8_edge.ops.glue import pack_rows
 from ssdi8_edge.recipes.recipe import QuantConfig
 
+# Error of an embedding row, relative to it, that is no longer small beside that of INT8.
+FADED = 1 / 32
 # Of a piece of a table's rows (n, D) in FP32, tensors of n rows.
 Convert = Callable[[Tensor], dict[str, Tensor]]
 
 
 def embedding_tensors(
-    checkpoint: Checkpoint, recipe: QuantConfig, residual_scale: float
+    checkpoint: Checkpoint, recipe: QuantConfig, residual_scale: float, ruled: bool = False
 ) -> dict[str, Tensor]:
     """The rotated embedding times `residual_scale`, under the names that `run_embedding` reads.
 
+    Args:
+        ruled: by its longest row, that scale is.
+
     Raises:
-        CheckpointError: it holds values that FP16 cannot.
+        CheckpointError: it holds values that FP16 cannot, or rows that are lost beside the longest.
     """
-    name = f"{checkpoint.stored_name(EMBEDDING)}, rotated,"
+    stored = checkpoint.stored_name(EMBEDDING)
+    name, lost = f"{stored}, rotated,", 0
 
     def convert(rows: Tensor) -> dict[str, Tensor]:
+        nonlocal lost
         rows = rotate_embedding(rows) * residual_scale
+        lost += _faded(rows, residual_scale) if ruled else 0
         # Rows leave an INT8 table in FP16, too.
         kept = to_fp16(rows, name, IN_FP32)
         if recipe.embedding == "fp16":
@@ -45,7 +54,23 @@ def embedding_tensors(
         q, scale = quantize_by_largest(rows, -1, "half_even")
         return {"embedding.packed": pack_rows(q), "embedding.scale": scale}
 
-    return by_rows(checkpoint.tensor(EMBEDDING), convert)
+    tensors = by_rows(checkpoint.tensor(EMBEDDING), convert)
+    if lost:
+        raise CheckpointError(
+            f"tensor {stored} has rows so much longer than others that FP16, in which it is kept, "
+            f"loses {lost} of its {checkpoint.description.vocab_size} rows beside them",
+            f"look at the longest row; {IN_FP32}",
+        )
+    return tensors
+
+
+def _faded(scaled: Tensor, scale: float) -> int:
+    """How many rows FP16 keeps well, but not times `scale`, near the lower end of its range."""
+
+    def faded(rows: Tensor) -> Tensor:
+        return (rows.half().float() - rows).norm(dim=1) > FADED * rows.norm(dim=1)
+
+    return int((faded(scaled) & ~faded(scaled / scale)).sum())
 
 
 def embedded(rows: Tensor, recipe: QuantConfig) -> Tensor:

@@ -428,8 +428,11 @@ CASES: dict[str, tuple[Case, list[str]]] = {
     "out below a file": (out_below_a_file, ["file/run", "--out"]),
     "out is no place for files": (build_with("--out", "/proc/run"), ["/proc/run", "--out"]),
     "4-bit groups do not fit": (
-        build_of(lambda _, place: write_model(place / "small", d_model=64), "--method=ssdi8-w4a8"),
-        ["64 input columns", "8-bit method"],
+        build_of(
+            lambda _, place: write_model(place / "odd", d_model=72, headdim=16),
+            "--method=ssdi8-w4a8",
+        ),
+        ["72 input columns", "8-bit method"],
     ),
     "no kernels for the heads": (
         build_of(lambda _, place: write_model(place / "odd", headdim=32), "--target=orin-nx"),

@@ -229,7 +229,7 @@ def test_biases_of_linear_layers(nemotron: FloatModel, method: str) -> None:
         (
             Attention,
             {"n_heads": 4, "n_kv_heads": 2, "head_dim": 9, "rope_theta": 1e4},
-            "an even head_dim, not 10000.0 and 9",
+            "rotary positions turn pairs, and head_dim = 9",
         ),
         (Mamba2, {"d_inner": 64, "gate_norm": "last"}, "gate_norm must be one of grouped, norm"),
     ],

@@ -400,7 +400,7 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ("falcon_h1", {"model_type": "mamba"}, "made of Mamba-1 blocks; only Mamba-2 is supported"),
     ("falcon_h1", {"model_type": "falcon_mamba"}, "made of Mamba-1 blocks; only Mamba-2"),
     ("falcon_h1", {"model_type": "bamba"}, r"Bamba is not supported; Granite 4\.0 H continues it"),
-    ("falcon_h1", {"head_dim": 31}, "an even head_dim, not .* and 31"),
+    ("falcon_h1", {"head_dim": 31}, "rotary positions turn pairs"),
     ("nemotron_h", {"layers_block_type": ["mamba", ["mlp"]]}, r"layers_block_type with \['mlp'\]"),
     (
         "granitemoehybrid",

@@ -88,7 +88,10 @@ class Graphs:
 @pytest.fixture(scope="module", params=VARIANTS.values(), ids=VARIANTS.keys())
 def graphs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Graphs:
     name, ngroups, changes = request.param
-    folder = tmp_path_factory.mktemp("parser")
+    return graphs_of(tmp_path_factory.mktemp("parser"), name, ngroups, **changes)
+
+
+def graphs_of(folder: Path, name: str, ngroups: int = 1, **changes: Any) -> Graphs:
     checkpoint, _ = write_checkpoint(folder / "source", make_config(ngroups))
     return Graphs(folder, apply_recipe(checkpoint, tiny_recipe(name, **changes), random_ids(8, 48)))
 
@@ -175,7 +178,7 @@ def test_the_parser_does_refuse(tmp_path: Path) -> None:
 
     Without this, a parser that accepts everything would make the tests above worthless.
     """
-    graphs = Graphs(tmp_path, "edge-w8a8", 1, {})
+    graphs = graphs_of(tmp_path, "edge-w8a8")
     _, _, parsed = parser()
     assert not parsed.parse_from_file(str(graphs.standard("cpu")))
     assert parsed.num_errors > 0

@@ -33,6 +33,13 @@ class SafetensorsFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
+            path.open("rb").close()  # safetensors calls any file that it may not read a missing one
+        except OSError as error:
+            raise CheckpointError(
+                f"{path} cannot be read ({error.strerror}).",
+                "check that it is there and that this user may read it.",
+            ) from error
+        try:
             with safe_open(path, framework="pt") as file:
                 parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
                 self._described = {

@@ -133,11 +133,12 @@ class Build:
         require_device(request.device)
         self.request = request
         self._track, self._say = track, say
-        self.checkpoint = open_checkpoint(request.model)
-        self.model = self.checkpoint.description.adapted(request.recipe)
-        self.tokenizer = _find_tokenizer(request, self.checkpoint)
-        require_fitting(self.tokenizer, request.model, self.model.vocab_size)
-        self._end_ids = end_ids(self.checkpoint.folder, self.tokenizer, self.model.vocab_size)
+        with during(f"opening {request.model}", self._lower()):
+            self.checkpoint = open_checkpoint(request.model)
+            self.model = self.checkpoint.description.adapted(request.recipe)
+            self.tokenizer = _find_tokenizer(request, self.checkpoint)
+            require_fitting(self.tokenizer, request.model, self.model.vocab_size)
+            self._end_ids = end_ids(self.checkpoint.folder, self.tokenizer, self.model.vocab_size)
         self.text = text_input(request.calibration or DEMO_CALIBRATION, "calibration text")
         if request.until not in STAGES:
             raise UsageError(f"unknown stage {request.until!r};", f"known: {', '.join(STAGES)}.")
@@ -260,9 +261,10 @@ class Build:
         with _exclusive(self.request):
             for name in (CALIBRATION, QUANTIZED, ONNX, BUNDLE, STEPS):
                 remove_leftovers(self.request.out / name)
-            keys, plan = self.keys, self.plan()
-            if "run" in (plan["calibrate"], plan.get("quantize")):
-                self.checkpoint.require_finite(self._track)
+            with during("checking the weights", self._lower()):
+                keys, plan = self.keys, self.plan()
+                if "run" in (plan["calibrate"], plan.get("quantize")):
+                    self.checkpoint.require_finite(self._track)
             for stage, action in plan.items():
                 if action == "reuse":
                     result.reused.append(stage)

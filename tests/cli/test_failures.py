@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import resource
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from commands import COMMAND, Result, environment
-from tiny_model import write_model
+from tiny_model import write_model, write_text
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from runtime import command_line
@@ -198,6 +199,47 @@ def test_commands_under_a_limit_say_that_libraries_load(command: list[str]) -> N
     assert done.returncode == 2
     assert done.stderr.startswith("ssdi8-edge: memory ran out while loading libraries"), done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model of 256,000 rows, and a tokenizer of more than half as many tokens."""
+    folder = write_model(tmp_path_factory.mktemp("wide") / "model", vocab_size=256_000)
+    written = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = written["model"]["vocab"]
+    vocabulary |= {f"token{i}": i for i in range(len(vocabulary), 130_000)}
+    (folder / "tokenizer.json").write_text(json.dumps(written))
+    write_text(folder / "text.txt")
+    return folder
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
+@pytest.mark.parametrize(
+    ("room", "stage"),
+    [(100, "opening .*/model"), (500, "the stage [a-z]+ ran, where 125.* needed")],
+)
+def test_a_large_vocabulary_without_memory_for_it(wide: Path, room: int, stage: str) -> None:
+    """The table takes 125 MiB; `room` MiB are left once the libraries are loaded."""
+    code = (
+        "import resource, sys\n"
+        "import safetensors.torch, tokenizers, ssdi8_edge.compile.pipeline\n"
+        "from ssdi8_edge.cli import main\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "limit = used + (int(sys.argv.pop(1)) << 20)\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"
+        "main()\n"
+    )
+    build = ["build", "--model", wide, "--calibration", wide / "text.txt", "--out", wide / "run"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(room), *map(str, build)],
+        capture_output=True,
+        text=True,
+        env=environment(OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(sys.path)),
+        check=False,
+    )
+    last = done.stderr.splitlines()[-1]
+    assert re.match(f"ssdi8-edge: memory ran out while {stage}", last), done.stderr
+    assert done.returncode == 2 and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("place", ["before", "after"])

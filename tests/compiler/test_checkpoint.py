@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from ssdi8_edge.checkpoints import checkpoint as checkpoint_module
 from ssdi8_edge.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from ssdi8_edge.checkpoints.files import SafetensorsFile
 from ssdi8_edge.checkpoints.hub import TOKENIZER_FILES, fetch_tokenizer
 from ssdi8_edge.checkpoints.layout import expected_shapes
 from ssdi8_edge.checkpoints.layouts import state_spaces
@@ -881,3 +884,20 @@ def test_tokenizer_of_a_hub_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(CheckpointError, match=r"org/name .*no route\); check the spelling"):
         fetch_tokenizer("org/name")
+
+
+def test_weights_that_this_user_may_not_read(
+    tiny_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Said as that: safetensors speaks of a missing file."""
+    folder = tiny_checkpoint()
+
+    def refuse(self: Path, *arguments: object, **others: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", refuse)
+        with pytest.raises(
+            CheckpointError, match=r"safetensors cannot be read \(Permission denied"
+        ):
+            SafetensorsFile(folder / "model.safetensors")

@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import re
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +16,6 @@ import pytest
 import torch
 from commands import COMMAND, Result, environment
 from tiny_model import write_model, write_text
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from runtime import command_line
 from runtime import failures as shared
@@ -308,67 +306,6 @@ def test_threads_and_objects_that_go_say_one_sentence(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("ssdi8-edge: unexpected ZeroDivisionError while working in the b")
-
-
-# --------------------------------------------------------------------------------------------------
-# memory that really is not there
-
-MIB = 1 << 20
-
-
-def ask_within(limit: int, *arguments: str | Path) -> Result:
-    """The command in `limit` bytes of address space."""
-    return subprocess.run(
-        [*COMMAND, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=environment(),
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
-    )
-
-
-@pytest.fixture(scope="module")
-def libraries() -> int:
-    """Bytes of address space that the libraries of a build take."""
-    code = (
-        "import re, ssdi8_edge.compile.pipeline\n"
-        "print(re.search(r'VmPeak:\\s+(\\d+)', open('/proc/self/status').read())[1])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment())
-    return int(done.stdout) * 1024
-
-
-@pytest.fixture(scope="module")
-def tall_table(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose embedding has 256,000 rows, and a text for it."""
-    model = write_model(tmp_path_factory.mktemp("tall") / "model", vocab_size=256_000)
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(256_000)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.save(str(model / "tokenizer.json"))
-    (model / "text.txt").write_text("w1 w2 w3 w4 " * 300)
-    return model
-
-
-@pytest.mark.parametrize(
-    ("beyond", "doing"),
-    [
-        (None, "loading libraries"),
-        (20 * MIB, "opening|reading the weights of"),
-        (600 * MIB, "the stage calibrate ran, where .* more were needed"),
-    ],
-)
-def test_memory_runs_out_at(
-    libraries: int, tall_table: Path, tmp_path: Path, beyond: int | None, doing: str
-) -> None:
-    """One sentence with the stage; nothing is left behind. `beyond` what the libraries take."""
-    limit = 300 * MIB if beyond is None else libraries + beyond
-    request = ["build", "--model", tall_table, "--calibration", tall_table / "text.txt"]
-    result = ask_within(limit, *request, "--out", tmp_path / "run")
-    said = result.stderr.splitlines()[-1]
-    assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert re.match(f"ssdi8-edge: memory ran out while ({doing})", said), result.stderr
-    assert not list(tmp_path.glob("run/*.safetensors"))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -157,6 +157,19 @@ def test_only_plugins_are_missing(graphs: Graphs) -> None:
 
     So all of its other nodes are ones that TensorRT reads; the baseline needs no plugin at all.
     """
+    assert_only_plugins_missing(graphs)
+
+
+@pytest.mark.parametrize("method", ["edge-w8a8", "fp16"])
+@pytest.mark.parametrize("name", ["nemotron", "granite", "falcon"])
+def test_only_plugins_of_hybrids_are_missing(name: str, method: str, tmp_path: Path) -> None:
+    """The same of attention, MLPs and parallel blocks."""
+    assert_only_plugins_missing(
+        Graphs(tmp_path, quantized(hybrid(FAMILIES[name].with_context(64)), method))
+    )
+
+
+def assert_only_plugins_missing(graphs: Graphs) -> None:
     path = graphs.lowered()
     plugins = {
         node.name: node.op_type

@@ -43,8 +43,14 @@ def embed(
 # earlier state of this file are made again.
 STATISTICS = 6
 
-# Of the embedding, handled at once.
+# Of a table with a row for each word, handled at once: so many rows, and fewer where they are long.
 TABLE_ROWS = 8192
+TABLE_VALUES = 1 << 23
+
+
+def rows_at_once(table: Tensor) -> int:
+    """Rows of a tall table (V, D) whose FP64 copies, 64 MB each, may lie beside it."""
+    return max(1, min(TABLE_ROWS, TABLE_VALUES // table.shape[1]))
 
 
 def calibrate(
@@ -77,7 +83,7 @@ def calibrate(
         open_spool(shape, torch.float32, device, scratch) as stream,
     ):
         table = checkpoint.tensor(EMBEDDING)
-        norms = [rows.float().norm(dim=1).amax() for rows in table.split(TABLE_ROWS)]
+        norms = [rows.float().norm(dim=1).amax() for rows in table.split(rows_at_once(table))]
         del table
         statistics["embedding"] = torch.stack(norms).amax()
         if not statistics["embedding"].isfinite():

@@ -37,7 +37,7 @@ from ssdi8_edge.checkpoints.quantized import is_quantized_checkpoint, load_quant
 from ssdi8_edge.compile import safetensors_writer
 from ssdi8_edge.compile.calibrate import fp32_layer
 from ssdi8_edge.compile.pipeline import Build, BuildRequest
-from ssdi8_edge.compile.quantize import quantize, tables
+from ssdi8_edge.compile.quantize import quantize
 from ssdi8_edge.compile.quantize.correction import SKIP_TOKENS, MeanDifference
 from ssdi8_edge.compile.quantize.gptq import quantize_w4, quantize_w8
 from ssdi8_edge.compile.quantize.linears import InputStatistics
@@ -279,7 +279,7 @@ def test_tables_in_pieces(tiny: Tiny, head: str, monkeypatch: pytest.MonkeyPatch
         }
 
     whole = made()
-    monkeypatch.setattr(tables, "TABLE_ROWS", 96)
+    monkeypatch.setattr("ssdi8_edge.compile.calibrate.TABLE_ROWS", 96)
     pieces = made()
     assert whole.keys() == pieces.keys()
     for name, tensor in whole.items():

@@ -26,6 +26,7 @@ from ssdi8_edge.compile.quantize.linears import InputStatistics, linear_tensors
 from ssdi8_edge.compile.quantize.tables import (
     embedded,
     embedding_tensors,
+    fits_fp16,
     fp16_head,
     quantized_head,
 )
@@ -49,7 +50,6 @@ from ssdi8_edge.models.float import load_block
 from ssdi8_edge.models.network import run_to_out_proj
 from ssdi8_edge.models.observers import of_linear_input
 from ssdi8_edge.models.rewrites import (
-    rotate_head,
     rotate_layer,
     rotate_out_proj_input,
     scale_output,
@@ -95,8 +95,7 @@ def quantize(
         return {}
     # What a layer adds may outweigh the embedding; where that needs the scale, its rows must last.
     ruled = _unit(statistics["embedding"]) == model.residual_scale < 1
-    for name, tensor in embedding_tensors(checkpoint, recipe, model.residual_scale, ruled).items():
-        sink.add(name, tensor)
+    _store(embedding_tensors(checkpoint, recipe, model.residual_scale, ruled), sink)
     with (
         torch.inference_mode(),
         int8.count_saturation() as saturation,
@@ -113,12 +112,17 @@ def quantize(
             }
             layer = _Layer(model, i, recipe, streams)
             source = scale_output(fp32_layer(checkpoint, i, device), model.residual_scale)
-            for name, tensor in layer.quantize(source, own).items():
-                sink.add(prefix + name, tensor)
+            _store(layer.quantize(source, own), sink, prefix)
             return_freed_memory()
         saturation.scope, watch.scope = "head.", "head"
         _quantize_head(checkpoint, model, recipe, statistics, streams, sink, track)
         return saturation.fractions()
+
+
+def _store(tensors: Layer, sink: Sink, prefix: str = "") -> None:
+    """A function, so that no variable keeps the last of them while the next layer is made."""
+    for name, tensor in tensors.items():
+        sink.add(prefix + name, tensor)
 
 
 def quantized_description(
@@ -152,10 +156,8 @@ def _keep_fp16(
     def fp16(name: str, weight: Tensor) -> Tensor:
         remedy = f"choose --method {DEFAULT_METHOD}, which scales it."
         # Of the head every method keeps FP16, after a rotation that evens out single values.
-        if name == HEAD and not all_finite(weight.half()):
-            gamma = checkpoint.tensor(NORM_F).float()
-            if not all_finite(rotate_head(weight.float(), gamma).half()):
-                remedy = IN_FP32
+        if name == HEAD and not all_finite(weight.half()) and not fits_fp16(checkpoint):
+            remedy = IN_FP32
         return to_fp16(weight, checkpoint.stored_name(name), remedy)
 
     sink.add(EMBEDDING, fp16(EMBEDDING, checkpoint.tensor(EMBEDDING)))
@@ -199,8 +201,7 @@ def _quantize_head(
             on_device = {k: v.to(streams.device) for k, v in p.items()}
             inputs = streams.normed(on_device, "norm_f.scale", _context(model, recipe))
         head = quantized_head(checkpoint, recipe, inputs, streams.device, track)
-    for name, tensor in head.items():
-        sink.add(name, tensor)
+    _store(head, sink)
 
 
 def _context(model: Description, recipe: QuantConfig) -> Context:

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from ssdi8_edge.checkpoints.checkpoint import Checkpoint
 from ssdi8_edge.checkpoints.layout import EMBEDDING, HEAD, NORM_F
-from ssdi8_edge.compile.calibrate import TABLE_ROWS
+from ssdi8_edge.compile.calibrate import rows_at_once
 from ssdi8_edge.compile.quantize.gptq import Hessian
 from ssdi8_edge.compile.quantize.linears import InputStatistics, linear_tensors
+from ssdi8_edge.ground.allocator import return_freed_memory
 from ssdi8_edge.ground.errors import CheckpointError
 from ssdi8_edge.ground.progress import Track, silent
 from ssdi8_edge.models.rewrites import rotate_embedding, rotate_head
-from ssdi8_edge.numerics.fp16_range import IN_FP32, to_fp16
+from ssdi8_edge.numerics.fp16_range import IN_FP32, all_finite, to_fp16
 from ssdi8_edge.numerics.int8 import quantize_by_largest
 from ssdi8_edge.ops.glue import pack_rows
 from ssdi8_edge.recipes.recipe import QuantConfig
@@ -95,6 +96,15 @@ def fp16_head(checkpoint: Checkpoint) -> dict[str, Tensor]:
     )
 
 
+def fits_fp16(checkpoint: Checkpoint) -> bool:
+    """Whether `fp16_head` has a value for everything."""
+    norm_f, table = checkpoint.tensor(NORM_F).float(), checkpoint.tensor(HEAD)
+    return all(
+        all_finite(rotate_head(rows.float(), norm_f).half())
+        for rows in table.split(rows_at_once(table))
+    )
+
+
 def quantized_head(
     checkpoint: Checkpoint,
     recipe: QuantConfig,
@@ -126,11 +136,13 @@ def quantized_head(
 def by_rows(table: Tensor, convert: Convert, track: Track = silent) -> dict[str, Tensor]:
     """What `convert` makes of a tall table (V, D), on the CPU."""
     whole: dict[str, Tensor] = {}
-    for start in track(range(0, len(table), TABLE_ROWS), "quantize the head"):
-        part = slice(start, start + TABLE_ROWS)
+    rows = rows_at_once(table)
+    for start in track(range(0, len(table), rows), "quantize the head"):
+        part = slice(start, start + rows)
         for name, made in convert(table[part].float()).items():
             if name not in whole:
                 shape = (len(table), *made.shape[1:])
                 whole[name] = torch.empty(shape, dtype=made.dtype)
             whole[name][part] = made
+    return_freed_memory()
     return whole

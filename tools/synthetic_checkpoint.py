@@ -59,10 +59,66 @@ HYBRIDS: dict[str, dict[str, Any]] = {
         "layer_norm_epsilon": 1e-5,
         "tie_word_embeddings": False,
     },
+    "granite-4.0-h-1b": {
+        "model_type": "granitemoehybrid",
+        "hidden_size": 1536,
+        "vocab_size": 100352,
+        "layer_types": ["attention" if i % 10 == 5 else "mamba" for i in range(40)],
+        "mamba_n_heads": 48,
+        "mamba_d_head": 64,
+        "mamba_d_state": 128,
+        "mamba_n_groups": 1,
+        "mamba_d_conv": 4,
+        "mamba_chunk_size": 256,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+        "position_embedding_type": "nope",
+        "shared_intermediate_size": 4096,
+        "num_local_experts": 0,
+        "embedding_multiplier": 12,
+        "residual_multiplier": 0.22,
+        "attention_multiplier": 1 / 128,
+        "logits_scaling": 6,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+    },
+    "falcon-h1-1.5b": {
+        "model_type": "falcon_h1",
+        "hidden_size": 2048,
+        "vocab_size": 65537,
+        "num_hidden_layers": 24,
+        "mamba_d_ssm": 3072,
+        "mamba_n_heads": 48,
+        "mamba_d_head": 64,
+        "mamba_d_state": 256,
+        "mamba_n_groups": 1,
+        "mamba_d_conv": 4,
+        "mamba_chunk_size": 128,
+        "mamba_rms_norm": False,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "rope_theta": 1e11,
+        "intermediate_size": 4608,
+        "rms_norm_eps": 1e-5,
+        # Of the 0.5B model.
+        "embedding_multiplier": 5.656854,
+        "lm_head_multiplier": 0.0390625,
+        "key_multiplier": 0.390625,
+        "attention_out_multiplier": 0.9375,
+        "ssm_in_multiplier": 1.25,
+        "ssm_out_multiplier": 0.235702,
+        "ssm_multipliers": [0.353553, 0.25, 0.353553, 0.5, 0.353553],
+        "mlp_multipliers": [0.883883, 0.585938],
+        "tie_word_embeddings": False,
+    },
 }
+# Key of config.json that holds a pattern of blocks as one word.
+PATTERN = "hybrid_override_pattern"
 # What the layer norms and skips of a fresh model are, by the ends of stored names.
 ONES = ("norm.weight", "norm_f.weight", "layernorm.weight", ".D")
 ZEROS = (".bias", ".dt_bias")
+OUTPUTS = tuple(f"{name}.weight" for name in ("out_proj", "o_proj", "down_proj", "output_linear"))
 STD = 0.02
 PIECE = 1 << 24  # values made at a time
 SHARD_BYTES = 2 << 30
@@ -71,7 +127,7 @@ SHARD_BYTES = 2 << 30
 def config_of(size: str, blocks: str | None = None) -> dict[str, Any]:
     """config.json as the published checkpoint has it; `blocks` replaces a hybrid's pattern."""
     if size in HYBRIDS:
-        cut = {"hybrid_override_pattern": blocks} if blocks else {}
+        cut = {PATTERN: blocks} if blocks else {}
         return HYBRIDS[size] | cut
     d_model, layers = MAMBA2[size]
     return {
@@ -112,10 +168,10 @@ def values(name: str, shape: tuple[int, ...], layers: int) -> Tensor:
     if name.endswith(ZEROS):
         # The inverse softplus of a time step of 0.01.
         return torch.full(shape, -4.6 if name.endswith(".dt_bias") else 0.0).half()
-    table = "embedding" in name or name == HEAD
+    table = "embed" in name or name == HEAD
     width = math.prod(shape[1:])
     std = STD if table else width**-0.5 / math.sqrt(3)
-    if name.endswith(("out_proj.weight", "o_proj.weight", "down_proj.weight")):
+    if name.endswith(OUTPUTS):
         std /= math.sqrt(layers)  # keeps the residual stream in range
     made = torch.empty(shape, dtype=torch.float16)
     for piece in made.view(-1).split(PIECE):
@@ -162,6 +218,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    if options.blocks and PATTERN not in HYBRIDS.get(options.size, {}):
+        parser.error(f"--blocks: {options.size} has no pattern of letters")
     torch.manual_seed(options.seed)
     with whole_or_absent(options.out) as folder:
         folder.mkdir()

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from ssdi8_edge.checkpoints.checkpoint import Checkpoint
+from ssdi8_edge.checkpoints.layouts import layouts
+from ssdi8_edge.models.float import FloatModel
 
 
 @pytest.fixture
@@ -40,11 +42,54 @@ def test_hybrid_in_shards(
     assert torch.equal(checkpoint.tensor("layers.0.norm.weight"), torch.ones(64).half())
 
 
-def test_published_sizes(tool: ModuleType) -> None:
+@pytest.mark.parametrize(
+    ("size", "billions"),
+    [("nemotron-3-nano-4b", 3.97), ("granite-4.0-h-1b", 1.46), ("falcon-h1-1.5b", 1.55)],
+)
+def test_published_sizes(tool: ModuleType, size: str, billions: float) -> None:
     """Parameters, as the models' pages count them."""
-    from ssdi8_edge.checkpoints.layouts.nemotron_h import NEMOTRON_H
-
-    config = tool.config_of("nemotron-3-nano-4b")
-    shapes = tool.stored_shapes(NEMOTRON_H, config)
+    config = tool.config_of(size)
+    layout = next(layout for layout in layouts() if layout.recognises(config))
+    shapes = tool.stored_shapes(layout, config)
     total = sum(torch.Size(shape).numel() for shape in shapes.values())
-    assert round(total / 1e9, 2) == 3.97
+    assert round(total / 1e9, 2) == billions
+
+
+NARROW = {
+    "granite-4.0-h-1b": {
+        "hidden_size": 64,
+        "vocab_size": 300,
+        "layer_types": ["mamba", "attention"],
+        "mamba_n_heads": 8,
+        "mamba_d_head": 16,
+        "mamba_d_state": 16,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "shared_intermediate_size": 128,
+    },
+    "falcon-h1-1.5b": {
+        "hidden_size": 64,
+        "vocab_size": 301,
+        "num_hidden_layers": 2,
+        "mamba_d_ssm": 128,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 16,
+        "mamba_d_state": 16,
+        "head_dim": 16,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 128,
+    },
+}
+
+
+@pytest.mark.parametrize("size", NARROW)
+def test_other_families(tool: ModuleType, tmp_path: Path, size: str) -> None:
+    """Narrow: opens, and the logits of a fresh model neither die nor explode."""
+    tool.write_checkpoint(tmp_path, tool.config_of(size) | NARROW[size])
+    checkpoint = Checkpoint(tmp_path)
+    model = FloatModel(checkpoint.description).eval()
+    model.load_state_dict({name: checkpoint.tensor(name).float() for name in checkpoint.names})
+    with torch.inference_mode():
+        logits, _ = model(torch.arange(40)[None])
+    assert 1e-4 < logits.std() < 10

@@ -123,6 +123,7 @@ def quantized_head(
         lacking = inputs.regression()
     if inputs is not None and recipe.gptq:
         hessian = Hessian(inputs.hessian, recipe.descent)
+    return_freed_memory()
 
     def convert(rows: Tensor) -> dict[str, Tensor]:
         weight = rotate_head(rows, norm_f).to(device)

@@ -319,9 +319,11 @@ class _Layer:
         if outputs is not None:
             lacking = outputs.regression() if recipe.compensation else 0.0
             weight = (weight + recipe.compensation * lacking).float()
+            # Of a wide block each is gigabytes, and so is the heap that the steps before have left.
+            del lacking
+            return_freed_memory()
             hessian = Hessian(outputs.hessian, recipe.descent) if recipe.gptq else None
-            # More than a gigabyte, if the block is wide.
-            del outputs, lacking
+            del outputs
         p |= linear_tensors("out_proj", weight, recipe, hessian)
         p |= {k: v for k, v in rotated.items() if k == OUT_BIAS}
 

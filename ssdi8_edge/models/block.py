@@ -20,20 +20,18 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ssdi8_edge.ground.errors import CheckpointError
+from ssdi8_edge.models.observers import Observers, of_linear_inputs
 from ssdi8_edge.numerics.formats import InputRotation
 from ssdi8_edge.numerics.fp16_range import see
 from ssdi8_edge.ops.linear import LINEAR, LINEAR_W4
 from ssdi8_edge.ops.rms_norm import RMS_NORM
 from ssdi8_edge.recipes.recipe import QuantConfig
-
-if TYPE_CHECKING:
-    from ssdi8_edge.models.observers import Observers
 
 Observe = Callable[[str, Tensor], None]
 Layer = dict[str, Tensor]  # the tensors of one block by their local names
@@ -181,9 +179,9 @@ class Block(ABC):
         """Tokens; a prompt that is cut at multiples of it gives the same bits as in one piece."""
         return 1
 
-    @abstractmethod
     def own_parameters(self) -> dict[str, tuple[int, ...]]:
         """Local name and shape of what the checkpoint holds besides norm and linear layers."""
+        return {}
 
     def parameters(self, d_model: int) -> dict[str, tuple[int, ...]]:
         """Local name and shape of every tensor of the checkpoint, in the order of the data."""
@@ -197,9 +195,9 @@ class Block(ABC):
             **({OUT_BIAS: (d_model,)} if self.out_bias else {}),
         }
 
-    @abstractmethod
     def states(self, recipe: QuantConfig) -> tuple[StateSpec, ...]:
         """What it carries, in the order of the data."""
+        return ()
 
     def misfit(self) -> str | None:
         """The first size that has no INT8 kernel, and those that have; None: all have."""
@@ -234,9 +232,9 @@ class Block(ABC):
 
     # --- from floating point to quantized ---
 
-    @abstractmethod
     def observers(self, layer: Layer) -> Observers:
         """What calibration collects of this block, whose FP32 tensors are `layer`."""
+        return Observers(self.parts, self.rotation)
 
     def reordered(
         self, layer: Layer, statistics: Mapping[str, Tensor], recipe: QuantConfig
@@ -244,15 +242,15 @@ class Block(ABC):
         """The same block with its channels in an order that the recipe wants, and that order."""
         return layer, None
 
-    @abstractmethod
     def own_tensors(self, layer: Layer, recipe: QuantConfig) -> Layer:
         """Of the quantized checkpoint: what `inner` reads besides scales, FP32."""
+        return {}
 
-    @abstractmethod
     def scales(
         self, statistics: Mapping[str, Tensor], recipe: QuantConfig, order: Any = None
     ) -> Layer:
         """Of the quantized checkpoint: the scales that the recipe calibrates."""
+        return of_linear_inputs(statistics, recipe)
 
     # --- quantized, on tensors or on values of a graph ---
 

@@ -7,7 +7,6 @@ channels of a head. Quantized as docs/method.md §12.2 says.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,7 +20,6 @@ from ssdi8_edge.models.block import (
     Context,
     FloatBlock,
     Int8Input,
-    Layer,
     Observe,
     Parameters,
     States,
@@ -29,7 +27,6 @@ from ssdi8_edge.models.block import (
     require_sizes,
     static,
 )
-from ssdi8_edge.models.observers import Observers, of_linear_inputs
 from ssdi8_edge.numerics.formats import InputRotation
 from ssdi8_edge.numerics.fp16_range import see
 from ssdi8_edge.ops.attention import ATTENTION, ATTENTION_FP16
@@ -83,10 +80,6 @@ class Attention(Block):
         """With a cache of so many tokens."""
         return dataclasses.replace(self, context=tokens)
 
-    def own_parameters(self) -> dict[str, tuple[int, ...]]:
-        """None."""
-        return {}
-
     # --- in floating point ---
 
     def float_block(self, d_model: int, norm_eps: float) -> FloatBlock:
@@ -123,23 +116,6 @@ class Attention(Block):
     def misfit(self) -> str | None:
         """There is no INT8 kernel of it yet."""
         return "the model has attention blocks, for which there is no INT8 kernel yet"
-
-    def check_widths(self, check: Callable[[str, int], Any]) -> None:
-        """Nothing is rotated."""
-
-    def observers(self, layer: Layer) -> Observers:
-        """What calibration collects: the inputs of the linear layers."""
-        return Observers(self.parts, self.rotation)
-
-    def own_tensors(self, layer: Layer, recipe: QuantConfig) -> Layer:
-        """None."""
-        return {}
-
-    def scales(
-        self, statistics: Mapping[str, Tensor], recipe: QuantConfig, order: Any = None
-    ) -> Layer:
-        """Of the inputs of the linear layers, where they are static."""
-        return of_linear_inputs(statistics, recipe)
 
     def inner(
         self, p: Parameters, context: Context, projected: Any, states: States

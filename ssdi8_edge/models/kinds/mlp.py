@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
@@ -15,18 +15,14 @@ from ssdi8_edge.models.block import (
     Context,
     FloatBlock,
     Int8Input,
-    Layer,
     Observe,
     Parameters,
     States,
-    StateSpec,
     require_sizes,
     static,
 )
-from ssdi8_edge.models.observers import Observers, of_linear_inputs
 from ssdi8_edge.numerics.formats import InputRotation
 from ssdi8_edge.ops.activation import ACTIVATION, ACTIVATION_FP16
-from ssdi8_edge.recipes.recipe import QuantConfig
 
 Activation = Literal["relu2", "swiglu"]
 
@@ -61,10 +57,6 @@ class Mlp(Block):
         """Columns of out_proj."""
         return self.hidden
 
-    def own_parameters(self) -> dict[str, tuple[int, ...]]:
-        """None."""
-        return {}
-
     # --- in floating point ---
 
     def float_block(self, d_model: int, norm_eps: float) -> FloatBlock:
@@ -78,10 +70,6 @@ class Mlp(Block):
         """With signs where no value is negative: docs/method.md §12.1."""
         return "signs" if self.activation == "relu2" else "blocks"
 
-    def states(self, recipe: QuantConfig) -> tuple[StateSpec, ...]:
-        """None."""
-        return ()
-
     def misfit(self) -> str | None:
         """There is no INT8 kernel of it yet."""
         return "the model has MLP blocks, for which there is no INT8 kernel yet"
@@ -89,20 +77,6 @@ class Mlp(Block):
     def check_widths(self, check: Callable[[str, int], Any]) -> None:
         """hidden."""
         check("hidden", self.hidden)
-
-    def observers(self, layer: Layer) -> Observers:
-        """What calibration collects: the inputs of the linear layers."""
-        return Observers(self.parts, self.rotation)
-
-    def own_tensors(self, layer: Layer, recipe: QuantConfig) -> Layer:
-        """None."""
-        return {}
-
-    def scales(
-        self, statistics: Mapping[str, Tensor], recipe: QuantConfig, order: Any = None
-    ) -> Layer:
-        """Of the inputs of the linear layers, where they are static."""
-        return of_linear_inputs(statistics, recipe)
 
     def inner(
         self, p: Parameters, context: Context, projected: Any, states: States

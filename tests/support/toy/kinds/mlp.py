@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,16 +14,12 @@ from ssdi8_edge.models.block import (
     Context,
     FloatBlock,
     Int8Input,
-    Layer,
     Observe,
     Parameters,
     States,
-    StateSpec,
     require_sizes,
     static,
 )
-from ssdi8_edge.models.observers import Observers, of_linear_inputs
-from ssdi8_edge.recipes.recipe import QuantConfig
 
 
 @dataclass(frozen=True)
@@ -46,28 +42,11 @@ class Mlp(Block):
     def width(self) -> int:
         return self.hidden
 
-    def own_parameters(self) -> dict[str, tuple[int, ...]]:
-        return {}
-
-    def states(self, recipe: QuantConfig) -> tuple[StateSpec, ...]:
-        return ()
-
     def check_widths(self, check: Callable[[str, int], Any]) -> None:
         check("hidden", self.hidden)
 
     def float_block(self, d_model: int, norm_eps: float) -> FloatBlock:
         return MlpFloatBlock(self, d_model, norm_eps)
-
-    def observers(self, layer: Layer) -> Observers:
-        return Observers(self.parts)
-
-    def own_tensors(self, layer: Layer, recipe: QuantConfig) -> Layer:
-        return {}
-
-    def scales(
-        self, statistics: Mapping[str, Tensor], recipe: QuantConfig, order: Any = None
-    ) -> Layer:
-        return of_linear_inputs(statistics, recipe)
 
     def inner(
         self, p: Parameters, context: Context, projected: Any, states: States

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,7 +16,6 @@ from ssdi8_edge.models.block import (
     Context,
     FloatBlock,
     Int8Input,
-    Layer,
     Observe,
     Parameters,
     States,
@@ -24,7 +23,6 @@ from ssdi8_edge.models.block import (
     require_sizes,
     static,
 )
-from ssdi8_edge.models.observers import Observers, of_linear_inputs
 from ssdi8_edge.ops.quantize import QUANTIZE
 from ssdi8_edge.recipes.recipe import QuantConfig
 
@@ -53,9 +51,6 @@ class Recall(Block):
     def with_context(self, tokens: int) -> Recall:
         return dataclasses.replace(self, context=tokens)
 
-    def own_parameters(self) -> dict[str, tuple[int, ...]]:
-        return {}
-
     def states(self, recipe: QuantConfig) -> tuple[StateSpec, ...]:
         shape = (1, self.context, self.hidden)
         return (StateSpec("value_cache", shape, "fp16", "append", ("Linear (in_proj)",)),)
@@ -65,17 +60,6 @@ class Recall(Block):
 
     def float_block(self, d_model: int, norm_eps: float) -> FloatBlock:
         return RecallFloatBlock(self, d_model, norm_eps)
-
-    def observers(self, layer: Layer) -> Observers:
-        return Observers(self.parts)
-
-    def own_tensors(self, layer: Layer, recipe: QuantConfig) -> Layer:
-        return {}
-
-    def scales(
-        self, statistics: Mapping[str, Tensor], recipe: QuantConfig, order: Any = None
-    ) -> Layer:
-        return of_linear_inputs(statistics, recipe)
 
     def inner(
         self, p: Parameters, context: Context, projected: Any, states: States

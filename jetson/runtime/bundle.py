@@ -64,12 +64,12 @@ class Interface:
     decode_suspects: tuple[str, ...]
     # Names that layers of an inference library carry, without prefixes -> part of the model, or "".
     ops: Mapping[str, str]
-    blocks: tuple[str, ...]  # their kinds, in order; () where the manifest is older
+    blocks: tuple[str, ...]  # their kinds, in order
 
     @classmethod
     def read(cls, fields: Mapping[str, Any]) -> Interface:
         """From the manifest; raises KeyError, TypeError or ValueError where it is not right."""
-        context, ops = fields.get("context"), fields["ops"]
+        context = fields["context"]
         if any(state["update"] not in UPDATES for state in fields["states"]):
             raise ValueError("a state is updated in a way that this script does not know")
         states = [
@@ -91,8 +91,8 @@ class Interface:
             states={state.name: state for state in states},
             logits_suspects=tuple(map(str, fields["logits_suspects"])),
             decode_suspects=tuple(map(str, fields["decode_suspects"])),
-            ops=ops if isinstance(ops, dict) else dict.fromkeys(map(str, ops), ""),
-            blocks=tuple(map(str, fields.get("blocks", ()))),
+            ops={str(op): str(part) for op, part in dict(fields["ops"]).items()},
+            blocks=tuple(map(str, fields["blocks"])),
         )
         sizes = (read.vocab_size, read.prompt_multiple, *(n for s in states for n in s.shape))
         if min(sizes) < 1 or len(read.states) != len(states):

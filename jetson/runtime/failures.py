@@ -155,15 +155,6 @@ def explain(
     )
 
 
-def while_importing(error: BaseException) -> bool:
-    """Whether it happened while a module was loaded."""
-    return any(
-        frame.f_code.co_name == "<module>" and frame.f_globals.get("__name__") != "__main__"
-        for each in chain(error)
-        for frame, _ in traceback.walk_tb(each.__traceback__)
-    )
-
-
 def one_line(error: BaseException) -> str:
     """The text of an exception on one line, without a full stop at its end."""
     return " ".join(str(error).split()).rstrip(".;") or "no text"

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runtime.failures import during
 from runtime.files import TOKENIZER
 from ssdi8_edge.checkpoints.config import ORIGINAL, read_config
 from ssdi8_edge.checkpoints.files import FLOAT_TYPES, WeightFile, open_weights, weight_files
@@ -283,9 +282,8 @@ class Checkpoint:
 
         Raises CheckpointError when a value is not a finite FP32 number.
         """
-        with during(f"reading the weights of {self.folder}", "end other programs"):
-            for name in track(self.names, "check the weights"):
-                self.tensor(name)
+        for name in track(self.names, "check the weights"):
+            self.tensor(name)
 
     def _require_finite(self, name: str, tensor: Tensor) -> None:
         narrow = _at_most_fp32(tensor)
@@ -339,8 +337,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
         return Checkpoint(DEMO_FOLDER)
     folder = Path(source).expanduser()
     if folder.is_dir():
-        with during(f"opening {source}", "end other programs"):
-            return Checkpoint(folder)
+        return Checkpoint(folder)
     parts = str(source).split("/")
     if folder.exists() or isinstance(source, Path) or len(parts) != 2 or not all(parts):
         raise CheckpointError(

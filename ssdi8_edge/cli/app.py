@@ -14,7 +14,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from runtime.failures import show_traceback, while_importing
+from runtime.failures import show_traceback
 from runtime.problems import PIPE_CLOSED
 from ssdi8_edge.cli.boards import deploy, doctor
 from ssdi8_edge.cli.build import build
@@ -91,8 +91,7 @@ def main() -> None:
         if hasattr(error, "format_message"):
             _end(UsageError(error.format_message().rstrip("."), "see --help."))
         show_traceback(error)
-        loading = while_importing(error)
-        _end(as_ours(error, "loading libraries" if loading else f"running {sys.argv[1]}"))
+        _end(as_ours(error, f"running {sys.argv[1]}"))
 
 
 def _end(error: Ssdi8Error | Interrupted) -> NoReturn:

@@ -30,14 +30,12 @@ def _show_bundle(found: dict[str, Any]) -> None:
     recipe, target = found["recipe"], found["target"]
     results.print(f"{found['name']}  {found['bytes'] / 1e6:.1f} MB")
     results.print(f"recipe {recipe['name']}: {recipe['about']}")
-    results.print(
-        f"embedding {recipe['embedding']}, lm_head {recipe['lm_head']}, keys and values "
-        f"{recipe['kv']}"
-    )
+    results.print(f"embedding {recipe['embedding']}, lm_head {recipe['lm_head']}")
     results.print(f"target {target['name']}: {target['about']} ({target['runtime']})")
     if found["context"] is not None:
         cache = f"{found['cache_bytes'] / 1e6:.1f} MB"
-        results.print(f"context {found['context']} tokens, which take {cache} of each sequence")
+        kept = f"keys and values in {recipe['kv']}"
+        results.print(f"context {found['context']} tokens, which take {cache} a sequence, {kept}")
     kinds = Counter(found["blocks"])
     if len(kinds) > 1:
         results.print(f"blocks {', '.join(f'{n} {kind}' for kind, n in kinds.items())}")

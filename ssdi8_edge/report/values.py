@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ssdi8_edge.boards.points.records import Module, Point, Profile, Timing
+from ssdi8_edge.boards.points.records import Point, Profile, Timing
 
 MS, MB = 1e-3, 1e6
 SSD = "SSD"  # the part of a model that the paper's table is about
-# Its modules, and the fused op that stands for all of them, where a profile tells no parts.
-SSD_MODULES = ("ChunkCumsum", "ChunkState", "StatePassing", "ChunkScan", "SsdScan")
 PREFILL = "prefill"
 OTHER = "other"  # layers that a profile can give to no module
 MOST_UNKNOWN = 0.1
@@ -65,12 +63,8 @@ def ssd_seconds(profile: Profile) -> float | None:
     None where a good part of the time belongs to no module, and perhaps to the SSD.
     """
     modules = [m for phase in profile.phases if phase.phase == PREFILL for m in phase.modules]
-    times = [m.seconds for m in modules if _is_ssd(m)]
+    times = [m.seconds for m in modules if m.part == SSD]
     unknown = sum(m.seconds for m in modules if m.module == OTHER)
     if not times or unknown > MOST_UNKNOWN * sum(m.seconds for m in modules):
         return None
     return sum(times)
-
-
-def _is_ssd(module: Module) -> bool:
-    return module.module in SSD_MODULES if module.part is None else module.part == SSD

@@ -133,6 +133,9 @@ def simulated(method: str, length: int, **changes: Any) -> dict[str, Any]:
     return found
 
 
+PARTS = {"ChunkScan": "SSD", "StatePassing": "SSD"}
+
+
 def profile(method: str = "edge-w8a8", length: int = 512, speed: float = 1.0) -> dict[str, Any]:
     found = point(method, length)
     for key in ("timing", "settings", "power", "power_missing"):
@@ -143,11 +146,17 @@ def profile(method: str = "edge-w8a8", length: int = 512, speed: float = 1.0) ->
             "phase": phase,
             "tokens": tokens,
             "modules": [
-                {"module": name, "layers": 2, "seconds": time / part / speed}
+                {
+                    "module": name,
+                    "part": PARTS.get(name, ""),
+                    "layers": 2,
+                    "seconds": time / fraction / speed,
+                }
                 for name, time in times.items()
             ],
+            "kinds": [],
         }
-        for phase, tokens, part in (("prefill", length, 1), ("decode", 1, 100))
+        for phase, tokens, fraction in (("prefill", length, 1), ("decode", 1, 100))
     ]
     return {**found, "kind": "profile", "phases": phases}
 
@@ -644,7 +653,7 @@ def test_a_profile_that_cannot_name_its_layers_gives_no_ssd_time() -> None:
     """Time that belongs to no module may be the SSD's: a part of it would look like speed."""
     record = profile()
     assert ssd_seconds(Profile.model_validate(record)) == pytest.approx(0.006)
-    other = {"module": "other", "layers": 5, "seconds": 0.001}
+    other = {"module": "other", "part": "", "layers": 5, "seconds": 0.001}
     record["phases"][0]["modules"].append(other)
     assert ssd_seconds(Profile.model_validate(record)) == pytest.approx(0.006)
     other["seconds"] = 0.1

@@ -165,7 +165,9 @@ def interface(state_dtype: str) -> dict[str, Any]:
         ],
         "logits_suspects": ["layers.1/ChunkScan", "head/Linear (lm_head)"],
         "decode_suspects": ["the decode step of any layer"],
-        "ops": ["SsdScan", "CausalConv1d", "Linear", "Embedding"],
+        "ops": {"SsdScan": "SSD", "CausalConv1d": "", "Linear": "", "Embedding": ""},
+        "context": None,
+        "blocks": ["mamba2"] * LAYERS,
     }
 
 

@@ -248,11 +248,11 @@ class Module(_Record):
     """All layers of one module of the network together: mean time per run.
 
     Attributes:
-        part: of the model, which it belongs to, or ""; None where an older runtime did not tell.
+        part: of the model, which it belongs to, or "".
     """
 
     module: Text
-    part: Text | None = None
+    part: Text
     layers: Count
     seconds: Seconds
 
@@ -274,7 +274,7 @@ class Phase(_Record):
     phase: Literal["prefill", "decode"]
     tokens: Count
     modules: Annotated[list[Module], Field(min_length=1)]
-    kinds: list[Kind] = []
+    kinds: list[Kind]
 
 
 class LayerProfile(_Record):

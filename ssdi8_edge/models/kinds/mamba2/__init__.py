@@ -186,7 +186,7 @@ class Mamba2(Block):
     def misfit(self) -> str | None:
         """The first size that has no INT8 kernel, and those that have; None: all have."""
         if self.gate_norm != "grouped":
-            return "the model's gate is not followed by a norm, which no INT8 kernel does without"
+            return "the model's gate has no norm behind it, for which there is no INT8 kernel yet"
         names = ("headdim", "d_state", "chunk_size", "d_conv", "ngroups")
         sizes = {name: getattr(self, name) for name in names}
         return size_misfit(sizes) or rotated_width_misfit("d_inner", self.d_inner)

@@ -163,7 +163,7 @@ def test_build_with_tables_of_another_kind(scene: Scene, tmp_path: Path) -> None
     recipe = data("inspect", out)["recipe"]
     assert (recipe["lm_head"], recipe["embedding"], recipe["kv"]) == ("w4", "int8_row", "fp16")
     shown = ssdi8("inspect", out).stdout
-    assert "embedding int8_row, lm_head w4, keys and values fp16" in shown
+    assert "embedding int8_row, lm_head w4" in shown
     refused = scene.build("--out", out, "--lm-head", "w5")
     assert refused.returncode == 2 and "lm_head is 'w5'" in refused.stderr
 

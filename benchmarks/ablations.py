@@ -84,7 +84,10 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--limit", type=int, help="first so many windows of the text")
-    parser.add_argument("--only", default="", help="rows whose name holds this")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="rows whose name holds one of these"
+    )
+    parser.add_argument("--samples", type=int, help="calibration windows, of all rows alike")
     parser.add_argument("--long-context", action="store_true")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
@@ -93,10 +96,12 @@ def main() -> None:
 
     keep_freed_memory()
     method = METHODS[args.method]
+    if args.samples:
+        method = replace(method, calibration_samples=args.samples)
     recipes = [method] + [
         replace(method, name=f"{method.name}, {name}", **fields)
         for name, fields in DEPARTURES[args.method].items()
-        if args.only in name and replace(method, **fields) != method
+        if any(part in name for part in args.only) and replace(method, **fields) != method
     ]
     measures = plan([], [args.text], None, args.limit, args.long_context)
     say = Console(stderr=True).print

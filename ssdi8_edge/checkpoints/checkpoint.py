@@ -25,11 +25,12 @@ from ssdi8_edge.checkpoints.hub import fetch_checkpoint
 from ssdi8_edge.checkpoints.layout import (
     EMBEDDING,
     HEAD,
+    NORM_F,
     Layout,
     Piece,
     Shape,
-    Source,
     expected_shapes,
+    whole,
 )
 from ssdi8_edge.checkpoints.layouts import layouts
 from ssdi8_edge.ground.errors import CheckpointError
@@ -193,12 +194,23 @@ class Checkpoint:
                     f"config.json ties {HEAD} to the embedding, but {self.folder} stores another "
                     "one: the stored one is used."
                 )
-        sources = self._sources
-        if self.description.tie_embeddings and sources[EMBEDDING].scaled != sources[HEAD].scaled:
-            # Stored as one, but a factor makes them two.
-            (piece,) = sources[HEAD].pieces
-            sources[HEAD] = Source((dataclasses.replace(piece, stored=stored_embedding),))
-            self._tie(False)
+        if self.description.tie_embeddings:
+            self._take_back_factor()
+
+    def _take_back_factor(self) -> None:
+        """Divide the norm before a tied head by what the embedding is multiplied by.
+
+        So the table stays one: the head reads it with the factor of the embedding.
+        """
+        (table,), (norm,) = (self._sources[name].pieces for name in (EMBEDDING, NORM_F))
+        if not table.factors:
+            return
+        (factor,) = table.factors
+        if factor == 0:
+            raise CheckpointError(
+                "config.json multiplies the embedding, which is the head as well, by 0.", AGAIN
+            )
+        self._sources[NORM_F] = whole(norm.stored, math.prod(norm.factors) / factor)
 
     def _is_base(self) -> bool:
         """Whether no stored name has the prefix that a whole model gives."""

@@ -16,6 +16,9 @@ ACTIVATION_KEYS = ("activation", "hidden_act", "mamba_hidden_act")
 ACTIVATION_ALIASES = {"swish": "silu"}
 # Where quantizers describe what they did to a checkpoint: transformers, compressed-tensors, MLX.
 QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
+# Far beyond any model; a number above them would take all memory before a tensor is missed.
+LARGEST_SIZE = 1 << 24
+MOST_LAYERS = 1 << 12
 ORIGINAL = "give the floating-point checkpoint that it was made from (BF16, FP16 or FP32)."
 
 
@@ -33,14 +36,23 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def size(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+def size(
+    config: Mapping[str, Any], key: str, default: int | None = None, most: int = LARGEST_SIZE
+) -> int:
     """A positive whole number."""
     value = config.get(key, default)
     if value is None:
         raise CheckpointError(f"config.json lacks {key}.")
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise CheckpointError(f"config.json sets {key} = {value!r}; expected a positive integer.")
+    if value > most:
+        raise CheckpointError(f"config.json sets {key} = {value}; no model has more than {most}.")
     return value
+
+
+def layers(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """How many layers there are."""
+    return size(config, key, default, MOST_LAYERS)
 
 
 def require(config: Mapping[str, Any], fixed: Mapping[str, Any], prefix: str = "") -> None:

@@ -14,6 +14,7 @@ from ssdi8_edge.models.description import Description
 EMBEDDING = "embedding.weight"
 NORM_F = "norm_f.weight"
 HEAD = "lm_head.weight"
+CONV_BIAS = "conv1d.bias"
 
 Shape = tuple[int, ...]
 
@@ -117,9 +118,18 @@ class Layout:
 
 def renamed(
     stored_name: Callable[[str], str],
+    has_conv_bias: Callable[[Mapping[str, Any]], bool] = lambda config: True,
 ) -> Callable[[Mapping[str, Any], Description], Sources]:
     """The `sources` of a layout that joins nothing; `stored_name` gives its name for ours."""
-    return lambda config, model: {name: whole(stored_name(name)) for name in expected_shapes(model)}
+
+    def sources(config: Mapping[str, Any], model: Description) -> Sources:
+        absent = () if has_conv_bias(config) else (CONV_BIAS,)
+        return {
+            name: whole("" if name.endswith(absent) else stored_name(name))
+            for name in expected_shapes(model)
+        }
+
+    return sources
 
 
 def expected_shapes(model: Description) -> dict[str, Shape]:

@@ -286,8 +286,10 @@ def test_shipped_demo_opens_and_predicts() -> None:
         ({"d_intermediate": 128}, "sets d_intermediate = 128; only 0"),
         ({"attn_layer_idx": [1]}, r"sets attn_layer_idx = \[1\]"),
         ({"rms_norm": False}, "sets rms_norm = false"),
-        ({"ssm_cfg": {"bias": True}}, r"sets ssm_cfg\.bias = true"),
-        ({"ssm_cfg": {"conv_bias": False}}, r"sets ssm_cfg\.conv_bias = false"),
+        ({"n_layer": 1e30}, "sets n_layer = 1000000000000000[0-9]*; no model has more than 4096"),
+        ({"d_model": 1 << 25}, "sets d_model = 33554432; no model has more than"),
+        ({"ssm_cfg": {"conv_bias": False}}, r"unexpected tensor .*conv1d\.bias"),
+        ({"ssm_cfg": {"bias": True}}, r"lacks the tensor .*in_proj\.bias"),
         ({"ssm_cfg": {"rmsnorm": False}}, r"sets ssm_cfg\.rmsnorm = false"),
         ({"ssm_cfg": {"norm_before_gate": True}}, r"sets ssm_cfg\.norm_before_gate = true"),
         ({"ssm_cfg": {"D_has_hdim": True}}, r"sets ssm_cfg\.D_has_hdim = true"),
@@ -324,8 +326,8 @@ def test_mamba_1_is_named(tiny_checkpoint: MakeCheckpoint) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_bias": True}, "sets use_bias = true"),
-        ({"use_conv_bias": False}, "sets use_conv_bias = false"),
+        ({"use_bias": True}, r"lacks the tensor .*in_proj\.bias"),
+        ({"use_conv_bias": False}, r"unexpected tensor .*conv1d\.bias"),
         ({"hidden_act": "gelu"}, 'sets hidden_act = "gelu"'),
         ({"model_type": "llama"}, 'sets model_type = "llama"; only mamba2, nemotron_h, gran'),
         ({"num_heads": 4}, r"in_proj\.weight has shape \(296, 64\) where config\.json implies"),

@@ -23,6 +23,7 @@ from typing import Any
 from ssdi8_edge.checkpoints.config import (
     dt_limit,
     flag,
+    layers,
     norm_eps,
     number,
     numbers,
@@ -95,7 +96,7 @@ def describe(config: Mapping[str, Any]) -> Description:
     return Description(
         d_model=d_model,
         vocab_size=size(config, "vocab_size", 128000),
-        blocks=(parallel, mlp) * size(config, "num_hidden_layers", 32),
+        blocks=(parallel, mlp) * layers(config, "num_hidden_layers", 32),
         norm_eps=eps,
         tie_embeddings=flag(config, "tie_word_embeddings", False),
     )

@@ -20,6 +20,7 @@ from typing import Any
 from ssdi8_edge.checkpoints.config import (
     dt_limit,
     flag,
+    layers,
     norm_eps,
     number,
     require,
@@ -116,11 +117,11 @@ def _require_dense(config: Mapping[str, Any]) -> None:
 def _types(config: Mapping[str, Any]) -> list[str]:
     """Of each layer; all are Mamba-2 where config.json does not say."""
     found = words(config, "layer_types", BLOCKS)
-    layers = size(config, "num_hidden_layers", 32 if found is None else len(found))
-    types = ["mamba"] * layers if found is None else found
-    if len(types) != layers:
+    count = layers(config, "num_hidden_layers", 32 if found is None else len(found))
+    types = ["mamba"] * count if found is None else found
+    if len(types) != count:
         raise CheckpointError(
-            f"config.json sets num_hidden_layers = {layers}, but layer_types has {len(types)}."
+            f"config.json sets num_hidden_layers = {count}, but layer_types has {len(types)}."
         )
     if "mamba" not in types:
         raise CheckpointError(

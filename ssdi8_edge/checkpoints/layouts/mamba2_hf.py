@@ -10,16 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ssdi8_edge.checkpoints.config import dt_limit, flag, norm_eps, require, size
+from ssdi8_edge.checkpoints.config import dt_limit, flag, layers, norm_eps, require, size
 from ssdi8_edge.checkpoints.layout import Layout, renamed
 from ssdi8_edge.checkpoints.layouts.state_spaces import canonical_name, mamba2_model, stored_name
 from ssdi8_edge.models.description import Description
 
-FIXED = {
-    "use_bias": False,
-    "use_conv_bias": True,
-    "hidden_act": "silu",
-}
+FIXED = {"hidden_act": "silu"}
 
 
 def recognises(config: Mapping[str, Any]) -> bool:
@@ -35,7 +31,7 @@ def describe(config: Mapping[str, Any]) -> Description:
     heads, headdim = size(config, "num_heads", 128), size(config, "head_dim", 64)
     return mamba2_model(
         d_model=size(config, "hidden_size"),
-        n_layer=size(config, "num_hidden_layers", 64),
+        n_layer=layers(config, "num_hidden_layers", 64),
         vocab_size=size(config, "vocab_size", 32768),
         d_inner=heads * headdim,
         sizes={
@@ -48,7 +44,14 @@ def describe(config: Mapping[str, Any]) -> Description:
         dt_limit=dt_limit(config.get("time_step_limit"), "time_step_limit"),
         norm_eps=norm_eps(config, "layer_norm_epsilon"),
         tie_embeddings=flag(config, "tie_word_embeddings", False),
+        bias=flag(config, "use_bias", False),
     )
 
 
-MAMBA2_HF = Layout("Hugging Face", recognises, describe, renamed(stored_name), canonical_name)
+MAMBA2_HF = Layout(
+    "Hugging Face",
+    recognises,
+    describe,
+    renamed(stored_name, lambda config: flag(config, "use_conv_bias", True)),
+    canonical_name,
+)

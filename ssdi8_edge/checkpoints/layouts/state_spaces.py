@@ -10,23 +10,23 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ssdi8_edge.checkpoints.config import dt_limit, flag, require, size
-from ssdi8_edge.checkpoints.layout import EMBEDDING, HEAD, Layout, renamed, unwrapped
+from ssdi8_edge.checkpoints.config import dt_limit, flag, layers, require, size
+from ssdi8_edge.checkpoints.layout import CONV_BIAS, EMBEDDING, HEAD, Layout, renamed, unwrapped
 from ssdi8_edge.ground.errors import CheckpointError
+from ssdi8_edge.models.block import IN_BIAS, IN_PROJ, OUT_BIAS, OUT_PROJ
 from ssdi8_edge.models.description import Description
 from ssdi8_edge.models.kinds.mamba2 import Mamba2
 
 STATE_SPACES_FIXED = {"d_intermediate": 0, "attn_layer_idx": [], "rms_norm": True}
 SSM_CFG_FIXED = {
     "layer": "Mamba2",
-    "bias": False,
-    "conv_bias": True,
     "rmsnorm": True,
     "norm_before_gate": False,
     "D_has_hdim": False,
     "activation": "silu",
     "d_ssm": None,
 }
+SSM_CFG_FLAGS = {"bias": False, "conv_bias": True}
 SSM_CFG_SIZES = {
     "d_state": 128,
     "d_conv": 4,
@@ -49,7 +49,7 @@ def describe(config: Mapping[str, Any]) -> Description:
     if not isinstance(ssm, dict) or "layer" not in ssm:
         raise CheckpointError('config.json lacks ssm_cfg.layer = "Mamba2": a Mamba-1 model.')
     require(ssm, SSM_CFG_FIXED, "ssm_cfg.")
-    known = {*SSM_CFG_FIXED, *SSM_CFG_SIZES, *SSM_CFG_IRRELEVANT}
+    known = {*SSM_CFG_FIXED, *SSM_CFG_FLAGS, *SSM_CFG_SIZES, *SSM_CFG_IRRELEVANT}
     for key in ssm:
         if key not in known:
             raise CheckpointError(f"config.json sets ssm_cfg.{key}, which is not supported.")
@@ -58,14 +58,19 @@ def describe(config: Mapping[str, Any]) -> Description:
     d_model = size(config, "d_model")
     return mamba2_model(
         d_model=d_model,
-        n_layer=size(config, "n_layer"),
+        n_layer=layers(config, "n_layer"),
         vocab_size=math.ceil(size(config, "vocab_size") / multiple) * multiple,
         d_inner=sizes.pop("expand") * d_model,
         sizes=sizes,
         dt_limit=dt_limit(ssm.get("dt_limit"), "ssm_cfg.dt_limit"),
         norm_eps=1e-5,
         tie_embeddings=flag(config, "tie_embeddings", True),
+        bias=_ssm_flag(config, "bias"),
     )
+
+
+def _ssm_flag(config: Mapping[str, Any], key: str) -> bool:
+    return flag(config["ssm_cfg"], key, SSM_CFG_FLAGS[key])
 
 
 def mamba2_model(
@@ -78,8 +83,11 @@ def mamba2_model(
     dt_limit: tuple[float, float],
     norm_eps: float,
     tie_embeddings: bool,
+    bias: bool,
 ) -> Description:
     """A model of equal Mamba-2 blocks, of `sizes` d_state, d_conv, headdim, ngroups, chunk_size.
+
+    `bias`: both linear layers of a block have one.
 
     Raises:
         CheckpointError: heads and groups do not divide d_inner.
@@ -99,6 +107,8 @@ def mamba2_model(
         chunk_size=sizes["chunk_size"],
         dt_limit=dt_limit,
         norm_eps=norm_eps,
+        in_bias=bias,
+        out_bias=bias,
     )
     return Description(
         d_model=d_model,
@@ -110,9 +120,9 @@ def mamba2_model(
 
 
 # Local names of ours that differ from the stored ones.
-_MIXER = ("in_proj.weight", "conv1d.weight", "conv1d.bias", "dt_bias", "A_log", "D")
+_MIXER = (IN_PROJ, IN_BIAS, "conv1d.weight", CONV_BIAS, "dt_bias", "A_log", "D", OUT_PROJ, OUT_BIAS)
 _STORED = {
-    **{name: f"mixer.{name}" for name in (*_MIXER, "out_proj.weight")},
+    **{name: f"mixer.{name}" for name in _MIXER},
     "gate_norm.weight": "mixer.norm.weight",
 }
 
@@ -142,6 +152,6 @@ STATE_SPACES = Layout(
     "state-spaces",
     lambda config: "d_model" in config,
     describe,
-    renamed(stored_name),
+    renamed(stored_name, lambda config: _ssm_flag(config, "conv_bias")),
     canonical_name,
 )

@@ -101,11 +101,14 @@ def module_times(layers: Sequence[LayerTime], parts: Mapping[str, str]) -> list[
 
 
 def kind_times(layers: Sequence[LayerTime], kinds: Sequence[str]) -> list[KindTime]:
-    """Longest first; `kinds`: of the blocks. Empty where no name tells a block."""
-    if all(layer.model_layer is None for layer in layers):
-        return []
+    """Longest first; `kinds`: of the blocks.
+
+    Empty where the names tell the block of less than half of the time: what is left says nothing.
+    """
     times = _added_up((_kind(layer, kinds), layer.seconds) for layer in layers)
-    return [KindTime(kind, *row) for kind, row in times.items()]
+    found = [KindTime(kind, *row) for kind, row in times.items()]
+    told = sum(kind.share for kind in found if kind.kind != OTHER)
+    return found if told > 0.5 else []
 
 
 def _part(module: str, parts: Mapping[str, str]) -> str:

@@ -252,9 +252,17 @@ def _model_of(folder: Path) -> str | None:
 
 
 def _read(file: Path, model: str | None, named: bool) -> list[Point | Profile | Evaluation] | None:
-    """What a file holds; None if it is something else."""
-    if file.suffix == ".jsonl":
-        return list(read_points(file)) if named or _begins_with_point(file) else None
+    """What a file holds, whatever its name; None if it is something else."""
+    if _begins_with_point(file):
+        return list(read_points(file))
+    found = _read_whole(file, model)
+    if found is None and named and file.suffix == ".jsonl":
+        return list(read_points(file))  # which says what is wrong
+    return found
+
+
+def _read_whole(file: Path, model: str | None) -> list[Point | Profile | Evaluation] | None:
+    """A profile or an evaluation."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -12,13 +12,27 @@ from rich.table import Column, Table
 
 from ssdi8_edge.boards.link.connection import DEFAULT_STORE
 from ssdi8_edge.boards.link.hosts import THIS_MACHINE, connect
+from ssdi8_edge.cli.fleet import (
+    AT_ONCE,
+    AtOnceOption,
+    FleetOption,
+    Lines,
+    TagOption,
+    fleet_of,
+    on_each,
+    require_all,
+)
 from ssdi8_edge.cli.options import JsonOption
-from ssdi8_edge.ground.console import human, results
+from ssdi8_edge.ground.board_runtime import bundle_folder, open_checked_bundle
+from ssdi8_edge.ground.console import human, results, table
 from ssdi8_edge.ground.errors import UsageError
 from ssdi8_edge.ground.json_text import to_json
 
 if TYPE_CHECKING:
-    from ssdi8_edge.boards.link.connection import Connection
+    from ssdi8_edge.boards.facts.board_facts import BoardFacts
+    from ssdi8_edge.boards.fleet.boards_file import FleetBoard
+    from ssdi8_edge.boards.fleet.side_by_side import Outcome
+    from ssdi8_edge.boards.link.connection import Connection, Say
     from ssdi8_edge.boards.store.deploy import Deployed
     from ssdi8_edge.boards.store.upload import OnBytes
 
@@ -37,7 +51,15 @@ PythonOption = Annotated[
 
 
 def doctor(
-    host: HostOption = THIS_MACHINE,
+    host: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="user@board[:port], an alias of ~/.ssh/config, or this-machine, the default."
+        ),
+    ] = None,
+    fleet: FleetOption = None,
+    tag: TagOption = None,
+    at_once: AtOnceOption = AT_ONCE,
     print_profile: Annotated[
         bool, typer.Option("--print-profile", help="Print a target file that fits the board.")
     ] = False,
@@ -50,17 +72,64 @@ def doctor(
     from ssdi8_edge.boards.facts.board_facts import read_facts
     from ssdi8_edge.boards.facts.doctor import examine, profile_toml, report
 
-    with connect(
-        host, accept_new_host_key=accept_new_host_key, store=store, python=python
-    ) as connection:
-        facts = read_facts(connection)
-        found = report(host, facts, examine(facts, connection))
+    def examined(name: str) -> tuple[BoardFacts, dict[str, Any]]:
+        with connect(
+            name, accept_new_host_key=accept_new_host_key, store=store, python=python
+        ) as connection:
+            facts = read_facts(connection)
+            return facts, report(name, facts, examine(facts, connection))
+
+    boards = fleet_of(fleet, tag, host)
+    if boards is not None:
+        if print_profile:
+            raise UsageError("--print-profile is of one board;", "name it by --host.")
+        _doctor_fleet(boards, lambda name: examined(name)[1], at_once, as_json)
+        return
+    facts, found = examined(host or THIS_MACHINE)
     if print_profile:
         print(profile_toml(facts), end="")
     elif as_json:
         print(to_json(found))
     else:
         _show(found)
+
+
+def _doctor_fleet(
+    boards: Sequence[FleetBoard],
+    examined: Callable[[str], dict[str, Any]],
+    at_once: int,
+    as_json: bool,
+) -> None:
+    def work(board: FleetBoard, lines: Lines) -> dict[str, Any]:
+        lines.running(board.host, "is examined")
+        found = examined(board.host)
+        runs = [name for name, can in found["runs"].items() if can]
+        lines.say(board.host, f"runs {', '.join(runs) or 'nothing yet'}")
+        return found
+
+    outcome = on_each(boards, work, at_once, "examining")
+    if as_json:
+        print(to_json(_fleet_result(outcome)))
+    else:
+        shown = table("board", "is", "power mode", "memory free, MB", "cannot run yet", "to do")
+        for host, found in outcome.results.items():
+            lacks = [name for name, can in found["runs"].items() if not can]
+            free, mode = found["memory_free_mb"], found["power_mode"]
+            shown.add_row(
+                host + (" (simulated)" if found["simulated"] else ""),
+                found["model"] or found["cpu"] or "unknown machine",
+                mode or "unknown",
+                "unknown" if free is None else f"{free:.0f}",
+                ", ".join(lacks) or "–",
+                "; ".join(finding["remedy"] for finding in found["findings"]) or "–",
+            )
+        results.print(shown)
+    require_all(outcome.errors, len(boards))
+
+
+def _fleet_result(outcome: Outcome[dict[str, Any]]) -> dict[str, Any]:
+    errors = {host: str(error) for host, error in outcome.errors.items()}
+    return {"boards": outcome.results, "errors": errors}
 
 
 def _show(found: dict[str, Any]) -> None:
@@ -109,13 +178,17 @@ def _rows(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def deploy(
-    host: Annotated[
-        str, typer.Option(help="user@board[:port], an alias of ~/.ssh/config, or this-machine.")
-    ],
     bundle: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Argument(help="Bundle or run folder; none with --prune alone."),
     ] = None,
+    host: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="user@board[:port], an alias of ~/.ssh/config, or this-machine."),
+    ] = None,
+    fleet: FleetOption = None,
+    tag: TagOption = None,
+    at_once: AtOnceOption = AT_ONCE,
     prune: Annotated[
         bool, typer.Option("--prune", help="Then remove every other bundle from the board.")
     ] = False,
@@ -128,23 +201,75 @@ def deploy(
     """Bring a bundle to a board, build its engine there if it needs one, and verify it there."""
     if bundle is None and not prune:
         raise UsageError("there is nothing to deploy;", "name a bundle or run folder.")
-    result: dict[str, Any] = {}
-    with connect(
-        host, accept_new_host_key=accept_new_host_key, store=store, python=python
-    ) as connection:
-        if bundle is not None:
-            # A board that was reached is waited for when it goes away; a wrong address is not.
-            connection.run(["true"])
-            result = _bring(connection, bundle, verify).to_dict()
-        if prune:
-            from ssdi8_edge.boards.store.upload import prune as remove
+    boards = fleet_of(fleet, tag, host)
+    if boards is None and host is None:
+        raise UsageError(
+            "there is no board to deploy to;", "name one by --host, or many by --fleet."
+        )
 
-            kept = [Path(result["folder"]).name] if result else []
-            removed, freed = remove(connection, kept)
-            _say(f"removed {len(removed)} bundles from {host}, {freed / 1e6:.1f} MB")
-            result |= {"removed": removed, "freed_bytes": freed}
+    def brought(name: str, say: Say, on_bytes: OnBytes) -> dict[str, Any]:
+        with connect(
+            name, accept_new_host_key=accept_new_host_key, store=store, python=python
+        ) as connection:
+            return _deploy(connection, bundle, prune, verify, say, on_bytes)
+
+    if boards is not None:
+        _deploy_fleet(boards, bundle, brought, at_once, as_json)
+        return
+    assert host is not None
+    with _transfer_bar() as on_bytes:
+        result = brought(host, _say, on_bytes)
     if as_json:
         print(to_json(result))
+
+
+def _deploy(
+    connection: Connection,
+    bundle: Path | None,
+    prune: bool,
+    verify: bool,
+    say: Say,
+    on_bytes: OnBytes,
+) -> dict[str, Any]:
+    """What --json prints of one board."""
+    result: dict[str, Any] = {}
+    if bundle is not None:
+        # A board that was reached is waited for when it goes away; a wrong address is not.
+        connection.run(["true"])
+        result = _bring(connection, bundle, verify, say, on_bytes).to_dict()
+    if prune:
+        from ssdi8_edge.boards.store.upload import prune as remove
+
+        kept = [Path(result["folder"]).name] if result else []
+        removed, freed = remove(connection, kept)
+        say(f"removed {len(removed)} bundles from {connection.name}, {freed / 1e6:.1f} MB")
+        result |= {"removed": removed, "freed_bytes": freed}
+    return result
+
+
+def _deploy_fleet(
+    boards: Sequence[FleetBoard],
+    bundle: Path | None,
+    brought: Callable[[str, Say, OnBytes], dict[str, Any]],
+    at_once: int,
+    as_json: bool,
+) -> None:
+    target = None
+    if bundle is not None:
+        target = open_checked_bundle(bundle_folder(bundle)).manifest["target"]["name"]
+
+    def work(board: FleetBoard, lines: Lines) -> dict[str, Any]:
+        def sent(done: int, total: int) -> None:
+            lines.running(board.host, f"{done / 1e6:.0f} of {total / 1e6:.0f} MB sent")
+
+        if target is not None and board.target not in (None, target):
+            raise board.misfit(target)
+        return brought(board.host, lambda sentence: lines.say(board.host, sentence), sent)
+
+    outcome = on_each(boards, work, at_once, "deploying")
+    if as_json:
+        print(to_json(_fleet_result(outcome)))
+    require_all(outcome.errors, len(boards))
 
 
 def check_reachable(host: str, until: str) -> None:
@@ -165,23 +290,24 @@ def check_reachable(host: str, until: str) -> None:
 
 def deploy_bundle(host: str, bundle: Path) -> Deployed:
     """Deploy a bundle that was just built, with all that is said on the way."""
-    with connect(host) as connection:
-        return _bring(connection, bundle, verify=True)
+    with connect(host) as connection, _transfer_bar() as on_bytes:
+        return _bring(connection, bundle, True, _say, on_bytes)
 
 
-def _bring(connection: Connection, bundle: Path, verify: bool) -> Deployed:
+def _bring(
+    connection: Connection, bundle: Path, verify: bool, say: Say, on_bytes: OnBytes
+) -> Deployed:
     from ssdi8_edge.boards.store.deploy import deploy as bring
 
-    with _transfer_bar() as on_bytes:
-        deployed = bring(
-            connection,
-            bundle,
-            say=_say,
-            on_line=lambda line: human.print(f"  {line}"),
-            on_bytes=on_bytes,
-            verify=verify,
-        )
-    _say(f"it lies in {deployed.folder} on {connection.name} and runs there by {deployed.python}")
+    deployed = bring(
+        connection,
+        bundle,
+        say=say,
+        on_line=lambda line: say(f"  {line}"),
+        on_bytes=on_bytes,
+        verify=verify,
+    )
+    say(f"it lies in {deployed.folder} on {connection.name} and runs there by {deployed.python}")
     return deployed
 
 

@@ -7,9 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from ssdi8_edge.boards.fleet.boards_file import FleetBoard
 from ssdi8_edge.boards.link.connection import DEFAULT_STORE
 from ssdi8_edge.boards.link.hosts import THIS_MACHINE, connect
 from ssdi8_edge.cli.boards import AcceptOption, PythonOption, StoreOption
+from ssdi8_edge.cli.fleet import (
+    AT_ONCE,
+    AtOnceOption,
+    FleetOption,
+    TagOption,
+    fleet_of,
+)
 from ssdi8_edge.cli.options import JsonOption
 from ssdi8_edge.ground.console import human, results, table
 from ssdi8_edge.ground.errors import Ssdi8Error, UsageError
@@ -35,6 +43,9 @@ def sweep(
             "Default: this machine."
         ),
     ] = None,
+    fleet: FleetOption = None,
+    tag: TagOption = None,
+    at_once: AtOnceOption = AT_ONCE,
     seq_lens: Annotated[str, typer.Option(help="Prompt lengths, comma-separated.")] = LENGTHS,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 64,
     repeat: Annotated[int, typer.Option(min=1, help="Timed runs of each point.")] = 5,
@@ -75,6 +86,9 @@ def sweep(
     modes = [name.strip() for name in power_modes.split(",") if name.strip()]
     if not modes:
         raise UsageError("--power-modes names none;", "write current, or names of modes.")
+    boards = fleet_of(fleet, tag, host)
+    if boards is None:
+        boards = [FleetBoard(host=name) for name in dict.fromkeys(host or [THIS_MACHINE])]
     from ssdi8_edge.boards.points.points import open_points
     from ssdi8_edge.boards.points.records import Settings
     from ssdi8_edge.boards.sweep.board_sweep import SweepRequest
@@ -91,15 +105,24 @@ def sweep(
         pin_clocks=pin_clocks,
         power_seconds=power_seconds,
     )
-    request = SweepRequest(
-        list(found.values()), lengths, modes, settings, allow_reboot, allow_unrestored
-    )
-    connections = [
-        connect(name, accept_new_host_key=accept_new_host_key, store=store, python=python)
-        for name in dict.fromkeys(host or [THIS_MACHINE])
-    ]
+    asked, unfit = [], {}
+    for board in boards:
+        fitting = [s for s in found.values() if board.target in (None, s.bundle.target)]
+        if not fitting:
+            unfit[board.host] = board.misfit(next(iter(found.values())).bundle.target)
+            continue
+        connection = connect(
+            board.host, accept_new_host_key=accept_new_host_key, store=store, python=python
+        )
+        asked.append(
+            (
+                connection,
+                SweepRequest(fitting, lengths, modes, settings, allow_reboot, allow_unrestored),
+            )
+        )
     with open_points(out, settings) as file, Display(human) as display:
-        outcome = measure(request, connections, file, _install, display)
+        outcome = measure(asked, file, _install, display, at_once if fleet else None)
+    outcome.errors |= unfit
     _summarize(outcome, out, as_json)
 
 

@@ -133,7 +133,8 @@ def run_sweep(
 ) -> Outcome:
     request = SweepRequest(sources, lengths, modes, settings, allow_reboot, allow_unrestored)
     with open_points(out, settings) as file:
-        return sweep(request, connections, file, lies_there, watcher or Record())
+        asked = [(connection, request) for connection in connections]
+        return sweep(asked, file, lies_there, watcher or Record())
 
 
 class NamedBoard(LocalConnection):

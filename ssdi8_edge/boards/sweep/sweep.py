@@ -34,25 +34,33 @@ class Outcome:
 
 
 def sweep(
-    request: SweepRequest,
-    connections: Sequence[Connection],
+    asked: Sequence[tuple[Connection, SweepRequest]],
     file: PointFile,
     deploy: Deploy,
     watcher: Watcher,
+    at_once: int | None = None,
 ) -> Outcome:
     """Measure what the file does not have yet.
 
     Args:
-        connections: one per board, with distinct names.
+        asked: what to measure on each board; their names are distinct.
         deploy: brings a bundle to a board.
+        at_once: the most boards that measure at the same time; None: all.
 
     Raises:
         Interrupted: Ctrl-C; every board that answers was put back first.
     """
     stop = threading.Event()
-    boards = [BoardSweep(each, request, file, deploy, watcher, stop) for each in connections]
+    boards = [BoardSweep(*each, file, deploy, watcher, stop) for each in asked]
+    places = threading.Semaphore(at_once or len(boards))
+
+    def run(board: BoardSweep) -> None:
+        with places:
+            if not stop.is_set():
+                board.run()
+
     for board in boards:
-        threading.Thread(target=board.run, daemon=True).start()
+        threading.Thread(target=run, args=(board,), daemon=True).start()
     try:
         _wait(boards)
     except (Interrupted, KeyboardInterrupt):

@@ -37,7 +37,10 @@ if TYPE_CHECKING:
     from ssdi8_edge.boards.store.upload import OnBytes
 
 HostOption = Annotated[
-    str, typer.Option(help="user@board[:port], an alias of ~/.ssh/config, or this-machine.")
+    Optional[str],  # noqa: UP045  (typer reads this at run time, also on Python 3.10)
+    typer.Option(
+        help="user@board[:port], an alias of ~/.ssh/config, or this-machine.",
+    ),
 ]
 AcceptOption = Annotated[
     bool,
@@ -45,18 +48,13 @@ AcceptOption = Annotated[
 ]
 StoreOption = Annotated[str, typer.Option(help="Folder on the board for bundles and caches.")]
 PythonOption = Annotated[
-    Optional[str],  # noqa: UP045  (typer reads this at run time, also on Python 3.10)
+    Optional[str],  # noqa: UP045
     typer.Option(help="Interpreter on the board that runs portable bundles."),
 ]
 
 
 def doctor(
-    host: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            help="user@board[:port], an alias of ~/.ssh/config, or this-machine, the default."
-        ),
-    ] = None,
+    host: HostOption = None,
     fleet: FleetOption = None,
     tag: TagOption = None,
     at_once: AtOnceOption = AT_ONCE,
@@ -68,7 +66,10 @@ def doctor(
     python: PythonOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what a board is, what it lacks and how to install that; changes nothing there."""
+    """Say what a board is, what it lacks and how to install that; changes nothing there.
+
+    Without --host and --fleet, of this machine.
+    """
     from ssdi8_edge.boards.facts.board_facts import read_facts
     from ssdi8_edge.boards.facts.doctor import examine, profile_toml, report
 
@@ -182,10 +183,7 @@ def deploy(
         Optional[Path],  # noqa: UP045
         typer.Argument(help="Bundle or run folder; none with --prune alone."),
     ] = None,
-    host: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="user@board[:port], an alias of ~/.ssh/config, or this-machine."),
-    ] = None,
+    host: HostOption = None,
     fleet: FleetOption = None,
     tag: TagOption = None,
     at_once: AtOnceOption = AT_ONCE,

@@ -51,8 +51,8 @@ machine = {"kind": "simulated" if shutil.which("nvpmodel") else "other", "platfo
            "cpu": "none", "cores": 1, "python": "3"}
 if given.profile:
     phases = [{"phase": phase, "tokens": tokens, "seconds": 0.003, "layers": [], "modules": [
-        {"module": "ChunkScan", "layers": 2, "seconds": 0.002, "share": 0.67},
-        {"module": "Linear", "layers": 4, "seconds": 0.001, "share": 0.33}]}
+        {"module": "ChunkScan", "part": "SSD", "layers": 2, "seconds": 0.002, "share": 0.67},
+        {"module": "Linear", "part": "linears", "layers": 4, "seconds": 0.001, "share": 0.33}]}
         for phase, tokens in (("prefill", given.seq_lens), ("decode", 1))]
     print(json.dumps({"schema": 1, "kind": "profile", "key": plan["key"], "backend": "fake",
                       "machine": machine, "versions": {}, "phases": phases}))

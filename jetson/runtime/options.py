@@ -1,4 +1,4 @@
-"""Options of several commands; run_engine.py and the host's `ssdi8-edge run` share the tables."""
+"""Options of several commands; run_engine.py and the host's `run` and `serve` share the tables."""
 
 from __future__ import annotations
 
@@ -47,6 +47,72 @@ RUNNING: Options = {
         "help": "of the CPU (default: one per core)",
     },
     "--json": {"action": "store_true", "help": "JSON on stdout"},
+}
+# Of the server; what they mean in detail says docs/server.md.
+SERVING: Options = {
+    "--port": {
+        "type": number(int, 0, 65535),
+        "default": 8000,
+        "metavar": "N",
+        "help": "(default: 8000; 0: any that is free)",
+    },
+    "--api-key-file": {
+        "metavar": "FILE",
+        "help": "keys, one a line, of which a request has to show one; needed beyond loopback",
+    },
+    "--allow-host": {
+        "action": "append",
+        "type": text_to_find,
+        "default": [],
+        "metavar": "NAME",
+        "help": "a name by which the server may be called; may be given several times",
+    },
+    "--parallel": {
+        "type": number(int, 1, 256),
+        "default": 4,
+        "metavar": "N",
+        "help": "answers that go on together (default: 4)",
+    },
+    "--queue": {
+        "type": number(int, 0, 4096),
+        "default": 64,
+        "metavar": "N",
+        "help": "requests that may wait; one more gets status 429 (default: 64)",
+    },
+    "--prefill-tokens": {
+        "type": number(int, 1),
+        "metavar": "N",
+        "help": "read prompts in pieces of at most so many tokens, so that others wait less for a"
+        " long one (default: as the bundle says, like --prompt)",
+    },
+    "--max-prompt-tokens": {
+        "type": number(int, 1),
+        "default": 32768,
+        "metavar": "N",
+        "help": "(default: 32768)",
+    },
+    "--max-answer-tokens": {
+        "type": number(int, 1),
+        "default": 4096,
+        "metavar": "N",
+        "help": "(default: 4096)",
+    },
+    "--max-seconds": {
+        "type": number(float, 0.1, 86400),
+        "default": 600.0,
+        "metavar": "S",
+        "help": "of one request, the wait included; then its answer ends (default: 600)",
+    },
+    "--max-body-bytes": {
+        "type": number(int, 1024),
+        "default": 1 << 22,
+        "metavar": "N",
+        "help": "(default: 4194304)",
+    },
+    "--print-unit": {
+        "action": "store_true",
+        "help": "print a unit file for systemd that serves with these options, and do nothing else",
+    },
 }
 
 

@@ -48,6 +48,10 @@ class TextCodec:
         """Whether `decode` heeds the token."""
         return self._tokenizer.shows(token)
 
+    def name(self, token: int) -> str:
+        """What the tokenizer calls the token; empty where it has none of this id."""
+        return self._tokenizer.id_to_token(token) or ""
+
     def is_byte(self, token: int) -> bool:
         """Whether the token is a byte by name."""
         return self._tokenizer.is_byte(token)

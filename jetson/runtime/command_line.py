@@ -144,13 +144,8 @@ def _add_commands(parser: argparse.ArgumentParser) -> None:
 
 def _add_serving(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("with --serve")
-    group.add_argument(
-        *("--host", "--listen"),
-        dest="listen",
-        default="127.0.0.1",
-        metavar="ADDRESS",
-        help="(default: 127.0.0.1, which only this machine reaches)",
-    )
+    for flag, what in shared.LISTENING.items():
+        group.add_argument(flag, "--host", **what)
     shared.add(group, shared.SERVING)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from runtime.arguments import number, text, text_to_find
@@ -48,6 +49,13 @@ RUNNING: Options = {
     },
     "--json": {"action": "store_true", "help": "JSON on stdout"},
 }
+LISTENING: Options = {
+    "--listen": {
+        "default": "127.0.0.1",
+        "metavar": "ADDRESS",
+        "help": "(default: 127.0.0.1, which only that machine reaches)",
+    }
+}
 # Of the server; what they mean in detail says docs/server.md.
 SERVING: Options = {
     "--port": {
@@ -57,6 +65,7 @@ SERVING: Options = {
         "help": "(default: 8000; 0: any that is free)",
     },
     "--api-key-file": {
+        "type": Path,
         "metavar": "FILE",
         "help": "keys, one a line, of which a request has to show one; needed beyond loopback",
     },

@@ -169,6 +169,11 @@ def deploy_bundle(host: str, bundle: Path) -> Deployed:
         return _bring(connection, bundle, verify=True)
 
 
+def deploy_for_use(connection: Connection, bundle: Path) -> Deployed:
+    """Bring a bundle that is to run at once, if the board does not have it; not verified anew."""
+    return _bring(connection, bundle, verify=False)
+
+
 def _bring(connection: Connection, bundle: Path, verify: bool) -> Deployed:
     from ssdi8_edge.boards.store.deploy import deploy as bring
 

@@ -1,4 +1,4 @@
-"""--serve: what clients get, with OpenAI's own client and curl; limits, queue, keys and stopping."""
+"""--serve: what clients get, with OpenAI's own and curl; limits, queue, keys and stopping."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
-import tiny_bundle  # puts jetson/ on the path, so it comes first
 from serving import Served
 from tiny_bundle import CHAIN, SENTENCE, make_bundle, run_engine, run_json
 
@@ -390,7 +389,13 @@ def test_pages_from_elsewhere_are_kept_out(served: Served) -> None:
     for host in ("evil.example", f"evil.example:{port}", "", "127.0.0.1.evil.example", "[", "a]"):
         assert served.ask("/health", Host=host)[0] in (400, 403)
     ask = {"prompt": "a", "max_tokens": 1}
-    for origin in ("http://evil.example", "null", f"http://localhost:{port}", "file://", "http://["):
+    for origin in (
+        "http://evil.example",
+        "null",
+        f"http://localhost:{port}",
+        "file://",
+        "http://[",
+    ):
         assert served.ask("/v1/completions", ask, Origin=origin)[0] == 403
     assert served.ask("/v1/completions", ask, Origin=served.url)[0] == 200
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,10 +31,11 @@ VALUES = st.recursive(
     max_leaves=8,
 )
 NAMES = (
-    "prompt messages max_tokens max_completion_tokens temperature top_p top_k min_p stop logprobs"
-    " top_logprobs echo stream stream_options n best_of seed logit_bias response_format model user"
-    " repetition_penalty presence_penalty frequency_penalty suffix tools metadata"
-).split()
+    *("prompt", "messages", "model", "user", "metadata", "suffix", "tools", "n", "best_of"),
+    *("max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "min_p", "seed"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "stop"),
+    *("logprobs", "top_logprobs", "echo", "stream", "stream_options", "response_format"),
+)
 PROMPTS = st.sampled_from(["a", ["a", "b"], [1, 2], [[1], [2, 3]], "", []])
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from runtime.bundle import Bundle
 from runtime.options import open_session
@@ -24,9 +23,10 @@ def run(bundle: Bundle, options: argparse.Namespace) -> int:
         package = (error.name or "a package").partition(".")[0]
         raise BundleProblem(
             f"the server needs {package}, which cannot be imported ({error})",
-            f"install it with: bash setup.sh --serve, or {sys.executable} -m pip install {PACKAGES}",
+            f"install it with: bash setup.sh --serve, or: {sys.executable} -m pip install"
+            f" {PACKAGES}",
         ) from error
-    keys = read_keys(Path(options.api_key_file)) if options.api_key_file else []
+    keys = read_keys(options.api_key_file) if options.api_key_file else []
     if not keys and not is_loopback(options.listen):
         raise BundleProblem(
             f"{options.listen} can be reached from other machines and there is no key",

@@ -20,7 +20,7 @@ from starlette.responses import FileResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from runtime.failures import during, explain, out_of_memory, show_traceback
+from runtime.failures import explain, out_of_memory, show_traceback
 from runtime.problems import BundleProblem
 from runtime.serve.fields import RequestProblem, parse_object
 from runtime.serve.generation import Ended, Generation, Piece
@@ -30,7 +30,6 @@ from runtime.serve.metrics import Metrics
 from runtime.serve.order import Order, Reader
 from runtime.serve.replies import (
     Answer,
-    ChatWriter,
     CompletionWriter,
     TokenNames,
     Writer,
@@ -128,9 +127,9 @@ def _as_problem(problem: Exception) -> BundleProblem:
     """One sentence of any exception, with its status."""
     if isinstance(problem, RequestProblem):
         return problem
-    if isinstance(problem, BundleProblem) and problem.exit_code == BundleProblem.exit_code:
-        if out_of_memory(problem, BundleProblem) is None:
-            return RequestProblem(problem.message, problem.hint)
+    asked_for = isinstance(problem, BundleProblem) and problem.exit_code == BundleProblem.exit_code
+    if asked_for and out_of_memory(problem, BundleProblem) is None:
+        return RequestProblem(problem.message, problem.hint)
     show_traceback(problem)
     if isinstance(problem, BundleProblem):
         return problem

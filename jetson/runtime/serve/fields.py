@@ -133,7 +133,11 @@ class Fields:
         """Raises RequestProblem where a field is left: a misspelt one shall not go unnoticed."""
         for name, value in self._values.items():
             if value is not None:
-                self.refuse(json.dumps(name)[1:-1][:60], "is not known here", "leave it out, or correct its name")
+                self.refuse(
+                    json.dumps(name)[1:-1][:60],
+                    "is not known here",
+                    "leave it out, or correct its name",
+                )
 
 
 def _shown(value: Any) -> str:

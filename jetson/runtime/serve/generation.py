@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from runtime.sampling import Sampler
+from runtime.sampling import Mask, Sampler
 from runtime.serve.order import Order
 from runtime.session import Slot
 from runtime.stop import StopTexts
@@ -77,7 +77,7 @@ class Generation:
     def __post_init__(self) -> None:
         order, self.prompt = self.order, self.order.prompts[self.index]
         self._grammar = order.grammar() if order.grammar else None
-        masks = [_Bias(order.bias)] if order.bias else []
+        masks: list[Mask] = [_Bias(order.bias)] if order.bias else []
         masks += [self._grammar.mask] if self._grammar else []
         self._sample = Sampler(self.codec.vocabulary, masks, **order.sampling)
         self._sample.read(self.prompt)
@@ -125,9 +125,7 @@ class Generation:
             self._end("stop", told)
             return
         self._give(self._stop.add(self._stream.add(token)), told)
-        if self._grammar is not None and self._grammar.took(token):
-            self._end("stop")
-        elif self._stop.found:
+        if (self._grammar is not None and self._grammar.took(token)) or self._stop.found:
             self._end("stop")
         elif len(self.tokens) >= self.order.new_tokens or time.monotonic() > self.deadline:
             self._end("length")
@@ -172,7 +170,7 @@ class Generation:
 
 
 class _Bias:
-    def __init__(self, bias: dict[int, float]) -> None:
+    def __init__(self, bias: Mapping[int, float]) -> None:
         self._ids = np.array(list(bias), np.int64)
         self._values = np.array(list(bias.values()), np.float64)
 

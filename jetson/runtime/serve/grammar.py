@@ -15,7 +15,7 @@ from runtime.problems import RunFailure
 from runtime.serve.fields import RequestProblem
 
 # Left free to, a small model fills an answer with white space.
-COMPACT = {"whitespace_flexible": False}
+COMPACT: Any = {"whitespace_flexible": False}
 
 
 class Grammars:

@@ -1,7 +1,8 @@
 """Who may talk to the server: the name that it was called by, the page that calls, the key.
 
 A page from elsewhere cannot use a server on loopback through the browser of whoever looks at it:
-neither by a name of its own that it lets point there (Host), nor by a request across sites (Origin).
+neither by a name of its own that it lets point there (Host), nor by a request across sites
+(Origin).
 """
 
 from __future__ import annotations

@@ -105,9 +105,8 @@ class Reader:
     def _prompts(self, fields: Fields) -> tuple[list[str], list[np.ndarray]]:
         """Text, several texts, token ids, or several lists of token ids."""
         given = fields.take("prompt")
-        if isinstance(given, str):
-            given = [given]
-        elif isinstance(given, list) and given and isinstance(given[0], int):
+        is_ids = isinstance(given, list) and bool(given) and isinstance(given[0], int)
+        if isinstance(given, str) or is_ids:
             given = [given]
         if not isinstance(given, list) or not given:
             fields.refuse("prompt", "is missing or empty", "give text, token ids, or a list of one")

@@ -1,7 +1,7 @@
 """The objects of OpenAI's API: whole answers, chunks of streamed ones, logprobs, usage, errors.
 
-A `Writer` makes those of one request. `/v1/completions` and `/v1/chat/completions` differ in names and
-in the form of logprobs alone.
+A `Writer` makes those of one request. `/v1/completions` and `/v1/chat/completions` differ in names
+and in the form of logprobs alone.
 """
 
 from __future__ import annotations

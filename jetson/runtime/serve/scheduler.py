@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -39,7 +40,7 @@ class Scheduler:
     """
 
     def __init__(self, session: Session, parallel: int, piece: int | None = None) -> None:
-        """`piece`: the most tokens of a prompt that are read in one go; None: as the bundle says."""
+        """`piece`: the most tokens of a prompt that are read in one go; None: the bundle's own."""
         self._session = session
         self._parallel = parallel
         most = session.bundle.max_tokens
@@ -116,7 +117,7 @@ class Scheduler:
                 return False
             errands = list(self._errands)
             self._errands.clear()
-            begun = []
+            begun: list[Generation] = []
             self._waiting = deque(g for g in self._waiting if not g.cancelled)
             self._drop_cancelled()
             while self._waiting and self.active + len(begun) < self._parallel:
@@ -175,7 +176,7 @@ class Scheduler:
             self._writing = []
             return
         for generation, logits in zip(self._writing, found, strict=True):
-            self._guarded(generation, lambda g=generation, row=logits: g.next_token(row))
+            self._guarded(generation, partial(generation.next_token, logits))
         self._writing = [g for g in self._writing if not g.over]
 
     def _guarded(self, generation: Generation, step: Callable[[], None]) -> None:

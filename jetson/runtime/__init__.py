@@ -11,6 +11,11 @@ layer_times    layers added up by module
 answer         text, tokens and times of one prompt   stop        where text ends before a stop text
 session        a bundle with its graph loaded: prefill in pieces, decode, conversations
 
+states/        keeping what was read and said
+  prefix_cache   the longest text whose state is held
+  state_file     one state on disk                      fingerprint   what its numbers depend on
+  slot           a sequence between two calls
+
 sampling       logits -> token id                     text        prompt, streamed text, ends
 tokenizer      tokenizer.json -> token ids -> text
 
@@ -25,5 +30,5 @@ engine/        building an engine
 
 bundle         manifest; are files those it lists?    machine     name and state of this machine
 console        what is read and shown                 failures    any exception as a sentence
-files          names and hash of a bundle's files     problems    what a user can put right
+files          a bundle's files; writing one whole      problems    what a user can put right
 """

@@ -148,7 +148,8 @@ def test_session_closes_its_backend_whatever_happens(
         (10, [(0, 10)]),
         (11, [(0, 8), (8, 11)]),
         (16, [(0, 8), (8, 16)]),
-        (17, [(0, 8), (8, 16), (16, 17)]),
+        (17, [(0, 8), (8, 17)]),
+        (19, [(0, 8), (8, 16), (16, 19)]),
     ],
 )
 def test_prefill_pieces(length: int, pieces: list[tuple[int, int]]) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from runtime.sampling import Mask, Sampler
 from runtime.serve.order import Order
-from runtime.session import Slot
+from runtime.serve.steps import Seat
 from runtime.stop import StopTexts
 from runtime.text import TextCodec, TextStream
 
@@ -51,6 +51,7 @@ class Piece:
 
 
 Deliver = Callable[[Piece], None]
+Keep = Callable[["Generation"], None]
 
 
 @dataclass
@@ -61,6 +62,8 @@ class Generation:
         deadline: time.monotonic() at which it ends as if it were long enough.
         deliver: gets each piece as it comes; the last one has `ended` or `problem`.
         cancelled: set by any thread: nobody waits for it.
+        ids: what is to be run before the first token is chosen; the end of it is the prompt.
+        cached: how many of them were run before it began.
     """
 
     order: Order
@@ -69,73 +72,77 @@ class Generation:
     deadline: float
     deliver: Deliver
     cancelled: bool = False
-    slot: Slot = field(default_factory=Slot)
+    seat: Seat = field(default_factory=Seat)
+    ids: list[int] = field(default_factory=list)
     cached: int = 0
     tokens: list[int] = field(default_factory=list)
     over: bool = False
 
     def __post_init__(self) -> None:
-        order, self.prompt = self.order, self.order.prompts[self.index]
+        order = self.order
+        self.prompt: list[int] = order.prompts[self.index][0].tolist()
         self._grammar = order.grammar() if order.grammar else None
         masks: list[Mask] = [_Bias(order.bias)] if order.bias else []
         masks += [self._grammar.mask] if self._grammar else []
         self._sample = Sampler(self.codec.vocabulary, masks, **order.sampling)
-        self._sample.read(self.prompt)
-        self._stream = TextStream(self.codec, self.prompt[0].tolist())
         self._stop = StopTexts(order.stops)
         self._began: float | None = None
         self._first_token: float | None = None
-
-    @property
-    def length(self) -> int:
-        """Tokens of the prompt."""
-        return self.prompt.shape[1]
 
     @property
     def scores_prompt(self) -> bool:
         """Whether the logits of all positions of the prompt are wanted."""
         return self.order.echo and self.order.logprobs is not None
 
-    def begin(self) -> None:
-        """It has a slot."""
+    def begin(self, seat: Seat, ids: list[int]) -> None:
+        """It has a seat, and its prompt is to be read so far that `ids` were run."""
         self._began = time.monotonic()
+        self.seat, self.ids, self.cached = seat, ids, len(seat.slot.ids)
+        self._sample.read(np.array([ids]))
+        self._stream = TextStream(self.codec, ids)
         if self.order.echo:
-            first = self.prompt[0, :1] if self.scores_prompt else ()
-            told = tuple(ToldToken(int(token), None, ()) for token in first)
-            self._give(self.order.texts[self.index], told)
+            first = self.prompt[:1] if self.scores_prompt else ()
+            self._give(
+                self.order.texts[self.index], tuple(ToldToken(token, None, ()) for token in first)
+            )
 
     def prompt_logits(self, start: int, logits: np.ndarray) -> None:
         """Tell the tokens behind positions `start`… of the prompt; `logits` (l, vocab)."""
-        following = self.prompt[0, start + 1 : start + 1 + len(logits)]
-        told = [self._told(int(token), row) for token, row in zip(following, logits, strict=False)]
+        following = self.prompt[start + 1 : start + 1 + len(logits)]
+        told = [self._told(token, row) for token, row in zip(following, logits, strict=False)]
         self._give("", tuple(told))
 
-    def next_token(self, logits: np.ndarray) -> None:
-        """Choose the token after `logits` (vocab,) and give its text; the slot runs it next."""
+    def next_token(self, logits: np.ndarray, keep: Keep) -> None:
+        """Choose the token after `logits` (vocab,) and give its text; the slot runs it next.
+
+        Args:
+            keep: is called before the client learns that this was the end.
+        """
         if len(self.tokens) >= self.order.new_tokens:
-            self._end("length")
+            self._end("length", keep)
             return
         token = self._sample(logits)
         if self._first_token is None:
             self._first_token = time.monotonic()
         self.tokens.append(token)
-        self.slot.pending = [token]
+        self.seat.slot.pending = [token]
         told = () if self.order.logprobs is None else (self._told(token, logits),)
         if token in self.codec.end_ids:
-            self._end("stop", told)
+            self._end("stop", keep, told)
             return
         self._give(self._stop.add(self._stream.add(token)), told)
         if (self._grammar is not None and self._grammar.took(token)) or self._stop.found:
-            self._end("stop")
+            self._end("stop", keep)
         elif len(self.tokens) >= self.order.new_tokens or time.monotonic() > self.deadline:
-            self._end("length")
+            self._end("length", keep)
 
     def fail(self, problem: Exception) -> None:
         """End it by a problem."""
         self.over = True
         self.deliver(Piece(self.index, problem=problem))
 
-    def _end(self, finish: str, told: tuple[ToldToken, ...] = ()) -> None:
+    def _end(self, finish: str, keep: Keep, told: tuple[ToldToken, ...] = ()) -> None:
+        keep(self)
         text = ""
         if not self._stop.found:
             text = self._stop.add(self._stream.finish()) + self._stop.flush()
@@ -146,7 +153,7 @@ class Generation:
         first = self._first_token or now
         ended = Ended(
             finish=finish,
-            prompt_tokens=self.length,
+            prompt_tokens=len(self.ids),
             cached_tokens=self.cached,
             new_tokens=len(self.tokens),
             prompt_s=first - began,

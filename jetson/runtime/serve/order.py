@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from runtime.serve.limits import (
     MAX_TOP_LOGPROBS,
     Limits,
 )
+from runtime.serve.named_states import checked_name
 from runtime.text import TextCodec
 
 # What OpenAI's API has where nothing is given. A command line has others.
@@ -26,6 +28,11 @@ DEFAULTS = {"temperature": 1.0}
 COMPLETION_TOKENS = 16
 # They name users and accounts, and change no answer.
 NAMES_ALONE = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
+
+# Roles that clients write, and those that templates know.
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+THINKING = ("enable_thinking", "thinking")
+WITHOUT_TOOLS = ("tools", "tool_choice", "functions", "function_call", "parallel_tool_calls")
 
 # Gives the constraint of one answer anew for each prompt: a mask over logits, see `Sampler`.
 Grammar = Callable[[], Any]
@@ -39,6 +46,11 @@ class Order:
         prompts: token ids of each.
         texts: of each, as it is echoed.
         logprobs: how many of the likeliest tokens are told with each token; None: no logprobs.
+        cache: whether the state cache is looked up and added to.
+        state: name of the state to go on from; with `whole_text` the prompt begins with its tokens,
+            else it follows them.
+        save_state: name for the state that the answer led to.
+        marks: numbers of tokens behind which the cache is to hold the state.
     """
 
     prompts: Sequence[np.ndarray]
@@ -51,7 +63,41 @@ class Order:
     echo: bool
     stream: bool
     include_usage: bool
-    grammar: Grammar | None = None
+    grammar: Grammar | None
+    cache: bool = True
+    state: str | None = None
+    save_state: str | None = None
+    whole_text: bool = False
+    marks: frozenset[int] = frozenset()
+
+
+class Prompt(Protocol):
+    """A rendered chat; see `runtime.dialogue.ChatPrompt`."""
+
+    text: str
+    ids: list[int]
+    marks: frozenset[int]
+
+
+# Messages, and whether to think (None: as the template likes) -> the chat; raises BundleProblem.
+Render = Callable[[Sequence[Mapping[str, str]], "bool | None"], Prompt]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a request asks for in its own way; for the meaning see `Order`.
+
+    `new_tokens`: None takes what there is room for.
+    """
+
+    prompts: list[np.ndarray]
+    texts: list[str]
+    new_tokens: int | None
+    logprobs: int | None
+    echo: bool
+    state: str | None
+    whole_text: bool = False
+    marks: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -62,7 +108,8 @@ class Reader:
         model: its name, the only one that a request may give.
         room: tokens of prompt and answer together; None: any number.
         scores_prompts: whether the engine gives logits of all positions of a prompt.
-        grammar: of a response_format, or None where the library for it is missing.
+        grammar: of a JSON schema; raises RequestProblem.
+        render: of a chat; None where the bundle has no template.
     """
 
     codec: TextCodec
@@ -71,6 +118,7 @@ class Reader:
     room: int | None
     scores_prompts: bool
     grammar: Callable[[Mapping[str, Any]], Grammar]
+    render: Render | None
 
     def completion(self, body: Mapping[str, Any]) -> Order:
         """An order of /v1/completions.
@@ -80,29 +128,83 @@ class Reader:
             BundleProblem: a prompt is empty.
         """
         fields = Fields(body)
-        texts, prompts = self._prompts(fields)
+        state = _state_name(fields, "state")
+        texts, prompts = self._prompts(fields, continues=state is not None)
         echo = fields.flag("echo")
         logprobs = fields.number("logprobs", int, None, 0, MAX_TOP_LOGPROBS)
-        least = 0 if echo else 1
-        new_tokens = fields.number("max_tokens", int, None, least, self.limits.new_tokens)
+        new_tokens = fields.number(
+            "max_tokens", int, COMPLETION_TOKENS, 0 if echo else 1, self.limits.new_tokens
+        )
         fields.only("best_of", 1)
         fields.only("suffix", "")
-        if echo and logprobs is not None and not self.scores_prompts:
+        if echo and logprobs is not None:
+            self._require_prompt_logits(state)
+        asked = _Asked(prompts, texts, new_tokens, logprobs, echo, state)
+        return self._order(fields, asked)
+
+    def saving(self, body: Mapping[str, Any]) -> Order:
+        """An order of /v1/states: read a prompt, keep the state, write nothing.
+
+        Raises:
+            RequestProblem, BundleProblem: as for `completion`.
+        """
+        fields = Fields(body)
+        name = checked_name(fields.take("name"))
+        for other in fields.names():
+            if other not in ("prompt", "state", "model"):
+                fields.refuse(json.dumps(other)[1:-1][:60], "is not known here", "leave it out")
+        asked = {**body, "echo": True, "max_tokens": 0, "temperature": 0, "save_state": name}
+        del asked["name"]
+        return self.completion(asked)
+
+    def chat(self, body: Mapping[str, Any]) -> Order:
+        """An order of /v1/chat/completions.
+
+        Raises:
+            RequestProblem: a field is unknown or wrong, or the bundle has no chat template.
+            BundleProblem: the template does not take the messages.
+        """
+        fields = Fields(body)
+        if self.render is None:
+            raise RequestProblem(
+                f"{self.model} has no chat template",
+                "ask /v1/completions, or build the bundle from a checkpoint that has one",
+                code="no_chat_template",
+            )
+        messages = _messages(fields)
+        prompt = self.render(messages, _thinking(fields))
+        most = self.limits.new_tokens
+        older = fields.number("max_tokens", int, None, 1, most)
+        new_tokens = fields.number("max_completion_tokens", int, older, 1, most)
+        top = fields.number("top_logprobs", int, 0, 0, MAX_TOP_LOGPROBS)
+        logprobs = top if fields.flag("logprobs") else None
+        for name in WITHOUT_TOOLS:
+            fields.only(name, [], "none", False, True)
+        asked = _Asked(
+            [np.array([prompt.ids], np.int32)],
+            [prompt.text],
+            new_tokens,
+            logprobs,
+            False,
+            _state_name(fields, "state"),
+            whole_text=True,
+            marks=prompt.marks,
+        )
+        return self._order(fields, asked)
+
+    def _require_prompt_logits(self, state: str | None) -> None:
+        if not self.scores_prompts:
             raise RequestProblem(
                 "this engine gives no logits of a prompt, so that echo has no logprobs",
                 "leave one of them out, or serve a bundle of target host-cpu",
                 param="logprobs",
             )
-        return self._order(
-            fields,
-            prompts,
-            texts,
-            COMPLETION_TOKENS if new_tokens is None else new_tokens,
-            logprobs,
-            echo,
-        )
+        if state is not None:
+            raise RequestProblem(
+                "echo has no logprobs behind a state", "leave one of them out", param="logprobs"
+            )
 
-    def _prompts(self, fields: Fields) -> tuple[list[str], list[np.ndarray]]:
+    def _prompts(self, fields: Fields, continues: bool) -> tuple[list[str], list[np.ndarray]]:
         """Text, several texts, token ids, or several lists of token ids."""
         given = fields.take("prompt")
         is_ids = isinstance(given, list) and bool(given) and isinstance(given[0], int)
@@ -116,7 +218,7 @@ class Reader:
         for each in given:
             if isinstance(each, str):
                 texts.append(each)
-                prompts.append(self.codec.encode(each))
+                prompts.append(self.codec.encode(each, continues))
             else:
                 ids = self._token_ids(fields, each)
                 texts.append(self.codec.decode(ids))
@@ -135,18 +237,44 @@ class Reader:
             )
         return given
 
-    def _order(
-        self,
-        fields: Fields,
-        prompts: list[np.ndarray],
-        texts: list[str],
-        new_tokens: int | None,
-        logprobs: int | None,
-        echo: bool,
-    ) -> Order:
-        """What both kinds of requests have; `new_tokens` None takes what there is room for."""
+    def _order(self, fields: Fields, asked: _Asked) -> Order:
+        """What both kinds of requests have."""
         self._check_model(fields)
-        longest = max(prompt.shape[1] for prompt in prompts)
+        most = self._room_for(asked)
+        include_usage = False
+        if (stream_options := fields.object("stream_options")) is not None:
+            include_usage = stream_options.flag("include_usage")
+            stream_options.ignore("include_obfuscation")
+            stream_options.done()
+        fields.only("n", 1)
+        save_state = _state_name(fields, "save_state")
+        if save_state is not None and len(asked.prompts) > 1:
+            fields.refuse("save_state", "names one state of several", "give one prompt")
+        order = Order(
+            prompts=asked.prompts,
+            texts=asked.texts,
+            sampling=_sampling(fields),
+            bias=self._bias(fields),
+            stops=_stops(fields),
+            new_tokens=most if asked.new_tokens is None else asked.new_tokens,
+            logprobs=asked.logprobs,
+            echo=asked.echo,
+            stream=fields.flag("stream"),
+            include_usage=include_usage,
+            grammar=self._grammar(fields),
+            cache=fields.flag("cache_prompt", default=True),
+            state=asked.state,
+            save_state=save_state,
+            whole_text=asked.whole_text,
+            marks=asked.marks,
+        )
+        fields.ignore(*NAMES_ALONE)
+        fields.done()
+        return order
+
+    def _room_for(self, asked: _Asked) -> int:
+        """The most tokens of an answer; raises RequestProblem where there is no room for it."""
+        longest = max(prompt.shape[1] for prompt in asked.prompts)
         if longest > self.limits.prompt_tokens:
             raise RequestProblem(
                 f"the prompt has {longest} tokens and this server takes"
@@ -154,40 +282,17 @@ class Reader:
                 "give a shorter one, or start the server with a larger --max-prompt-tokens",
                 code="context_length_exceeded",
             )
-        most = self.limits.new_tokens
-        if self.room is not None:
-            most = min(most, self.room - longest)
-            if (new_tokens or 1) > most:
-                raise RequestProblem(
-                    f"the prompt has {longest} tokens and {new_tokens or 1} are to follow, and the"
-                    f" context of {self.model} is {self.room} tokens",
-                    "give a shorter prompt or a smaller max_tokens",
-                    code="context_length_exceeded",
-                )
-        stream = fields.flag("stream")
-        stream_options = fields.object("stream_options")
-        include_usage = False
-        if stream_options is not None:
-            include_usage = stream_options.flag("include_usage")
-            stream_options.ignore("include_obfuscation")
-            stream_options.done()
-        fields.only("n", 1)
-        order = Order(
-            prompts=prompts,
-            texts=texts,
-            sampling=_sampling(fields),
-            bias=self._bias(fields),
-            stops=_stops(fields),
-            new_tokens=most if new_tokens is None else new_tokens,
-            logprobs=logprobs,
-            echo=echo,
-            stream=stream,
-            include_usage=include_usage,
-            grammar=self._grammar(fields),
-        )
-        fields.ignore(*NAMES_ALONE)
-        fields.done()
-        return order
+        if self.room is None:
+            return self.limits.new_tokens
+        new_tokens = 1 if asked.new_tokens is None else asked.new_tokens
+        if longest + new_tokens > self.room:
+            raise RequestProblem(
+                f"the prompt has {longest} tokens and {new_tokens} are to follow, and the context"
+                f" of {self.model} is {self.room} tokens",
+                "give a shorter prompt or a smaller max_tokens",
+                code="context_length_exceeded",
+            )
+        return min(self.limits.new_tokens, self.room - longest)
 
     def _check_model(self, fields: Fields) -> None:
         name = fields.text("model")
@@ -232,6 +337,53 @@ class Reader:
             form.refuse("type", "is not known here", "give text, json_object or json_schema")
         form.done()
         return None if kind == "text" else self.grammar(schema)
+
+
+def _state_name(fields: Fields, field: str) -> str | None:
+    name = fields.take(field)
+    return None if name is None else checked_name(name)
+
+
+def _thinking(fields: Fields) -> bool | None:
+    """What vLLM's clients send to a template that knows of thoughts."""
+    given = fields.object("chat_template_kwargs")
+    if given is None:
+        return None
+    wanted = {given.flag(name) for name in THINKING if name in given.names()}
+    given.done()
+    return wanted.pop() if len(wanted) == 1 else None
+
+
+def _messages(fields: Fields) -> list[dict[str, str]]:
+    """Role and text of each; parts of a text are joined."""
+    given = fields.take("messages")
+    if not isinstance(given, list) or not given:
+        fields.refuse("messages", "is missing or empty", "give a list of messages")
+    messages = []
+    for number, each in enumerate(given):
+        if not isinstance(each, dict):
+            fields.refuse(f"messages[{number}]", "is no object", "give role and content")
+        message = Fields(each, f"messages[{number}].")
+        role = message.text("role")
+        if role not in ROLES:
+            message.refuse("role", "is not known here", f"give one of {', '.join(ROLES)}")
+        content = _content(message)
+        message.ignore("name", "refusal", "annotations")
+        for name in ("tool_calls", "function_call", "audio"):
+            message.only(name, [])
+        message.done()
+        messages.append({"role": ROLES[role], "content": content})
+    return messages
+
+
+def _content(message: Fields) -> str:
+    given = message.take("content")
+    parts = given if isinstance(given, list) else [{"type": "text", "text": given}]
+    for part in parts:
+        is_text = isinstance(part, dict) and part.keys() == {"type", "text"}
+        if not is_text or part["type"] != "text" or not isinstance(part["text"], str):
+            message.refuse("content", "is no text", "give text, or parts of type text")
+    return "".join(part["text"] for part in parts)
 
 
 def _sampling(fields: Fields) -> dict[str, Any]:

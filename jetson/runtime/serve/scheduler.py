@@ -14,12 +14,13 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any, TypeVar
 
-import numpy as np
-
-from runtime.serve import steps
+from runtime.problems import BundleProblem
 from runtime.serve.fields import RequestProblem
 from runtime.serve.generation import Generation
+from runtime.serve.named_states import NamedStates
+from runtime.serve.steps import Seat, Steps
 from runtime.session import Session, prefill_pieces
+from runtime.states.prefix_cache import PrefixCache
 
 T = TypeVar("T")
 
@@ -39,12 +40,28 @@ class Scheduler:
     the others.
     """
 
-    def __init__(self, session: Session, parallel: int, piece: int | None = None) -> None:
-        """`piece`: the most tokens of a prompt that are read in one go; None: the bundle's own."""
-        self._session = session
+    def __init__(
+        self,
+        session: Session,
+        parallel: int,
+        cache: PrefixCache,
+        named: NamedStates,
+        piece: int | None = None,
+        note: Callable[[str], None] = lambda sentence: None,
+    ) -> None:
+        """
+        Args:
+            cache: where prompts are looked up, and where what was read and said is kept.
+            named: the states that a request may name.
+            piece: the most tokens of a prompt that are read in one go; None: the bundle's own.
+            note: is told what went wrong and concerns no request.
+        """
+        self._session, self._steps = session, Steps(session)
         self._parallel = parallel
+        self.cache, self.named = cache, named
         most = session.bundle.max_tokens
         self._piece = most if piece is None else min(piece, most)
+        self._note = note
         self._changed = threading.Condition()
         self._waiting: deque[Generation] = deque()
         self._errands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
@@ -107,6 +124,15 @@ class Scheduler:
         while self._take_in():
             self._read_a_piece()
             self._write_a_token()
+            if not self.active:
+                self._save_cache()  # nobody waits for the disk
+        self._save_cache()
+
+    def _save_cache(self) -> None:
+        try:
+            self.cache.save()
+        except BundleProblem as problem:
+            self._note(str(problem))
 
     def _take_in(self) -> bool:
         """Wait for something to do, and give free slots away; False at the end."""
@@ -129,17 +155,50 @@ class Scheduler:
         return True
 
     def _drop_cancelled(self) -> None:
+        for generation in (*(r.generation for r in self._reading), *self._writing):
+            if generation.cancelled:
+                self._steps.leave(generation.seat)
         self._reading = deque(r for r in self._reading if not r.generation.cancelled)
         self._writing = [g for g in self._writing if not g.cancelled]
 
     def _begin(self, generation: Generation) -> None:
-        multiple = self._session.bundle.model.prompt_multiple
-        pieces = prefill_pieces(generation.length, self._piece, multiple)
         if time.monotonic() > generation.deadline:
             generation.fail(_waited_too_long())
             return
-        generation.begin()
-        self._reading.append(_Reading(generation, pieces))
+
+        def step() -> None:
+            seat, ids = self._seat(generation)
+            self._session.bundle.require_room(
+                len(ids) + generation.order.new_tokens,
+                f"state, prompt and answer have {len(ids) + generation.order.new_tokens} tokens",
+                "ask for fewer",
+            )
+            generation.begin(seat, ids)
+            multiple, marks = self._session.bundle.model.prompt_multiple, generation.order.marks
+            pieces = prefill_pieces(len(ids), self._piece, multiple, generation.cached, marks)
+            self._reading.append(_Reading(generation, pieces))
+
+        self._guarded(generation, step)
+
+    def _seat(self, generation: Generation) -> tuple[Seat, list[int]]:
+        """Where it starts from, and all tokens that it is to have run before it writes."""
+        order, prompt = generation.order, generation.prompt
+        if order.state is not None:
+            held = self.named.get(order.state)
+            seat = Seat.on(held)
+            if not order.whole_text:
+                return seat, [*held.ids.tolist(), *held.pending, *prompt]
+            if not held.is_prefix_of(prompt):
+                raise RequestProblem(
+                    f"the chat does not go on from the state {order.state}",
+                    "send the messages that led to it, and then more",
+                    param="state",
+                )
+            return seat, prompt
+        found = None
+        if order.cache and not generation.scores_prompt:
+            found = self.cache.longest(prompt)
+        return (Seat() if found is None else Seat.on(found)), prompt
 
     def _read_a_piece(self) -> None:
         if not self._reading:
@@ -150,17 +209,19 @@ class Scheduler:
         scores = generation.scores_prompt
 
         def step() -> None:
-            ids = np.ascontiguousarray(generation.prompt[0, start:end])
-            logits = steps.read(self._session, generation.slot, ids, len(ids) if scores else 1)
+            piece = generation.ids[start:end]
+            logits = self._steps.read(generation.seat, piece, len(piece) if scores else 1)
             if scores:
                 generation.prompt_logits(start, logits)
             if not reading.pieces:
-                generation.next_token(logits[-1])
+                generation.next_token(logits[-1], self._keep)
+            elif generation.order.cache and not scores:
+                self.cache.keep(self._steps.take(generation.seat))
 
         self._guarded(generation, step)
         if generation.over:
-            return
-        if reading.pieces:
+            self._steps.leave(generation.seat)
+        elif reading.pieces:
             self._reading.append(reading)
         else:
             self._writing.append(generation)
@@ -169,15 +230,34 @@ class Scheduler:
         if not self._writing:
             return
         try:
-            found = steps.decode(self._session, [g.slot for g in self._writing])
+            found = self._steps.decode([g.seat for g in self._writing])
         except Exception as error:
             for generation in self._writing:
+                self._steps.leave(generation.seat)
                 generation.fail(error)
             self._writing = []
             return
         for generation, logits in zip(self._writing, found, strict=True):
-            self._guarded(generation, partial(generation.next_token, logits))
+            self._guarded(generation, partial(generation.next_token, logits, self._keep))
+        for generation in self._writing:
+            if generation.over:
+                self._steps.leave(generation.seat)
         self._writing = [g for g in self._writing if not g.over]
+
+    def _keep(self, generation: Generation) -> None:
+        """Hold the state of an answer that is about to end.
+
+        Raises:
+            BundleProblem: it was to be saved, and cannot be.
+        """
+        order = generation.order
+        if order.save_state is None and (not order.cache or generation.scores_prompt):
+            return
+        snapshot = self._steps.take(generation.seat)
+        if order.cache:
+            self.cache.keep(snapshot)
+        if order.save_state is not None:
+            self.named.save(order.save_state, snapshot)
 
     def _guarded(self, generation: Generation, step: Callable[[], None]) -> None:
         """A problem of one sequence ends that one."""

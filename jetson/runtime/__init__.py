@@ -9,6 +9,7 @@ options        what several commands are asked for    arguments   argparse, in o
 bench          times and memory; its schema           verify      golden vectors, suspected ops
 layer_times    layers added up by module
 answer         text, tokens and times of one prompt   stop        where text ends before a stop text
+dialogue       what a line of a user makes of a conversation
 session        a bundle with its graph loaded: prefill in pieces, decode, conversations
 
 states/        keeping what was read and said
@@ -17,6 +18,7 @@ states/        keeping what was read and said
   slot           a sequence between two calls
 
 sampling       logits -> token id                     text        prompt, streamed text, ends
+chat_template  messages -> text
 tokenizer      tokenizer.json -> token ids -> text
 
 backends/      inference libraries

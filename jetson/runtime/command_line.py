@@ -114,7 +114,7 @@ def _parse(arguments: Sequence[str], default_bundle: Path) -> argparse.Namespace
         help="its folder (default: the folder of this script)",
     )
     _add_commands(parser)
-    shared.add(parser.add_argument_group("with --prompt and --interactive"), shared.GENERATING)
+    shared.add_prompting(parser)
     _add_serving(parser)
     _add_measuring(parser)
     where = parser.add_argument_group("where and how it runs")

@@ -12,6 +12,7 @@ from runtime.backends.protocol import BackendOptions
 from runtime.bundle import Bundle
 from runtime.sampling import SAMPLING
 from runtime.session import Session
+from runtime.states.prefix_cache import MIB, PrefixCache, StateFolder
 
 # Each is a flag and what argparse's add_argument takes with it.
 Options = Mapping[str, Mapping[str, Any]]
@@ -40,6 +41,34 @@ GENERATING: Options = {
         "metavar": "TEXT",
         "help": "end before this text when the model writes it; may be given several times",
     }
+}
+CHATTING: Options = {
+    "--system": {"type": text, "metavar": "TEXT", "help": "system prompt"},
+    "--think": {"action": "store_true", "help": "thoughts before an answer"},
+    "--no-think": {"action": "store_true", "help": "no thoughts before an answer"},
+}
+REMEMBERING: Options = {
+    "--save-state": {
+        "metavar": "FILE",
+        "help": "at the end write the state that prompt and answer led to",
+    },
+    "--load-state": {"metavar": "FILE", "help": "go on from such a state"},
+    "--state-dir": {
+        "metavar": "DIR",
+        "help": "keep states of what was read and said here, for later runs as well",
+    },
+    "--state-memory": {
+        "type": number(int, 1, 1 << 20),
+        "default": 256,
+        "metavar": "MIB",
+        "help": "that states held may take (default: 256)",
+    },
+}
+# Of prompts and chats: title -> what stands under it in --help.
+PROMPTING: Mapping[str, Options] = {
+    "with --prompt and --interactive": GENERATING,
+    "with --interactive, where the bundle has a chat template": CHATTING,
+    "what is remembered, with --prompt and --interactive": REMEMBERING,
 }
 RUNNING: Options = {
     "--threads": {
@@ -131,6 +160,12 @@ def add(group: argparse._ActionsContainer, options: Options) -> None:
         group.add_argument(flag, **what)
 
 
+def add_prompting(parser: argparse.ArgumentParser) -> None:
+    """Give a parser all options of `PROMPTING`."""
+    for title, options in PROMPTING.items():
+        add(parser.add_argument_group(title), options)
+
+
 def open_session(
     bundle: Bundle, asked: argparse.Namespace, profiling: bool = False, hash_all: bool = False
 ) -> Session:
@@ -147,3 +182,11 @@ def open_session(
         hash_all=hash_all,
     )
     return Session.open(bundle, options, asked.backend)
+
+
+def open_cache(session: Session, asked: argparse.Namespace) -> PrefixCache:
+    """The states that are held while a command runs, and beyond it where a folder was named."""
+    folder = None
+    if asked.state_dir is not None:
+        folder = StateFolder(Path(asked.state_dir), session.bundle, session.backend)
+    return PrefixCache(asked.state_memory * MIB, folder)

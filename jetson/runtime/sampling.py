@@ -203,6 +203,10 @@ class Sampler:
         before = self._tokens
         self._tokens = Tokens(np.concatenate([before.prompt, before.generated, prompt[0]]))
 
+    def forget(self) -> None:
+        """No token was read or generated yet; the draws go on."""
+        self._tokens = Tokens()
+
     def __call__(self, logits: np.ndarray) -> int:
         """Choose a token after `logits` (vocab,) float32.
 

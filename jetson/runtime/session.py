@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 
 import numpy as np
@@ -12,8 +13,11 @@ import numpy as np
 from runtime.backends.choose import open_backend
 from runtime.backends.protocol import Backend, BackendOptions, States
 from runtime.bundle import Bundle
+from runtime.problems import BundleProblem
+from runtime.states.fingerprint import Fingerprint, fingerprint
 from runtime.states.prefix_cache import PrefixCache
 from runtime.states.slot import Slot, Snapshot, resume, take
+from runtime.states.state_file import Chat, Saved, load, save
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,11 @@ class Session:
         where: TracebackType | None,
     ) -> None:
         self.close()
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """Of all that the numbers in its states depend on."""
+        return fingerprint(self.bundle, self.backend)
 
     def pieces(
         self, length: int, start: int = 0, marks: Collection[int] = ()
@@ -198,12 +207,14 @@ class Conversation:
         Raises:
             BundleProblem: the context has no room for them; nothing was changed.
         """
-        tokens = len(ids)
-        self._session.bundle.require_room(
-            tokens, f"the conversation has {tokens} tokens", "start anew"
-        )
-        run = self._slot.ids
-        goes_on = len(run) < tokens and run == list(ids[: len(run)])
+        ids, text, run = list(ids), self.ids, self._slot.ids
+        if ids[: len(text)] == text:
+            self.require_room(np.array([ids[len(text) :]]))
+        else:
+            self._session.bundle.require_room(
+                len(ids), f"the conversation has {len(ids)} tokens", "start anew"
+            )
+        goes_on = len(run) < len(ids) and run == ids[: len(run)]
         held = self._cache.longest(ids) if self._cache is not None else None
         if held is not None and not (goes_on and len(run) >= held.ids.size):
             self._slot = self._session.resume(held)
@@ -219,6 +230,10 @@ class Conversation:
     def resume(self, snapshot: Snapshot) -> None:
         """Go on from there."""
         self._slot = self._session.resume(snapshot)
+
+    def reset(self) -> None:
+        """Start anew; the cache stays."""
+        self._slot = Slot()
 
     def keep(self) -> None:
         """Have the cache hold what was said so far, if there is one; to be called after an answer.
@@ -282,3 +297,22 @@ class Conversation:
             started = time.perf_counter()
             logits = session.advance(slot, [token])
             slot.pending = []
+
+
+def save_state(
+    path: Path, conversation: Conversation, session: Session, chat: Chat | None = None
+) -> None:
+    """Write what a conversation is to a file; `chat`: what else it is, if it is one.
+
+    Raises:
+        BundleProblem: nothing was read yet, or the file cannot be written.
+    """
+    snapshot = conversation.take()
+    if snapshot is None:
+        raise BundleProblem("there is no state to save yet", "ask something first")
+    save(path, Saved(snapshot, chat), session.bundle, session.fingerprint)
+
+
+def load_state(path: Path, session: Session) -> Saved:
+    """Read such a file; raises BundleProblem where it is torn, altered or foreign."""
+    return load(path, session.bundle, session.fingerprint)

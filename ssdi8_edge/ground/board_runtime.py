@@ -69,7 +69,7 @@ def parse_run(words: Sequence[str]) -> RunRequest:
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="bundle or run folder")
     what = parser.add_argument_group("what to do, one of")
     shared.add(what.add_mutually_exclusive_group(required=True), shared.PROMPTS)
-    shared.add(parser.add_argument_group("with --prompt and --interactive"), shared.GENERATING)
+    shared.add_prompting(parser)
     where = parser.add_argument_group("where and how it runs")
     where.add_argument("--device", default="cpu", help="cpu, cuda or cuda:INDEX (default: cpu)")
     shared.add(where, shared.RUNNING)
@@ -77,7 +77,8 @@ def parse_run(words: Sequence[str]) -> RunRequest:
         asked = parser.parse_args(words)
     except BundleProblem as problem:
         raise UsageError(f"{problem.message};", f"{problem.hint}.") from problem
-    flags = (*shared.PROMPTS, *shared.GENERATING, *shared.RUNNING)
+    prompting = [flag for group in shared.PROMPTING.values() for flag in group]
+    flags = (*shared.PROMPTS, *prompting, *shared.RUNNING)
     return RunRequest(asked.bundle, asked.device, _written(flags, asked))
 
 

@@ -27,7 +27,7 @@ from runtime.session import Conversation, Session, prefill_pieces
 from runtime.states.fingerprint import fingerprint
 from runtime.states.prefix_cache import PrefixCache, StateFolder
 from runtime.states.slot import Snapshot
-from runtime.states.state_file import Saved, load, save
+from runtime.states.state_file import Chat, Saved, load, save
 
 __all__ = ["one_thread", "toy_layout"]  # fixtures, taken over
 PIECE = MAX_TOKENS - MAX_TOKENS % CHUNK
@@ -325,10 +325,10 @@ def written(recurrent: Session, tmp_path: Path) -> tuple[Path, Snapshot]:
     snapshot = talk.take()
     assert snapshot is not None
     path = tmp_path / "folder" / "a.state"
-    messages = [{"role": "user", "content": "é"}]
+    chat = Chat([{"role": "user", "content": "é"}], "text")
     made_by = fingerprint(recurrent.bundle, recurrent.backend)
-    save(path, Saved(snapshot, messages), recurrent.bundle, made_by)
-    assert load(path, recurrent.bundle, made_by).messages == messages
+    save(path, Saved(snapshot, chat), recurrent.bundle, made_by)
+    assert load(path, recurrent.bundle, made_by).chat == chat
     assert [file.name for file in path.parent.iterdir()] == ["a.state"]
     return path, snapshot
 

@@ -27,6 +27,7 @@ class Served:
             text=True,
             env=ENVIRONMENT,
         )
+        self._reader: threading.Thread | None = None
         self.said: list[str] = []
         self.headers: dict[str, str] = {}  # of each request
         assert self.process.stderr is not None
@@ -36,6 +37,7 @@ class Served:
                 self.model, self.url = found.groups()
                 break
         else:
+            self.__exit__()
             raise AssertionError("".join(self.said))
         self.host = self.url.removeprefix("http://")
         # A full pipe would stop it.
@@ -74,7 +76,8 @@ class Served:
     def __exit__(self, *_: object) -> None:
         self.process.kill()
         self.process.wait(30)
-        self._reader.join(10)
+        if self._reader:
+            self._reader.join(10)
         for stream in (self.process.stdout, self.process.stderr):
             assert stream is not None
             stream.close()

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -27,9 +27,11 @@ from runtime.serve.generation import Ended, Generation, Piece
 from runtime.serve.guard import Guard
 from runtime.serve.limits import Limits
 from runtime.serve.metrics import Metrics
+from runtime.serve.named_states import checked_name
 from runtime.serve.order import Order, Reader
 from runtime.serve.replies import (
     Answer,
+    ChatWriter,
     CompletionWriter,
     TokenNames,
     Writer,
@@ -37,6 +39,8 @@ from runtime.serve.replies import (
 )
 from runtime.serve.scheduler import Scheduler
 from runtime.text import TextCodec
+
+T = TypeVar("T")
 
 PAGE = Path(__file__).parent / "page"
 BODY_S = 30.0  # within which a body has to be there
@@ -74,8 +78,13 @@ def application(service: Service, keys: Sequence[str], hosts: Sequence[str]) -> 
         keys, hosts: see `Guard`.
     """
     completions = partial(_answer, service, service.reader.completion, CompletionWriter)
+    chats = partial(_answer, service, service.reader.chat, ChatWriter)
     routes = [
         _route("/v1/completions", service, completions, "POST"),
+        _route("/v1/chat/completions", service, chats, "POST"),
+        _route("/v1/states", service, partial(_states, service)),
+        _route("/v1/states", service, partial(_save_state, service), "POST"),
+        _route("/v1/states/{name}", service, partial(_state, service), "GET", "DELETE"),
         _route("/v1/models", service, partial(_models, service)),
         _route("/v1/models/{model}", service, partial(_model, service)),
         _route("/health", service, partial(_health, service)),
@@ -127,8 +136,7 @@ def _as_problem(problem: Exception) -> BundleProblem:
     """One sentence of any exception, with its status."""
     if isinstance(problem, RequestProblem):
         return problem
-    asked_for = isinstance(problem, BundleProblem) and problem.exit_code == BundleProblem.exit_code
-    if asked_for and out_of_memory(problem, BundleProblem) is None:
+    if type(problem) is BundleProblem and out_of_memory(problem, BundleProblem) is None:
         return RequestProblem(problem.message, problem.hint)
     show_traceback(problem)
     if isinstance(problem, BundleProblem):
@@ -157,14 +165,11 @@ async def _answer(
     writer_of: type[Writer],
     request: Request,
 ) -> Response:
-    _require_place(service)
-    service.inside += 1
+    _enter(service)
     streams = False
     try:
-        deadline = time.monotonic() + service.limits.seconds
-        body = await _body(request, service.limits.body_bytes)
-        order = await run_in_threadpool(lambda: read(parse_object(body)))
-        run = _Run(service, order, deadline)
+        run = await _start(service, read, request)
+        order = run.order
         writer = writer_of(service.reader.model, service.names, order.logprobs is not None)
         if not order.stream:
             return JSONResponse(writer.answer(await _whole(run, request)))
@@ -177,17 +182,28 @@ async def _answer(
             service.inside -= 1
 
 
-def _require_place(service: Service) -> None:
-    if service.inside < service.limits.requests:
-        return
-    problem = RequestProblem(
-        f"{service.inside} requests are being answered or wait already",
-        "come again in a moment",
-        status=429,
-        code="queue_full",
-    )
-    problem.headers["Retry-After"] = "1"
-    raise problem
+def _enter(service: Service) -> None:
+    """Take a place; raises RequestProblem where there is none."""
+    if service.inside >= service.limits.requests:
+        problem = RequestProblem(
+            f"{service.inside} requests are being answered or wait already",
+            "come again in a moment",
+            status=429,
+            code="queue_full",
+        )
+        problem.headers["Retry-After"] = "1"
+        raise problem
+    service.inside += 1
+
+
+async def _start(
+    service: Service, read: Callable[[dict[str, Any]], Order], request: Request
+) -> _Run:
+    """Read the request and let it wait for its slots."""
+    deadline = time.monotonic() + service.limits.seconds
+    body = await _body(request, service.limits.body_bytes)
+    order = await run_in_threadpool(lambda: read(parse_object(body)))
+    return _Run(service, order, deadline)
 
 
 async def _body(request: Request, most: int) -> bytes:
@@ -351,6 +367,43 @@ async def _model(service: Service, request: Request) -> Response:
             code="model_not_found",
         )
     return JSONResponse(service.facts)
+
+
+async def _states(service: Service, request: Request) -> Response:
+    """Those with names, and what the cache holds."""
+    scheduler = service.scheduler
+
+    def look() -> dict[str, Any]:
+        held = {"states": len(scheduler.cache), "bytes": scheduler.cache.nbytes}
+        return {"object": "list", "data": scheduler.named.listed(), "cache": held}
+
+    return JSONResponse(await _between_steps(service, look))
+
+
+async def _save_state(service: Service, request: Request) -> Response:
+    """Read a prompt, behind another state if one is named, and keep what it led to."""
+    _enter(service)
+    try:
+        run = await _start(service, service.reader.saving, request)
+        await _whole(run, request)
+    finally:
+        service.inside -= 1
+    name = str(run.order.save_state)
+    named = service.scheduler.named
+    return JSONResponse(await _between_steps(service, lambda: named.described(name)))
+
+
+async def _state(service: Service, request: Request) -> Response:
+    name, named = checked_name(request.path_params["name"]), service.scheduler.named
+    if request.method != "DELETE":
+        return JSONResponse(await _between_steps(service, lambda: named.described(name)))
+    await _between_steps(service, lambda: named.delete(name))
+    return JSONResponse({"id": name, "object": "state", "deleted": True})
+
+
+async def _between_steps(service: Service, errand: Callable[[], T]) -> T:
+    """What `errand` gives in the engine's thread."""
+    return await asyncio.wrap_future(service.scheduler.run_between_steps(errand))
 
 
 async def _health(service: Service, request: Request) -> Response:

@@ -1,7 +1,7 @@
 """States that clients save under a name, to go on from as often as they like.
 
-A name is letters, digits and a few signs, so that it can be part of a file's name and of no path. Of
-a folder the files are read at the start; each save is one whole file there.
+A name is letters, digits and a few signs, so that it can be part of a file's name and of no path.
+Of a folder the files are read at the start; each save is one whole file there.
 """
 
 from __future__ import annotations

@@ -7,10 +7,12 @@ import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from runtime.chat_template import THINKING
+from runtime.dialogue import ChatPrompt
 from runtime.sampling import SAMPLING
 from runtime.serve.fields import Fields, RequestProblem
 from runtime.serve.limits import (
@@ -31,7 +33,6 @@ NAMES_ALONE = ("user", "metadata", "store", "service_tier", "safety_identifier",
 
 # Roles that clients write, and those that templates know.
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-THINKING = ("enable_thinking", "thinking")
 WITHOUT_TOOLS = ("tools", "tool_choice", "functions", "function_call", "parallel_tool_calls")
 
 # Gives the constraint of one answer anew for each prompt: a mask over logits, see `Sampler`.
@@ -71,16 +72,8 @@ class Order:
     marks: frozenset[int] = frozenset()
 
 
-class Prompt(Protocol):
-    """A rendered chat; see `runtime.dialogue.ChatPrompt`."""
-
-    text: str
-    ids: list[int]
-    marks: frozenset[int]
-
-
 # Messages, and whether to think (None: as the template likes) -> the chat; raises BundleProblem.
-Render = Callable[[Sequence[Mapping[str, str]], "bool | None"], Prompt]
+Render = Callable[[Sequence[Mapping[str, str]], "bool | None"], ChatPrompt]
 
 
 @dataclass(frozen=True)

@@ -7,22 +7,29 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import uvicorn
 
+from runtime.bundle import Bundle
+from runtime.chat_template import ChatTemplate
 from runtime.console import show_notes, visible
+from runtime.dialogue import ChatPrompt, chat_prompt
 from runtime.machine import this_machine
+from runtime.options import open_cache
 from runtime.problems import BundleProblem
 from runtime.serve.application import Service, application
 from runtime.serve.grammar import Grammars
 from runtime.serve.limits import Limits
 from runtime.serve.metrics import Metrics
-from runtime.serve.order import Reader
+from runtime.serve.named_states import NamedStates
+from runtime.serve.order import Reader, Render
 from runtime.serve.replies import TokenNames
 from runtime.serve.scheduler import Scheduler
 from runtime.session import Session
+from runtime.states.prefix_cache import MIB
 from runtime.text import TextCodec
 
 # Answers under way may take so long to end after the stop was asked for.
@@ -84,7 +91,12 @@ def _service(session: Session, codec: TextCodec, options: argparse.Namespace) ->
         new_tokens=options.max_answer_tokens,
         seconds=options.max_seconds,
     )
-    scheduler = Scheduler(session, limits.parallel, options.prefill_tokens)
+    cache = open_cache(session, options)
+    folder = None if options.state_dir is None else Path(options.state_dir)
+    named = NamedStates(session, options.state_memory * MIB, folder)
+    show_notes([*cache.notes, *named.notes])
+    piece = options.prefill_tokens
+    scheduler = Scheduler(session, limits.parallel, cache, named, piece, _note)
     reader = Reader(
         codec=codec,
         model=bundle.name,
@@ -92,9 +104,26 @@ def _service(session: Session, codec: TextCodec, options: argparse.Namespace) ->
         room=bundle.model.context,
         scores_prompts=session.backend.max_keep is None,
         grammar=Grammars(bundle, codec.vocabulary).of_schema,
+        render=_renderer(bundle, codec),
     )
     metrics = Metrics(lambda: scheduler.active, lambda: scheduler.waiting)
     return Service(codec, reader, scheduler, limits, metrics, TokenNames(codec), _facts(session))
+
+
+def _renderer(bundle: Bundle, codec: TextCodec) -> Render | None:
+    template = ChatTemplate.of(bundle)
+    if template is None:
+        return None
+
+    def render(messages: Sequence[Mapping[str, str]], think: bool | None) -> ChatPrompt:
+        variables: dict[str, Any] = {**template.thinking(think)}
+        return chat_prompt(template, codec, bundle, messages, **variables)
+
+    return render
+
+
+def _note(sentence: str) -> None:
+    show_notes([sentence])
 
 
 def _facts(session: Session) -> dict[str, Any]:
@@ -108,6 +137,7 @@ def _facts(session: Session) -> dict[str, Any]:
         "context": bundle.model.context,
         "recipe": bundle.recipe,
         "backend": session.backend.description,
+        "chat": ChatTemplate.of(bundle) is not None,
         "state_bytes_per_sequence": bundle.model.state_bytes(),
     }
 

@@ -1,8 +1,8 @@
 """One snapshot as a file, in the format of safetensors, written whole or not at all.
 
-Its metadata hold the fingerprint of what computed it, the bundle's name, the messages of a chat,
-and a SHA-256 of all of the file with that hash left out. Its tensors are `ids`, `pending` and the
-states; of a state that grows it has the rows that are filled.
+Its metadata hold the fingerprint of what computed it, the bundle's name, messages and text of a
+chat, and a SHA-256 of all of the file with that hash left out. Its tensors are `ids`, `pending` and
+the states; of a state that grows it has the rows that are filled.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +35,21 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LENGTH = struct.Struct("<Q")  # bytes of the header, at the start of the file
 MAX_HEADER = 64 << 20  # bytes; a chat of a long context has a few
 
-Messages = Sequence[Mapping[str, str]]
+
+@dataclass(frozen=True)
+class Chat:
+    """What a chat is besides its state."""
+
+    messages: Sequence[Mapping[str, str]]  # role and content of each
+    text: str  # that the tokens stand for
 
 
 @dataclass(frozen=True)
 class Saved:
-    """What a state file holds; `messages` is empty where it is no chat's."""
+    """What a state file holds; `chat` is None where it is that of a text."""
 
     snapshot: Snapshot
-    messages: Messages = ()
+    chat: Chat | None = None
 
 
 def save(path: Path, saved: Saved, bundle: Bundle, fingerprint: Fingerprint) -> None:
@@ -62,7 +68,7 @@ def save(path: Path, saved: Saved, bundle: Bundle, fingerprint: Fingerprint) -> 
         "format": FORMAT,
         "bundle": bundle.name,
         "fingerprint": _json(fingerprint),
-        "messages": _json(list(map(dict, saved.messages))),
+        "chat": _json(asdict(saved.chat) if saved.chat else None),
     }
     data = [array.tobytes() for array in tensors.values()]
     table, end = {}, 0
@@ -99,9 +105,8 @@ def load(path: Path, bundle: Bundle, fingerprint: Fingerprint) -> Saved:
         ) from error
     try:
         table, metadata, data = _parse(content)
-        made_by, messages = (json.loads(metadata[key]) for key in ("fingerprint", "messages"))
-        if not all(isinstance(message["content"], str) for message in messages):
-            raise ValueError("its messages are no messages")
+        made_by = json.loads(metadata["fingerprint"])
+        chat = _chat(json.loads(metadata["chat"]))
     except (ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError) as error:
         raise BundleProblem(
             f"{path} is no whole state file: it is torn, was altered or is something else"
@@ -121,7 +126,7 @@ def load(path: Path, bundle: Bundle, fingerprint: Fingerprint) -> Saved:
         raise BundleProblem(
             f"the state file {path} does not fit {bundle.name} ({error})", "save the state again"
         ) from error
-    return Saved(snapshot, messages)
+    return Saved(snapshot, chat)
 
 
 def _json(value: Any) -> str:
@@ -158,6 +163,15 @@ def _parse(content: bytes) -> tuple[dict[str, Any], dict[str, str], memoryview]:
     ):
         raise ValueError("SHA-256 differs")
     return table, metadata, data
+
+
+def _chat(held: Any) -> Chat | None:
+    if held is None:
+        return None
+    messages = [
+        {key: str(message[key]) for key in ("role", "content")} for message in held["messages"]
+    ]
+    return Chat(messages, str(held["text"]))
 
 
 def _snapshot(table: Mapping[str, Any], data: memoryview, model: Interface) -> Snapshot:

@@ -11,9 +11,9 @@ import tiny_bundle  # noqa: F401  (puts jetson/ on the path, so it comes first)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from serving import Served
-from tiny_bundle import make_bundle
+from tiny_bundle import make_bundle, pack
 
-PATHS = ("/v1/completions",)
+PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/states")
 
 LEAVES = (
     st.none()
@@ -35,13 +35,19 @@ NAMES = (
     *("max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "min_p", "seed"),
     *("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "stop"),
     *("logprobs", "top_logprobs", "echo", "stream", "stream_options", "response_format"),
+    *("name", "state", "save_state", "cache_prompt", "chat_template_kwargs", "tool_choice"),
 )
+MESSAGES = [{"role": "user", "content": "a"}]
 PROMPTS = st.sampled_from(["a", ["a", "b"], [1, 2], [[1], [2, 3]], "", []])
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = make_bundle(tmp_path_factory.mktemp("bundle") / "tiny")
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    chat = {"templates": {"default": template}, "special_tokens": {}}
+    (folder / "chat.json").write_text(json.dumps(chat))
+    pack(folder)
     with Served(folder, "--max-answer-tokens=64", "--max-seconds=20") as server:
         yield server
 
@@ -75,7 +81,8 @@ def test_what_is_no_request(served: Served, path: str, body: bytes | str) -> Non
 def test_fields_with_any_value(
     served: Served, path: str, fields: dict[str, Any], prompt: Any
 ) -> None:
-    body = {"prompt": prompt, **fields} if path == "/v1/completions" else fields
+    said = {"messages": MESSAGES} if "chat" in path else {"prompt": prompt}
+    body = {**said, **({"name": "a"} if "states" in path else {}), **fields}
     status, answer, _ = served.ask(path, json.dumps(body).encode())
     assert_told(status, answer)
     assert served.ask("/health")[0] == 200

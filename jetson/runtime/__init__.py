@@ -4,6 +4,17 @@ The host imports these files as well. A file imports none that stands above it, 
 the same job.
 
 command_line   the choice of a command                commands/   one file per command
+
+serve/         OpenAI's API over HTTP; needs starlette, uvicorn and prometheus_client
+  server         puts the parts together, and runs them
+  application    routes                                 guard       who may come in
+  order          a body -> what is asked for            replies     what is answered
+  scheduler      which sequence runs next               steps       several sequences on one session
+  generation     one sequence that is generated         named_states   states that clients save
+  grammar        answers of a schema, by llguidance     metrics     what Prometheus reads
+  fields         JSON objects, field by field           limits      what a client may take
+  unit           a unit file for systemd
+
 options        what several commands are asked for    arguments   argparse, in one sentence
 
 bench          times and memory; its schema           verify      golden vectors, suspected ops

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
-import tiny_bundle  # puts jetson/ on the path, so it comes first
 from serving import Served
 from tiny_bundle import SENTENCE, make_bundle, pack
 
@@ -96,7 +95,7 @@ def test_a_chat_goes_on_from_the_states_of_its_turns(served: Served, client: ope
         assert whole.usage.prompt_tokens == alone["usage"]["prompt_tokens"]
         assert alone["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
         if turn != "and then":
-            assert whole.usage.prompt_tokens_details.cached_tokens or 0 > len(SENTENCE) // 4
+            assert whole.usage.prompt_tokens_details.cached_tokens or len(SENTENCE) // 4 < 0
         messages.append({"role": "assistant", "content": said})
         rendered += f"{said}\n"
 

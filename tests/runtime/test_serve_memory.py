@@ -178,10 +178,9 @@ def test_a_state_is_saved_listed_continued_and_deleted(served: Served, packed: P
 
 
 def test_a_chat_starts_from_a_state_that_it_goes_on_from(served: Served) -> None:
-    known = f"[system]{SENTENCE}\n"
-    assert served.ask("/v1/states", {"name": "system", "prompt": known})[0] == 200
-    body = {"state": "system", "cache_prompt": False, "max_tokens": 3}
     messages = [{"role": "system", "content": SENTENCE}, {"role": "user", "content": "x"}]
+    assert served.ask("/v1/states", {"name": "system", "messages": messages[:1]})[0] == 200
+    body = {"state": "system", "cache_prompt": False, "max_tokens": 3}
     status, answer, _ = served.ask("/v1/chat/completions", {**body, "messages": messages})
     assert status == 200 and answer["usage"]["prompt_tokens_details"]["cached_tokens"] > 8
     status, answer, _ = served.ask("/v1/chat/completions", {**body, "messages": messages[1:]})

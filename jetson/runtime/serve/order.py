@@ -72,8 +72,9 @@ class Order:
     marks: frozenset[int] = frozenset()
 
 
-# Messages, and whether to think (None: as the template likes) -> the chat; raises BundleProblem.
-Render = Callable[[Sequence[Mapping[str, str]], "bool | None"], ChatPrompt]
+# Messages, whether to think (None: as the template likes), and whether an answer is to follow
+# -> the chat; raises BundleProblem.
+Render = Callable[[Sequence[Mapping[str, str]], "bool | None", bool], ChatPrompt]
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,14 @@ class _Asked:
     state: str | None
     whole_text: bool = False
     marks: frozenset[int] = frozenset()
+
+    @classmethod
+    def of_chat(
+        cls, prompt: ChatPrompt, new_tokens: int | None, logprobs: int | None, state: str | None
+    ) -> _Asked:
+        """What a rendered chat asks for."""
+        ids = [np.array([prompt.ids], np.int32)]
+        return cls(ids, [prompt.text], new_tokens, logprobs, False, state, True, prompt.marks)
 
 
 @dataclass(frozen=True)
@@ -136,19 +145,19 @@ class Reader:
         return self._order(fields, asked)
 
     def saving(self, body: Mapping[str, Any]) -> Order:
-        """An order of /v1/states: read a prompt, keep the state, write nothing.
+        """An order of /v1/states: read a prompt or a chat, keep the state, write nothing.
 
         Raises:
-            RequestProblem, BundleProblem: as for `completion`.
+            RequestProblem, BundleProblem: as for `completion` and `chat`.
         """
-        fields = Fields(body)
-        name = checked_name(fields.take("name"))
-        for other in fields.names():
-            if other not in ("prompt", "state", "model"):
-                fields.refuse(json.dumps(other)[1:-1][:60], "is not known here", "leave it out")
-        asked = {**body, "echo": True, "max_tokens": 0, "temperature": 0, "save_state": name}
-        del asked["name"]
-        return self.completion(asked)
+        fields = Fields(body | {"save_state": checked_name(body.get("name"))})
+        fields.ignore("name")
+        state = _state_name(fields, "state")
+        if body.get("messages") is not None:
+            prompt = self._rendered(fields, answers=False)
+            return self._order(fields, _Asked.of_chat(prompt, 0, None, state))
+        texts, prompts = self._prompts(fields, continues=state is not None)
+        return self._order(fields, _Asked(prompts, texts, 0, None, False, state))
 
     def chat(self, body: Mapping[str, Any]) -> Order:
         """An order of /v1/chat/completions.
@@ -158,14 +167,7 @@ class Reader:
             BundleProblem: the template does not take the messages.
         """
         fields = Fields(body)
-        if self.render is None:
-            raise RequestProblem(
-                f"{self.model} has no chat template",
-                "ask /v1/completions, or build the bundle from a checkpoint that has one",
-                code="no_chat_template",
-            )
-        messages = _messages(fields)
-        prompt = self.render(messages, _thinking(fields))
+        prompt = self._rendered(fields, answers=True)
         most = self.limits.new_tokens
         older = fields.number("max_tokens", int, None, 1, most)
         new_tokens = fields.number("max_completion_tokens", int, older, 1, most)
@@ -173,17 +175,18 @@ class Reader:
         logprobs = top if fields.flag("logprobs") else None
         for name in WITHOUT_TOOLS:
             fields.only(name, [], "none", False, True)
-        asked = _Asked(
-            [np.array([prompt.ids], np.int32)],
-            [prompt.text],
-            new_tokens,
-            logprobs,
-            False,
-            _state_name(fields, "state"),
-            whole_text=True,
-            marks=prompt.marks,
-        )
-        return self._order(fields, asked)
+        state = _state_name(fields, "state")
+        return self._order(fields, _Asked.of_chat(prompt, new_tokens, logprobs, state))
+
+    def _rendered(self, fields: Fields, answers: bool) -> ChatPrompt:
+        """The messages by the template; `answers`: up to where an answer begins."""
+        if self.render is None:
+            raise RequestProblem(
+                f"{self.model} has no chat template",
+                "ask /v1/completions, or build the bundle from a checkpoint that has one",
+                code="no_chat_template",
+            )
+        return self.render(_messages(fields), _thinking(fields), answers)
 
     def _require_prompt_logits(self, state: str | None) -> None:
         if not self.scores_prompts:

@@ -16,6 +16,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from os.path import expanduser  # a shell does it for what stands on a command line
 from pathlib import Path
 
 import numpy as np
@@ -81,8 +82,8 @@ class _Talk:
         self._conversation = session.conversation(self._cache)
         self._sample = Sampler(codec.vocabulary, **settings(vars(options)))
         self.commands: Mapping[str, Callable[[str], None]] = {
-            "/save": lambda name: self.save(Path(name)),
-            "/load": lambda name: self.load(Path(name)),
+            "/save": lambda name: self.save(Path(expanduser(name))),
+            "/load": lambda name: self.load(Path(expanduser(name))),
             "/reset": lambda _: self._reset(),
             "/help": lambda _: print(HELP, file=sys.stderr),
         }

@@ -83,9 +83,9 @@ def save(path: Path, saved: Saved, bundle: Bundle, fingerprint: Fingerprint) -> 
     header = _header(table, {**metadata, "sha256": digest})
     try:
         write_whole(path, [LENGTH.pack(len(header)), header, *data])
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise BundleProblem(
-            f"the state cannot be written to {path} ({error.strerror})",
+            f"the state cannot be written to {path} ({getattr(error, 'strerror', error)})",
             "free some space, or name another file",
         ) from error
 
@@ -99,9 +99,10 @@ def load(path: Path, bundle: Bundle, fingerprint: Fingerprint) -> Saved:
     """
     try:
         content = path.read_bytes()
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise BundleProblem(
-            f"the state file {path} cannot be read ({error.strerror})", "check its name"
+            f"the state file {path} cannot be read ({getattr(error, 'strerror', error)})",
+            "check its name",
         ) from error
     try:
         table, metadata, data = _parse(content)

@@ -160,6 +160,16 @@ REFUSED = {
 }
 
 
+def test_info_says_that_it_is_a_chat_model(
+    chatml: Path, plain: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_engine([str(chatml), "--info"], chatml) == 0
+    assert "\nchat     by the checkpoint's template\n" in capsys.readouterr().out
+    for folder in (chatml, plain):
+        assert run_engine([str(folder), "--info", "--json"], folder) == 0
+        assert json.loads(capsys.readouterr().out)["chat"] == (folder == chatml)
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_a_template_does_not_know_is_refused(
     case: str, chat: Command, request: pytest.FixtureRequest

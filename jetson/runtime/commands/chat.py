@@ -74,12 +74,14 @@ class _Talk:
         codec: TextCodec,
         dialogue: Dialogue,
         options: argparse.Namespace,
+        cached: bool,
     ) -> None:
+        """`cached`: hold states of what was said, since a later turn may go back to one."""
         self._session, self._codec, self._dialogue = session, codec, dialogue
         self._options = options
-        self._cache = open_cache(session, options)
-        show_notes(self._cache.notes)
-        self._conversation = session.conversation(self._cache)
+        cache = open_cache(session, options) if cached or options.state_dir else None
+        show_notes(cache.notes if cache else ())
+        self._conversation = session.conversation(cache)
         self._sample = Sampler(codec.vocabulary, **settings(vars(options)))
         self.commands: Mapping[str, Callable[[str], None]] = {
             "/save": lambda name: self.save(Path(expanduser(name))),
@@ -150,7 +152,7 @@ def run(bundle: Bundle, options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         show_notes(backend.notes)
-        talk = _Talk(session, codec, dialogue, options)
+        talk = _Talk(session, codec, dialogue, options, cached=template is not None)
         if options.load_state:
             talk.load(Path(options.load_state))
         for text in _messages():

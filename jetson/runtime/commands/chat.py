@@ -229,7 +229,15 @@ def _messages() -> Iterator[str]:
     """What is typed: lines, and blocks of lines; what is not UTF-8 is named and left out."""
     number = 0
     block: list[str] | None = None
-    while (line := _read_line(block is not None)) is not None:
+    while True:
+        try:
+            line = _read_line(block is not None)
+        except KeyboardInterrupt:
+            print("\nCtrl-D ends.", file=sys.stderr)
+            block = None
+            continue
+        if line is None:
+            break
         number += 1
         text = None
         with _sentences():
@@ -267,13 +275,10 @@ def _checked(line: str, number: int) -> str:
 
 
 def _read_line(within_block: bool) -> str | None:
-    """A line without its end; empty after Ctrl-C, None after Ctrl-D."""
+    """A line without its end; None after Ctrl-D."""
     prompt = MORE if within_block else PROMPT
     try:
         return input(prompt if sys.stdin.isatty() else "").removesuffix("\r")
-    except KeyboardInterrupt:
-        print("\nCtrl-D ends.", file=sys.stderr)
-        return ""
     except EOFError:
         if sys.stdin.isatty():
             print(file=sys.stderr)

@@ -115,10 +115,13 @@ check_python() {
 
 # Those of the virtual environment that still have to be installed.
 packages_to_install() {
-    local module
+    local module version
     for module in "${modules[@]}"; do
         "$venv/bin/python" -c "import $module" 2>/dev/null || printf '%s\n' "${module%%.*}"
     done
+    [[ -f $here/chat.json ]] || return 0 # else chat templates want a newer one than Ubuntu's own
+    version=$("$venv/bin/python" -c 'import jinja2; print(jinja2.__version__)' 2>/dev/null) || version=
+    if [[ -z $version ]] || ! at_least 3.1.6 "$version"; then echo 'jinja2>=3.1.6'; fi
 }
 
 check_own() {

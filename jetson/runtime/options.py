@@ -10,6 +10,8 @@ from typing import Any
 from runtime.arguments import number, text, text_to_find
 from runtime.backends.protocol import BackendOptions
 from runtime.bundle import Bundle
+from runtime.console import size
+from runtime.problems import BundleProblem
 from runtime.sampling import SAMPLING
 from runtime.session import Session
 from runtime.states.prefix_cache import MIB, PrefixCache, StateFolder
@@ -185,8 +187,20 @@ def open_session(
 
 
 def open_cache(session: Session, asked: argparse.Namespace) -> PrefixCache:
-    """The states that are held while a command runs, and beyond it where a folder was named."""
-    folder = None
+    """The states that are held while a command runs, and beyond it where a folder was named.
+
+    Raises:
+        BundleProblem: the folder cannot be made, or none of its files could be used.
+    """
+    folder, budget = None, asked.state_memory * MIB
     if asked.state_dir is not None:
+        model = session.bundle.model
+        least = model.state_bytes() - model.cache_bytes()
+        if least > budget:
+            raise BundleProblem(
+                f"a state of {session.bundle.name} takes {size(least)}, more than --state-memory"
+                f" {asked.state_memory}",
+                f"give it {-(-least // MIB)} or more",
+            )
         folder = StateFolder(Path(asked.state_dir), session.bundle, session.backend)
-    return PrefixCache(asked.state_memory * MIB, folder)
+    return PrefixCache(budget, folder)

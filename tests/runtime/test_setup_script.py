@@ -33,9 +33,11 @@ case "$*" in
         cp "$0" "${@: -1}/bin/python"
         [[ ! -f $modules/numpy ]] || touch "${@: -1}/bin/modules/numpy"
         ;;
+    *"import jinja2"*) [[ -f $modules/jinja2 ]] && cat "$modules/jinja2" ;;
     "-m pip --version") ;;
     "-m pip install"*)
         [[ ! -f $modules/offline ]] || { echo "no network" >&2; exit 1; }
+        [[ " $* " != *" jinja2>=3.1.6 "* ]] || echo 3.1.10 >"$modules/jinja2"
         for package in pycuda tokenizers numpy onnxruntime $SERVER; do
             [[ " $* " != *" $package "* ]] || touch "$modules/$package"
         done
@@ -108,6 +110,19 @@ class Jetson:
 @pytest.fixture
 def jetson(tmp_path: Path) -> Jetson:
     return Jetson(tmp_path)
+
+
+def test_a_bundle_with_a_chat_template_gets_jinja2(jetson: Jetson) -> None:
+    """Also where the system has an older one, which pip would leave there."""
+    (jetson.bundle / "chat.json").touch()
+    assert jetson.run().returncode == 0
+    (installed,) = jetson.calls("pip install")
+    assert installed.endswith("pycuda tokenizers jinja2>=3.1.6")
+    (jetson.bundle / ".venv" / "bin" / "modules" / "jinja2").write_text("3.0.3\n")
+    assert jetson.run().returncode == 0
+    (installed,) = jetson.calls("pip install")
+    assert installed.endswith("--quiet jinja2>=3.1.6")
+    assert jetson.run().returncode == 0 and not jetson.calls("pip install")
 
 
 def test_a_fresh_board_becomes_ready(jetson: Jetson) -> None:

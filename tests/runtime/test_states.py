@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import struct
+import subprocess
+import sys
+import time
 from collections.abc import Collection
 from pathlib import Path
 
@@ -15,8 +19,8 @@ from hybrid_builds import CONTEXT, build_hybrid, for_board, toy_layout
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from tiny_bundle import CHUNK, MAX_TOKENS, make_bundle
-from tiny_model import one_thread
+from tiny_bundle import CHUNK, JETSON, MAX_TOKENS, make_bundle
+from tiny_model import one_thread, write_model, write_text
 
 from runtime.backends.onnxruntime import OnnxRuntimeBackend
 from runtime.backends.protocol import BackendOptions
@@ -28,6 +32,9 @@ from runtime.states.fingerprint import fingerprint
 from runtime.states.prefix_cache import PrefixCache, StateFolder
 from runtime.states.slot import Snapshot
 from runtime.states.state_file import Chat, Saved, load, save
+from ssdi8_edge.compile.pipeline import Build, BuildRequest
+from ssdi8_edge.recipes.presets import METHODS
+from ssdi8_edge.targets import load_target
 
 __all__ = ["one_thread", "toy_layout"]  # fixtures, taken over
 PIECE = MAX_TOKENS - MAX_TOKENS % CHUNK
@@ -43,13 +50,27 @@ def recurrent(tmp_path_factory: pytest.TempPathFactory) -> Session:
 
 @pytest.fixture(scope="module")
 def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Session:
-    """Quantized Mamba-2, attention and both side by side; calls of at most 32 tokens."""
+    """Quantized Mamba-2, attention and both side by side; calls of at most 20 tokens."""
     run = build_hybrid(tmp_path_factory.mktemp("hybrid"))
     bundle = dataclasses.replace(open_bundle(run / "bundle"), max_tokens=20)
     return Session(bundle, OnnxRuntimeBackend(bundle, threads=1))
 
 
-@pytest.fixture(scope="module", params=["recurrent", "hybrid"])
+@pytest.fixture(scope="module")
+def mamba(tmp_path_factory: pytest.TempPathFactory) -> Session:
+    """Quantized Mamba-2 alone; calls of at most 20 tokens."""
+    scene = tmp_path_factory.mktemp("mamba")
+    sizes = {"d_model": 64, "headdim": 16, "d_state": 16, "chunk_size": 16}
+    model, text = write_model(scene / "model", **sizes), write_text(scene / "text.txt", size=300)
+    target = load_target("host-cpu")
+    Build(
+        BuildRequest(str(model), METHODS["edge-w8a8"], target, scene / "run", calibration=text)
+    ).run()
+    bundle = dataclasses.replace(open_bundle(scene / "run" / "bundle"), max_tokens=20)
+    return Session(bundle, OnnxRuntimeBackend(bundle, threads=1))
+
+
+@pytest.fixture(scope="module", params=["recurrent", "mamba", "hybrid"])
 def session(request: pytest.FixtureRequest) -> Session:
     found: Session = request.getfixturevalue(request.param)
     return found
@@ -87,7 +108,7 @@ def same(a: Snapshot, b: Snapshot) -> None:
 
 
 RELAXED = settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
@@ -331,6 +352,44 @@ def written(recurrent: Session, tmp_path: Path) -> tuple[Path, Snapshot]:
     assert load(path, recurrent.bundle, made_by).chat == chat
     assert [file.name for file in path.parent.iterdir()] == ["a.state"]
     return path, snapshot
+
+
+SAVER = """
+import itertools, sys
+from pathlib import Path
+import numpy as np
+from runtime.bundle import open_bundle
+from runtime.states.slot import Snapshot
+from runtime.states.state_file import Saved, save
+
+bundle, path = open_bundle(Path(sys.argv[1])), Path(sys.argv[2])
+for value in itertools.cycle((1, 2)):
+    states = {
+        name: np.full((1, *state.shape), value, state.dtype)
+        for name, state in bundle.model.states.items()
+    }
+    save(path, Saved(Snapshot(np.full(100_000, value, np.int32), states)), bundle, {})
+    print(value, flush=True)
+"""
+
+
+def test_kill_while_saving_leaves_the_old_file_or_the_new_one(
+    recurrent: Session, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.state"
+    command = [sys.executable, "-c", SAVER, str(recurrent.bundle.root), str(path)]
+    for delay in (0.0, 0.002, 0.005):
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(JETSON)}
+        ) as process:
+            assert process.stdout is not None and process.stdout.readline()
+            time.sleep(delay)
+            process.kill()
+        snapshot = load(path, recurrent.bundle, {}).snapshot
+        values = {int(value) for state in snapshot.states.values() for value in np.unique(state)}
+        assert values == {int(snapshot.ids[0])} and len(snapshot.ids) == 100_000
+    save(path, Saved(snapshot), recurrent.bundle, {})
+    assert [file.name for file in tmp_path.iterdir()] == ["a.state"]
 
 
 def test_a_file_is_one_of_safetensors(written: tuple[Path, Snapshot]) -> None:

@@ -16,6 +16,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from os.path import expanduser  # a shell does it for what stands on a command line
 from pathlib import Path
 
 import numpy as np
@@ -73,16 +74,18 @@ class _Talk:
         codec: TextCodec,
         dialogue: Dialogue,
         options: argparse.Namespace,
+        cached: bool,
     ) -> None:
+        """`cached`: hold states of what was said, since a later turn may go back to one."""
         self._session, self._codec, self._dialogue = session, codec, dialogue
         self._options = options
-        self._cache = open_cache(session, options)
-        show_notes(self._cache.notes)
-        self._conversation = session.conversation(self._cache)
+        cache = open_cache(session, options) if cached or options.state_dir else None
+        show_notes(cache.notes if cache else ())
+        self._conversation = session.conversation(cache)
         self._sample = Sampler(codec.vocabulary, **settings(vars(options)))
         self.commands: Mapping[str, Callable[[str], None]] = {
-            "/save": lambda name: self.save(Path(name)),
-            "/load": lambda name: self.load(Path(name)),
+            "/save": lambda name: self.save(Path(expanduser(name))),
+            "/load": lambda name: self.load(Path(expanduser(name))),
             "/reset": lambda _: self._reset(),
             "/help": lambda _: print(HELP, file=sys.stderr),
         }
@@ -149,7 +152,7 @@ def run(bundle: Bundle, options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         show_notes(backend.notes)
-        talk = _Talk(session, codec, dialogue, options)
+        talk = _Talk(session, codec, dialogue, options, cached=template is not None)
         if options.load_state:
             talk.load(Path(options.load_state))
         for text in _messages():
@@ -226,7 +229,15 @@ def _messages() -> Iterator[str]:
     """What is typed: lines, and blocks of lines; what is not UTF-8 is named and left out."""
     number = 0
     block: list[str] | None = None
-    while (line := _read_line(block is not None)) is not None:
+    while True:
+        try:
+            line = _read_line(block is not None)
+        except KeyboardInterrupt:
+            print("\nCtrl-D ends.", file=sys.stderr)
+            block = None
+            continue
+        if line is None:
+            break
         number += 1
         text = None
         with _sentences():
@@ -264,13 +275,10 @@ def _checked(line: str, number: int) -> str:
 
 
 def _read_line(within_block: bool) -> str | None:
-    """A line without its end; empty after Ctrl-C, None after Ctrl-D."""
+    """A line without its end; None after Ctrl-D."""
     prompt = MORE if within_block else PROMPT
     try:
         return input(prompt if sys.stdin.isatty() else "").removesuffix("\r")
-    except KeyboardInterrupt:
-        print("\nCtrl-D ends.", file=sys.stderr)
-        return ""
     except EOFError:
         if sys.stdin.isatty():
             print(file=sys.stderr)

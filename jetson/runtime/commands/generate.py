@@ -16,7 +16,7 @@ from runtime.machine import this_machine
 from runtime.options import open_cache, open_session
 from runtime.problems import INTERRUPTED, BundleProblem
 from runtime.sampling import Sampler, settings
-from runtime.session import load_state, save_state
+from runtime.session import Conversation, load_state, save_state
 from runtime.text import TextCodec
 
 
@@ -42,13 +42,13 @@ def run(bundle: Bundle, options: argparse.Namespace) -> int:
         steps = conversation.generate(prompt, sample, options.max_new_tokens, codec.end_ids)
         with text_on_stdout(not options.json) as show:
             answer = collect(steps, codec, prompt, options.stop, show, kept_tokens=kept)
-        conversation.keep()
+        notes = _kept(conversation)
         if options.save_state:
             save_state(Path(options.save_state), conversation, session)
 
     backend, load_s = session.backend, session.load_s
     timings, machine = answer.timings, this_machine()
-    notes = [*backend.notes, *(cache.notes if cache else ())]
+    notes += [*backend.notes, *(cache.notes if cache else ())]
     if conversation.full and answer.finish == "length":
         notes.append(conversation.full)
     if options.json:
@@ -80,6 +80,15 @@ def run(bundle: Bundle, options: argparse.Namespace) -> int:
         print(f"{backend.description} on {machine}; loaded in {load_s:.2f} s", file=sys.stderr)
         show_notes(notes)
     return INTERRUPTED if answer.finish == "interrupt" else 0
+
+
+def _kept(conversation: Conversation) -> list[str]:
+    """Have the cache hold what was said; a sentence where it cannot, which ruins no answer."""
+    try:
+        conversation.keep()
+    except BundleProblem as problem:
+        return [str(problem)]
+    return []
 
 
 def _read_prompt(options: argparse.Namespace) -> str:

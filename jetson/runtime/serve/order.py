@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -150,7 +149,7 @@ class Reader:
         Raises:
             RequestProblem, BundleProblem: as for `completion` and `chat`.
         """
-        fields = Fields(body | {"save_state": checked_name(body.get("name"))})
+        fields = Fields({**body, "save_state": checked_name(body.get("name"))})
         fields.ignore("name")
         state = _state_name(fields, "state")
         if body.get("messages") is not None:

@@ -118,9 +118,7 @@ def _renderer(bundle: Bundle, codec: TextCodec) -> Render | None:
     def render(
         messages: Sequence[Mapping[str, str]], think: bool | None, answers: bool
     ) -> ChatPrompt:
-        variables: dict[str, Any] = {
-            **template.thinking(think), "add_generation_prompt": answers
-        }
+        variables: dict[str, Any] = {**template.thinking(think), "add_generation_prompt": answers}
         return chat_prompt(template, codec, bundle, messages, **variables)
 
     return render

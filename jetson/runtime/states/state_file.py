@@ -33,6 +33,8 @@ DTYPES: Mapping[str, np.dtype] = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LENGTH = struct.Struct("<Q")  # bytes of the header, at the start of the file
+# What reading a file raises that another program wrote.
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError)
 MAX_HEADER = 64 << 20  # bytes; a chat of a long context has a few
 
 
@@ -83,9 +85,9 @@ def save(path: Path, saved: Saved, bundle: Bundle, fingerprint: Fingerprint) -> 
     header = _header(table, {**metadata, "sha256": digest})
     try:
         write_whole(path, [LENGTH.pack(len(header)), header, *data])
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise BundleProblem(
-            f"the state cannot be written to {path} ({error.strerror})",
+            f"the state cannot be written to {path} ({getattr(error, 'strerror', error)})",
             "free some space, or name another file",
         ) from error
 
@@ -99,15 +101,16 @@ def load(path: Path, bundle: Bundle, fingerprint: Fingerprint) -> Saved:
     """
     try:
         content = path.read_bytes()
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise BundleProblem(
-            f"the state file {path} cannot be read ({error.strerror})", "check its name"
+            f"the state file {path} cannot be read ({getattr(error, 'strerror', error)})",
+            "check its name",
         ) from error
     try:
         table, metadata, data = _parse(content)
-        made_by = json.loads(metadata["fingerprint"])
+        maker, made_by = metadata["bundle"], dict(json.loads(metadata["fingerprint"]))
         chat = _chat(json.loads(metadata["chat"]))
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError) as error:
+    except MALFORMED as error:
         raise BundleProblem(
             f"{path} is no whole state file: it is torn, was altered or is something else"
             f" ({error})",
@@ -116,13 +119,13 @@ def load(path: Path, bundle: Bundle, fingerprint: Fingerprint) -> Saved:
     differ = [part for part, value in fingerprint.items() if made_by.get(part) != value]
     if differ:
         raise BundleProblem(
-            f"the state file {path} was saved by {metadata['bundle']} with another"
+            f"the state file {path} was saved by {maker} with another"
             f" {' and another '.join(differ)} than what runs here",
             f"run that bundle as it was run then, or save a state with {bundle.name}",
         )
     try:
         snapshot = _snapshot(table, data, bundle.model)
-    except (ValueError, KeyError) as error:
+    except MALFORMED as error:
         raise BundleProblem(
             f"the state file {path} does not fit {bundle.name} ({error})", "save the state again"
         ) from error

@@ -22,12 +22,16 @@ async function call(path, options = {}) {
 const post = (path, body, signal) =>
   call(path, { method: "POST", body: JSON.stringify(body), signal });
 
+function scroll() {
+  at("talk").scrollTop = at("talk").scrollHeight;
+}
+
 function show(role, text) {
   const box = document.createElement("div");
   box.className = `said ${role}`;
   box.textContent = text;
   at("talk").append(box);
-  at("talk").scrollTop = at("talk").scrollHeight;
+  scroll();
   return box;
 }
 
@@ -117,8 +121,8 @@ async function answer() {
       if (event.error) throw new Error(event.error.message);
       const choice = event.choices[0];
       text.data += choice?.delta?.content ?? choice?.text ?? "";
-      at("talk").scrollTop = at("talk").scrollHeight;
       if (event.usage) box.append(told(event));
+      scroll();
     }
   } catch (error) {
     if (error.name !== "AbortError") wrong(error);

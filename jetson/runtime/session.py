@@ -19,6 +19,10 @@ from runtime.states.prefix_cache import PrefixCache
 from runtime.states.slot import Slot, Snapshot, resume, take
 from runtime.states.state_file import Chat, Saved, load, save
 
+# Tokens of a prompt between the states that a cache holds of it. With fewer the weights would be
+# read too often, with more too much of a text would be read again.
+HELD_EVERY = 512
+
 
 @dataclass(frozen=True)
 class Step:
@@ -155,6 +159,13 @@ def prefill_pieces(
     return pieces
 
 
+def held_marks(length: int, multiple: int) -> set[int]:
+    """Numbers of tokens behind which a prompt of `length` tokens has its state held: every
+    `HELD_EVERY` or a few more, and the last one from which it can be gone on; multiples all."""
+    stride = -(-HELD_EVERY // multiple) * multiple
+    return {*range(stride, length, stride), (length - 1) // multiple * multiple}
+
+
 class Conversation:
     """One sequence that grows: what was said so far is in the states, and not read again.
 
@@ -252,9 +263,11 @@ class Conversation:
     def read(self, prompt: np.ndarray, marks: Collection[int] = ()) -> Iterator[np.ndarray]:
         """Run `prompt` (1, l) int32 in pieces; yields the logits (vocab,) of each one's last token.
 
+        Where there is a cache, it holds the state behind every piece but the last, and pieces are
+        shorter, so that another prompt with the same beginning, and the same one again, find one.
+
         Args:
-            marks: numbers of tokens of the conversation behind which a piece ends. The cache holds
-                the state there, as behind every piece but the last.
+            marks: numbers of tokens of the conversation behind which a piece ends as well.
 
         Raises:
             BundleProblem: the context has no room for the prompt.
@@ -262,6 +275,8 @@ class Conversation:
         self.require_room(prompt)
         session, slot = self._session, self._slot
         ids, start = slot.text_ids + prompt[0].tolist(), len(slot.ids)
+        if self._cache is not None:
+            marks = {*marks, *held_marks(len(ids), session.bundle.model.prompt_multiple)}
         for begin, end in session.pieces(len(ids), start, marks):
             logits = session.advance(slot, ids[begin:end])
             slot.pending = []

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import builtins
+import dataclasses
 import io
 import json
 import os
@@ -23,6 +26,8 @@ from runtime.bundle import Bundle, open_bundle
 from runtime.chat_template import ChatTemplate
 from runtime.command_line import run as run_engine
 from runtime.dialogue import TemplateChat, chat_prompt
+from runtime.options import open_cache
+from runtime.problems import BundleProblem
 from runtime.session import Session
 from runtime.states.prefix_cache import PrefixCache
 from runtime.text import TextCodec
@@ -122,6 +127,22 @@ def test_a_user_can_write_on_several_lines(chatml: Path, chat: Command) -> None:
     code, turns, _ = chat(chatml, '"""\na\n\nb\n/reset\n"""\n\nc\n"""\nd\n')
     assert code == 0
     assert [turn["prompt"] for turn in turns] == ["a\n\nb\n/reset", "c", "d"]
+
+
+def test_ctrl_c_leaves_a_block(
+    chatml: Path, chat: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed = iter(['"""', "a", KeyboardInterrupt(), "b", EOFError()])
+
+    def read(prompt: str) -> str:
+        line = next(typed)
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    monkeypatch.setattr(builtins, "input", read)
+    code, turns, err = chat(chatml, "")
+    assert code == 0 and [turn["prompt"] for turn in turns] == ["b"] and "\nCtrl-D ends.\n" in err
 
 
 def test_reset_starts_anew_and_help_helps(chatml: Path, chat: Command) -> None:
@@ -400,6 +421,21 @@ def test_a_folder_of_states_is_used_by_the_next_run(
     noted = prompt(plain, text, *arguments)
     assert any(str(file) in note for note in noted["notes"])
     assert noted["tokens"] == first["tokens"]
+
+
+def test_a_budget_that_holds_no_state_is_named(plain: Path, tmp_path: Path) -> None:
+    """Rather than a folder that stays empty for ever."""
+    bundle = open_bundle(plain)
+    session = Session(bundle, OnnxRuntimeBackend(bundle, threads=1))
+    large = dataclasses.replace(bundle.model.states["conv_state.0"], shape=(3 << 20, 1))
+    model = dataclasses.replace(bundle.model, states={"conv_state.0": large})
+    session = dataclasses.replace(session, bundle=dataclasses.replace(bundle, model=model))
+    asked = argparse.Namespace(state_dir=str(tmp_path / "states"), state_memory=5)
+    with pytest.raises(
+        BundleProblem, match=r"takes 6\.0 MiB, more than --state-memory 5; give it 6"
+    ):
+        open_cache(session, asked)
+    assert not (tmp_path / "states").exists()
 
 
 def test_a_folder_that_cannot_be_made_is_named(

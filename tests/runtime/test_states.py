@@ -181,9 +181,9 @@ def test_a_conversation_that_was_saved_goes_on_bit_for_bit(
 def test_a_prompt_read_from_a_kept_state_gives_the_same_bits(
     session: Session, length: int, marks: set[int], budget: int
 ) -> None:
-    """However much of it the cache still holds; each time is like the first without a cache."""
+    """However much of it the cache still holds; each time is like the first."""
     ids = ids_of(length)
-    wanted, logits = say(session.conversation(), ids, 3, marks)
+    wanted, logits = say(session.conversation(PrefixCache(0)), ids, 3, marks)
     cache = PrefixCache(budget)
     for _ in range(3):
         talk = session.conversation(cache)
@@ -265,7 +265,8 @@ def test_the_rest_alone_is_read(recurrent: Session) -> None:
         return recurrent.conversation(cache).lead_to(ids).shape[1]
 
     assert left([*long, 1]) == 1
-    assert left(long) == 30 - 20  # its own state has no logits to go on from
+    assert left(long) == 30 - 28  # its own state has no logits to go on from
+    assert left(long[:28]) == 28 - 20
     assert left(long[:20]) == 20 - 12
     assert left([*long[:15], 999]) == 16 - 12
     assert left([*long[:7], 999]) == 8
@@ -275,10 +276,22 @@ def test_the_rest_alone_is_read(recurrent: Session) -> None:
     assert filled.lead_to(long[:14]).tolist() == [long[12:14]]
 
 
+def test_states_of_a_long_prompt_are_held_every_512_tokens(mamba: Session) -> None:
+    """And where the same prompt, or one that ends otherwise, can go on."""
+    session = dataclasses.replace(mamba, bundle=dataclasses.replace(mamba.bundle, max_tokens=2000))
+    cache, ids = PrefixCache(MIB), ids_of(1100)
+    talk = session.conversation(cache)
+    list(talk.read(talk.lead_to(ids)))
+    for common, held in ((1099, 1088), (1087, 1024), (1023, 512), (511, 0), (1100, 1088)):
+        again = session.conversation(cache)
+        again.lead_to([*ids[:common], *ids_of(5, 1)][:1100])
+        assert len(again.ids) == held
+
+
 def test_what_was_used_longest_ago_goes_first(recurrent: Session) -> None:
-    one = recurrent.bundle.model.state_bytes() + 4 * 5
+    one = recurrent.bundle.model.state_bytes() + 4 * CHUNK
     cache = PrefixCache(2 * one)
-    texts = [ids_of(5, seed) for seed in range(3)]
+    texts = [ids_of(CHUNK, seed) for seed in range(3)]
     for text in texts[:2]:
         talk = recurrent.conversation(cache)
         say(talk, text, 1)
@@ -294,7 +307,7 @@ def test_what_was_used_longest_ago_goes_first(recurrent: Session) -> None:
 def test_a_state_larger_than_the_budget_is_not_held(recurrent: Session) -> None:
     cache = PrefixCache(100)
     talk = recurrent.conversation(cache)
-    say(talk, ids_of(5), 1)
+    say(talk, ids_of(CHUNK), 1)
     talk.keep()
     assert len(cache) == cache.nbytes == 0
 
@@ -306,17 +319,17 @@ def test_a_folder_keeps_the_cache(recurrent: Session, tmp_path: Path) -> None:
     cache = opened()
     for seed in range(3):
         talk = recurrent.conversation(cache)
-        say(talk, ids_of(5, seed), 1)
+        say(talk, ids_of(CHUNK, seed), 1)
         talk.keep()
     again = opened()
     assert len(again) == 3 and again.nbytes == cache.nbytes and not again.notes
-    text = [*ids_of(5, 1), 7]
+    text = [*ids_of(CHUNK, 1), 7]
     wanted = say(recurrent.conversation(cache), text, 3)
     np.testing.assert_array_equal(say(recurrent.conversation(again), text, 3)[1], wanted[1])
     # The one used last is there where the budget has room for one.
-    assert again.longest([*ids_of(5, 0), 1, 2]) is not None
+    assert again.longest([*ids_of(CHUNK, 0), 1, 2]) is not None
     small = opened(again.nbytes // 3 + 4)
-    assert len(small) == 1 and small.longest([*ids_of(5, 0), *range(9)]) is not None
+    assert len(small) == 1 and small.longest([*ids_of(CHUNK, 0), *range(9)]) is not None
     again.clear()
     assert len(opened()) == 0
 
@@ -327,7 +340,7 @@ def test_a_torn_file_of_the_folder_is_named_and_left_out(
     folder = StateFolder(tmp_path, recurrent.bundle, recurrent.backend)
     cache = PrefixCache(MIB, folder)
     talk = recurrent.conversation(cache)
-    say(talk, ids_of(5), 2)
+    say(talk, ids_of(CHUNK), 2)
     talk.keep()
     (file,) = folder.newest_first()
     file.write_bytes(file.read_bytes()[:-1])

@@ -1,7 +1,7 @@
 """Runs, measures, verifies or describes the bundle that this file lies in.
 
     python run_engine.py --prompt "The Jetson is"     text to stdout, timings to stderr
-    python run_engine.py --interactive                what you type, continued, turn by turn
+    python run_engine.py --interactive                a chat, or what you type, continued
     python run_engine.py --bench                      one JSON line per prompt length
     python run_engine.py --profile                    time of each layer and module
     python run_engine.py --verify                     hashes, then golden vectors; exit code 0 or 1
@@ -9,9 +9,10 @@
 
 With --debug a failure shows where it happened.
 
-Needs Python 3.10 and numpy; prompts need tokenizers. Where build_engine.py has built an engine it
-runs by TensorRT and needs tensorrt and pycuda, else the portable graph needs onnxruntime. Exit
-codes: 0 ok, 1 the bundle ran and failed, 2 something does not fit, 130 stopped by Ctrl-C.
+Needs Python 3.10 and numpy; prompts need tokenizers, chats jinja2. Where build_engine.py has built
+an engine it runs by TensorRT and needs tensorrt and pycuda, else the portable graph needs
+onnxruntime. Exit codes: 0 ok, 1 the bundle ran and failed, 2 something does not fit, 130 stopped by
+Ctrl-C.
 """
 
 from __future__ import annotations

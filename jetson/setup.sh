@@ -3,6 +3,8 @@
 #
 #     bash setup.sh            checks JetPack, makes .venv, installs pycuda, builds the plugins
 #     bash setup.sh --check    only says what is there and what is missing
+#     bash setup.sh --serve    also installs what run_engine.py --serve needs; for a bundle of
+#                              target host-cpu that is all it does, besides what running it needs
 #
 # It may be run again at any time and does only what is still to be done. It makes .venv, build and
 # setup.log inside the bundle and changes nothing else; what has to come from apt is named, not
@@ -17,6 +19,8 @@ venv=$here/.venv
 build=$here/build
 library=$build/libssdi8_plugins.so
 kib_per_job=1500000 # memory that one nvcc may take
+modules=(numpy pycuda.driver tokenizers)
+server=(starlette uvicorn prometheus_client llguidance)
 missing=()
 
 ok() { printf 'ok       %s\n' "$1"; }
@@ -33,6 +37,11 @@ check_bundle() {
     local manifest=''
     [[ ! -r $here/manifest.json ]] || manifest=$(<"$here/manifest.json")
     if [[ $manifest =~ \"runtime\"[[:space:]]*:[[:space:]]*\"onnxruntime\" ]]; then
+        if [[ $serve == yes ]]; then
+            for_cpu=yes
+            modules=(numpy onnxruntime tokenizers "${server[@]}")
+            return 0
+        fi
         printf 'setup: this bundle is for a CPU (target host-cpu) and needs no TensorRT plugins; %s\n' \
             'install numpy, onnxruntime and tokenizers (python3 -m pip install), then run_engine.py runs it.' >&2
         exit 2
@@ -95,6 +104,7 @@ check_python() {
     if python3 -c 'import ensurepip, venv' 2>/dev/null; then ok "Python with venv"; else
         lacks "Python's venv" "sudo apt install python3-venv"
     fi
+    [[ $for_cpu == no ]] || return 0
     version=$(python3 -c 'import tensorrt; print(tensorrt.__version__)' 2>/dev/null) || version=
     if [[ -n $version ]] && at_least 10.3 "$version"; then ok "TensorRT $version"; else
         lacks "TensorRT 10.3 or newer for python3${version:+ (this is $version)}" \
@@ -105,10 +115,13 @@ check_python() {
 
 # Those of the virtual environment that still have to be installed.
 packages_to_install() {
-    local module
-    for module in numpy pycuda.driver tokenizers; do
+    local module version
+    for module in "${modules[@]}"; do
         "$venv/bin/python" -c "import $module" 2>/dev/null || printf '%s\n' "${module%%.*}"
     done
+    [[ -f $here/chat.json ]] || return 0 # else chat templates want a newer one than Ubuntu's own
+    version=$("$venv/bin/python" -c 'import jinja2; print(jinja2.__version__)' 2>/dev/null) || version=
+    if [[ -z $version ]] || ! at_least 3.1.6 "$version"; then echo 'jinja2>=3.1.6'; fi
 }
 
 check_own() {
@@ -117,6 +130,7 @@ check_own() {
     if ((${#packages[@]} == 0)); then ok "$venv"; else
         lacks "${packages[*]} in $venv" "run setup.sh"
     fi
+    [[ $for_cpu == no ]] || return 0
     if [[ -f $library ]]; then ok "$library"; else lacks "$library" "run setup.sh"; fi
 }
 
@@ -128,7 +142,7 @@ make_venv() {
     mapfile -t packages < <(packages_to_install)
     if ((${#packages[@]})); then
         # pycuda is compiled here, for this CUDA.
-        PATH=$(dirname -- "$nvcc"):$PATH "$venv/bin/python" -m pip install --no-cache-dir \
+        PATH=${nvcc:+$(dirname -- "$nvcc"):}$PATH "$venv/bin/python" -m pip install --no-cache-dir \
             --disable-pip-version-check --quiet "${packages[@]}" ||
             fail "pip could not install ${packages[*]}; its messages are above (pycuda takes the\
  whole CUDA toolkit, curand.h too: sudo apt install nvidia-jetpack)."
@@ -158,30 +172,41 @@ build_plugins() {
     ok "$library"
 }
 
-case ${1-} in
-    '' | --check) ;;
-    --help | -h)
-        sed -n '2,/^set -e/ { /^#/ s/^# \{0,1\}//p }' "${BASH_SOURCE[0]}"
-        exit 0
-        ;;
-    *)
-        echo "setup: unknown option $1; see setup.sh --help." >&2
-        exit 2
-        ;;
-esac
+check=no serve=no for_cpu=no nvcc='' jetson=no
+for option in "$@"; do
+    case $option in
+        --check) check=yes ;;
+        --serve) serve=yes ;;
+        --help | -h)
+            sed -n '2,/^set -e/ { /^#/ s/^# \{0,1\}//p }' "${BASH_SOURCE[0]}"
+            exit 0
+            ;;
+        *)
+            echo "setup: unknown option $option; see setup.sh --help." >&2
+            exit 2
+            ;;
+    esac
+done
+[[ $serve == no ]] || modules+=("${server[@]}")
 
 trap 'echo "setup: stopped; run it again to go on." >&2; exit 130' INT
 check_bundle
-check_jetpack
-check_tools
+if [[ $for_cpu == no ]]; then
+    check_jetpack
+    check_tools
+fi
 check_python
-[[ ${1-} != --check ]] || check_own
+[[ $check == no ]] || check_own
 if ((${#missing[@]})); then
     printf 'setup: %d thing(s) missing, named above.\n' "${#missing[@]}" >&2
     exit 2
 fi
-[[ ${1-} != --check ]] || exit 0
+[[ $check == no ]] || exit 0
 [[ -w $here ]] || fail "$here cannot be written; copy the bundle to a folder of yours."
 make_venv
+if [[ $for_cpu == yes ]]; then
+    echo "ready: $venv/bin/python $here/run_engine.py --serve"
+    exit 0
+fi
 build_plugins
 echo "ready: $venv/bin/python $here/build_engine.py"

@@ -43,7 +43,8 @@ class Answer:
     A stop text is among the tokens, and not in the text.
     """
 
-    prompt_tokens: int
+    prompt_tokens: int  # that were read for it
+    kept_tokens: int = 0  # before them, whose state was there
     tokens: list[int] = field(default_factory=list)
     text: str = ""
     seconds: list[float] = field(default_factory=list)  # of each step
@@ -56,7 +57,8 @@ class Answer:
     def describe(self) -> str:
         """Timings for people, in one line."""
         timings = self.timings
-        parts = [f"{timings.prompt_tokens} prompt tokens", f"{len(self.tokens)} new"]
+        kept = f" behind {self.kept_tokens} kept" if self.kept_tokens else ""
+        parts = [f"{timings.prompt_tokens} prompt tokens{kept}", f"{len(self.tokens)} new"]
         if timings.ttft_s is not None:
             parts.append(f"TTFT {timings.ttft_s * 1e3:.1f} ms")
         if timings.tpot_s is not None:
@@ -72,14 +74,16 @@ def collect(
     stops: Sequence[str],
     show: Callable[[str], None],
     stopped: Callable[[], bool] = lambda: False,
+    kept_tokens: int = 0,
 ) -> Answer:
     """Run `steps` after `prompt` (1, l) to their end or to one of `stops`.
 
     Args:
         show: is given the text as it comes.
         stopped: is asked after each token; Ctrl-C stops as well.
+        kept_tokens: before the prompt, that were not read again.
     """
-    answer = Answer(prompt.shape[1])
+    answer = Answer(prompt.shape[1], kept_tokens)
     text_stream, stop = TextStream(codec, prompt[0].tolist()), StopTexts(stops)
 
     def give(new_text: str) -> None:

@@ -29,8 +29,14 @@ COMMANDS = {
     "bench": "bench",
     "profile": "profile",
     "interactive": "chat",
+    "serve": "serve",
 }
-DOING = {"verify": "verifying the bundle", "bench": "measuring", "profile": "measuring layers"}
+DOING = {
+    "verify": "verifying the bundle",
+    "bench": "measuring",
+    "profile": "measuring layers",
+    "serve": "serving",
+}
 
 
 def run(arguments: Sequence[str], default_bundle: Path) -> int:
@@ -85,8 +91,8 @@ def _run(arguments: Sequence[str], default_bundle: Path) -> int:
     if not asked:
         raise BundleProblem(
             "there is nothing to do",
-            "give --prompt TEXT, --prompt-file FILE, --interactive, --bench, --profile, --verify"
-            " or --info",
+            "give --prompt TEXT, --prompt-file FILE, --interactive, --serve, --bench, --profile,"
+            " --verify or --info",
         )
     # Imported here: one command does not need what another does.
     with during(DOING.get(asked[0], "running the model")):
@@ -108,7 +114,8 @@ def _parse(arguments: Sequence[str], default_bundle: Path) -> argparse.Namespace
         help="its folder (default: the folder of this script)",
     )
     _add_commands(parser)
-    shared.add(parser.add_argument_group("with --prompt and --interactive"), shared.GENERATING)
+    shared.add_prompting(parser)
+    _add_serving(parser)
     _add_measuring(parser)
     where = parser.add_argument_group("where and how it runs")
     add = where.add_argument
@@ -124,6 +131,7 @@ def _add_commands(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what to do, one of").add_mutually_exclusive_group()
     shared.add(group, shared.PROMPTS)
     add = group.add_argument
+    add("--serve", action="store_true", help="OpenAI's API over HTTP, and a page to chat")
     add("--bench", action="store_true", help="times and memory, one JSON line per length")
     add("--profile", action="store_true", help="time of each layer and module")
     add(
@@ -132,6 +140,13 @@ def _add_commands(parser: argparse.ArgumentParser) -> None:
         help="check all hashes, then compare with the golden vectors; exit code 0 or 1",
     )
     add("--info", action="store_true", help="describe the bundle")
+
+
+def _add_serving(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("with --serve")
+    for flag, what in shared.LISTENING.items():
+        group.add_argument(flag, "--host", **what)
+    shared.add(group, shared.SERVING)
 
 
 def _add_measuring(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,7 @@ A new way of sampling is a function here, (value, tokens so far, logits) -> logi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,9 @@ class Tokens:
 # function changes nothing that it is given, and leaves the likeliest of the tokens that it keeps
 # above -inf.
 Adjust = Callable[[float, Tokens, np.ndarray], np.ndarray]
+
+# The same of what is no number: logits (vocab,) float64 -> logits, one of them above -inf.
+Mask = Callable[[np.ndarray], np.ndarray]
 
 
 def repetition_penalty(value: float, tokens: Tokens, logits: np.ndarray) -> np.ndarray:
@@ -173,13 +176,16 @@ class Sampler:
     still have to be launched and waited for.
     """
 
-    def __init__(self, vocabulary: int, **given: float) -> None:
+    def __init__(self, vocabulary: int, masks: Sequence[Mask] = (), **given: float) -> None:
         """`vocabulary`: ids that the tokenizer knows; the embedding may have more, as padding.
 
-        `given`: values under the names of `SAMPLING`; what is absent has its default.
+        Args:
+            masks: what else changes the logits, before all rows of `SAMPLING`.
+            given: values under the names of `SAMPLING`; what is absent has its default.
         """
         values = settings(given)
         self._vocabulary = vocabulary
+        self._masks = masks
         self._active = [
             (option.adjust, values[option.name])
             for option in SAMPLING
@@ -197,6 +203,10 @@ class Sampler:
         before = self._tokens
         self._tokens = Tokens(np.concatenate([before.prompt, before.generated, prompt[0]]))
 
+    def forget(self) -> None:
+        """No token was read or generated yet; the draws go on."""
+        self._tokens = Tokens()
+
     def __call__(self, logits: np.ndarray) -> int:
         """Choose a token after `logits` (vocab,) float32.
 
@@ -207,8 +217,10 @@ class Sampler:
         best = int(scores.argmax())  # the first NaN where there is one
         if not np.isfinite(scores[best]):
             raise RunFailure("the model gave logits that are NaN or infinite", "run --verify")
-        if self._active:
+        if self._active or self._masks:
             scores = scores.astype(np.float64)
+            for mask in self._masks:
+                scores = mask(scores)
             for adjust, value in self._active:
                 scores = adjust(value, self._tokens, scores)
         if self._greedy:

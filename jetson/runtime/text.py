@@ -40,13 +40,29 @@ class TextCodec:
             raise BundleProblem("the prompt is empty", "give at least one character")
         return np.array([ids], np.int32)
 
+    def encode_whole(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of a text that spells its special tokens out, and the letters of each."""
+        return self._tokenizer.encode_whole(text)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; bytes that are not UTF-8 become replacement characters."""
         return self._tokenizer.decode(ids)
 
+    def decode_behind(self, context: Sequence[int], ids: Sequence[int]) -> str:
+        """Text of `ids` as it stands behind `context`, special tokens spelt out."""
+        before = self._tokenizer.decode(context, special=True)
+        whole = self._tokenizer.decode([*context, *ids], special=True)
+        if whole.startswith(before):
+            return whole[len(before) :]
+        return self._tokenizer.decode(ids, special=True)
+
     def shows(self, token: int) -> bool:
         """Whether `decode` heeds the token."""
         return self._tokenizer.shows(token)
+
+    def name(self, token: int) -> str:
+        """What the tokenizer calls the token; empty where it has none of this id."""
+        return self._tokenizer.id_to_token(token) or ""
 
     def is_byte(self, token: int) -> bool:
         """Whether the token is a byte by name."""

@@ -111,10 +111,20 @@ class Tokenizer:
         start, ids = self._split(text)
         return ids if ids[: len(start)] == start else [*start, *ids]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids` without special tokens; bytes that are not UTF-8 become U+FFFD."""
+    def encode_whole(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of a text that spells its special tokens out, and the letters of each.
+
+        Nothing is put before or behind it. Letters are [start, end) of `text`; tokens that share a
+        character have it all.
+        """
+        encoded = self._encoded(text, add_special_tokens=False)
+        return encoded.ids, encoded.offsets
+
+    def decode(self, ids: Sequence[int], special: bool = False) -> str:
+        """Text of `ids`, special tokens left out unless they are asked for; bytes that are not
+        UTF-8 become U+FFFD."""
         try:
-            text: str = self._tokenizer.decode(ids)
+            text: str = self._tokenizer.decode(ids, skip_special_tokens=not special)
         except BaseException as error:
             raise _unless_panic(error) from error
         return text

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from runtime.files import TOKENIZER
+from ssdi8_edge.ground.chat_templates import CHAT_FILES
 from ssdi8_edge.ground.errors import CheckpointError
 
 # What a hub model may say about its text.
 TOKENIZER_FILES = [
     *(TOKENIZER, "tokenizer_config.json", "special_tokens_map.json"),
-    *("tokenizer.model", "chat_template.jinja"),
+    *("tokenizer.model", *CHAT_FILES),
 ]
 
 

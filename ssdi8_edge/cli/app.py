@@ -21,8 +21,10 @@ from ssdi8_edge.cli.build import build
 from ssdi8_edge.cli.evaluate import evaluate
 from ssdi8_edge.cli.listing import inspect, methods, targets
 from ssdi8_edge.cli.measure import profile, sweep
+from ssdi8_edge.cli.options import PASSED_ON
 from ssdi8_edge.cli.report import report
-from ssdi8_edge.cli.run import PASSED_ON, run, verify
+from ssdi8_edge.cli.run import run, verify
+from ssdi8_edge.cli.serve import serve
 from ssdi8_edge.ground.console import human
 from ssdi8_edge.ground.errors import Interrupted, Ssdi8Error, UsageError
 from ssdi8_edge.ground.failures import as_ours
@@ -46,6 +48,7 @@ def _common(
 
 app.command()(build)
 app.command(add_help_option=False, context_settings=PASSED_ON)(run)
+app.command(add_help_option=False, context_settings=PASSED_ON)(serve)
 app.command()(verify)
 app.command()(evaluate)
 app.command()(inspect)

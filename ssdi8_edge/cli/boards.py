@@ -292,6 +292,12 @@ def deploy_bundle(host: str, bundle: Path) -> Deployed:
         return _bring(connection, bundle, True, _say, on_bytes)
 
 
+def deploy_for_use(connection: Connection, bundle: Path) -> Deployed:
+    """Bring a bundle that is to run at once, if the board does not have it; not verified anew."""
+    with _transfer_bar() as on_bytes:
+        return _bring(connection, bundle, False, _say, on_bytes)
+
+
 def _bring(
     connection: Connection, bundle: Path, verify: bool, say: Say, on_bytes: OnBytes
 ) -> Deployed:

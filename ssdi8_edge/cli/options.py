@@ -12,3 +12,11 @@ TokenizerOption = Annotated[
     Optional[str],  # noqa: UP045  (typer reads this at run time, also on Python 3.10)
     typer.Option(help="tokenizer.json or hub id, if none lies beside the weights."),
 ]
+
+# Of `run` and `serve`: the runtime's own parser reads what follows the name, so that both command
+# lines take the same.
+PASSED_ON = {
+    "allow_extra_args": True,
+    "allow_interspersed_args": False,
+    "ignore_unknown_options": True,
+}

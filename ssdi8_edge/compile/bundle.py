@@ -16,6 +16,7 @@ from torch import Tensor
 
 from runtime.failures import during
 from runtime.files import (
+    CHAT,
     GOLDEN,
     MANIFEST,
     MANIFEST_SCHEMA,
@@ -48,6 +49,7 @@ def pack(
     key: str,
     command: str,
     steps: list[dict[str, Any]],
+    chat: dict[str, Any] | None = None,
     track: Track = silent,
 ) -> dict[str, Any]:
     """Write the bundle of a finished run folder into `folder` and verify it here.
@@ -56,6 +58,7 @@ def pack(
         golden_ids: (tokens,) text for the golden vectors.
         key: of the bundle stage, kept in the manifest.
         steps: what was done so far: step, where, seconds.
+        chat: the checkpoint's chat templates, see `ground.chat_templates`.
 
     Returns:
         The manifest.
@@ -73,6 +76,8 @@ def pack(
         shutil.copyfile(run_folder / ONNX / name, folder / name)
     if (run_folder / QUANTIZED / TOKENIZER).is_file():
         shutil.copyfile(run_folder / QUANTIZED / TOKENIZER, folder / TOKENIZER)
+    if chat is not None:
+        write_json(folder / CHAT, chat)
     for source, inside in ((shipped("jetson"), folder), (shipped("plugins"), folder / "plugins")):
         _copy_sources(source, inside)
     with during("the golden vectors of the bundle were made", "end other programs"):

@@ -57,6 +57,7 @@ from ssdi8_edge.ground.artifacts import (
     whole_or_absent,
     write_json,
 )
+from ssdi8_edge.ground.chat_templates import chat_templates
 from ssdi8_edge.ground.device import require_device
 from ssdi8_edge.ground.errors import UsageError
 from ssdi8_edge.ground.inputs import expanded, text_input
@@ -138,6 +139,7 @@ class Build:
             self.model = self.checkpoint.description.adapted(request.recipe)
             self.tokenizer = _find_tokenizer(request, self.checkpoint)
             require_fitting(self.tokenizer, request.model, self.model.vocab_size)
+            self._chat = chat_templates(self.tokenizer.parent)
             self._end_ids = end_ids(self.checkpoint.folder, self.tokenizer, self.model.vocab_size)
         self.text = text_input(request.calibration or DEMO_CALIBRATION, "calibration text")
         if request.until not in STAGES:
@@ -218,6 +220,7 @@ class Build:
                 "export": keys["export"],
                 "target": target,
                 "sources": sources,
+                **({} if self._chat is None else {"chat": self._chat}),
             }
         )
         return keys
@@ -399,7 +402,7 @@ class Build:
         with whole_or_absent(request.out / BUNDLE) as folder:
             steps = self._done_before()
             command, track = request.command, self._track
-            pack(request.out, folder, request.target, ids, key, command, steps, track)
+            pack(request.out, folder, request.target, ids, key, command, steps, self._chat, track)
 
     def _done_before(self) -> list[dict[str, Any]]:
         """The steps whose artifacts go into the bundle, also where an earlier build did them."""

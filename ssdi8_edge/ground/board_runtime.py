@@ -11,12 +11,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NoReturn
 
 from runtime import options as shared
-from runtime.arguments import Parser
+from runtime.arguments import Parser, number
 from runtime.bundle import Bundle, open_bundle
 from runtime.files import HASHED_AT_LOAD, MANIFEST
 from runtime.problems import BundleProblem
@@ -69,7 +69,7 @@ def parse_run(words: Sequence[str]) -> RunRequest:
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="bundle or run folder")
     what = parser.add_argument_group("what to do, one of")
     shared.add(what.add_mutually_exclusive_group(required=True), shared.PROMPTS)
-    shared.add(parser.add_argument_group("with --prompt and --interactive"), shared.GENERATING)
+    shared.add_prompting(parser)
     where = parser.add_argument_group("where and how it runs")
     where.add_argument("--device", default="cpu", help="cpu, cuda or cuda:INDEX (default: cpu)")
     shared.add(where, shared.RUNNING)
@@ -77,8 +77,71 @@ def parse_run(words: Sequence[str]) -> RunRequest:
         asked = parser.parse_args(words)
     except BundleProblem as problem:
         raise UsageError(f"{problem.message};", f"{problem.hint}.") from problem
-    flags = (*shared.PROMPTS, *shared.GENERATING, *shared.RUNNING)
+    prompting = [flag for group in shared.PROMPTING.values() for flag in group]
+    flags = (*shared.PROMPTS, *prompting, *shared.RUNNING)
     return RunRequest(asked.bundle, asked.device, _written(flags, asked))
+
+
+@dataclass(frozen=True)
+class ServeRequest:
+    """What `ssdi8-edge serve` was asked for; `arguments` are run_engine.py's, but for the keys.
+
+    Attributes:
+        bundle: None to go on with what a board serves already.
+        host: of a board; None: this process serves.
+        forward: port here that leads to the board's; None: of the same number.
+    """
+
+    bundle: Path | None
+    host: str | None
+    device: str
+    forward: int | None
+    detach: bool
+    stop: bool
+    status: bool
+    accept_new_host_key: bool
+    store: str | None
+    python: str | None
+    key_file: Path | None
+    arguments: list[str]
+
+
+def parse_serve(words: Sequence[str]) -> ServeRequest:
+    """The command line of `ssdi8-edge serve`; --help prints and exits.
+
+    Raises:
+        UsageError: an option is unknown, or its value out of range.
+    """
+    parser = Parser(
+        prog="ssdi8-edge serve",
+        description="Serve a bundle by OpenAI's API: on this machine until Ctrl-C, or on a board,"
+        " where it goes on without this machine.",
+    )
+    parser.add_argument(
+        "bundle", type=Path, nargs="?", metavar="BUNDLE", help="bundle or run folder"
+    )
+    board = parser.add_argument_group("on a board")
+    board.add_argument("--host", metavar="BOARD", help="user@board[:port], or an alias of SSH")
+    add = board.add_argument
+    add("--forward", type=number(int, 0, 65535), metavar="N", help="port here (default: the same)")
+    add("--detach", action="store_true", help="return when it serves; do not show its log")
+    add("--status", action="store_true", help="say what is served there")
+    add("--stop", action="store_true", help="end it")
+    add("--accept-new-host-key", action="store_true", help="store the key of an unknown host")
+    add("--store", metavar="DIR", help="folder on the board for bundles and jobs")
+    add("--python", metavar="FILE", help="interpreter on the board for portable bundles")
+    shared.add(parser.add_argument_group("the server"), {**shared.LISTENING, **shared.SERVING})
+    where = parser.add_argument_group("where and how it runs")
+    where.add_argument("--device", default="cpu", help="cpu, cuda or cuda:INDEX (default: cpu)")
+    threads = {"--threads": shared.RUNNING["--threads"]}
+    shared.add(where, threads)
+    try:
+        asked = parser.parse_args(words)
+    except BundleProblem as problem:
+        raise UsageError(f"{problem.message};", f"{problem.hint}.") from problem
+    flags = {*shared.LISTENING, *shared.SERVING, *threads} - {KEY_FILE}
+    given = vars(asked) | {"key_file": asked.api_key_file, "arguments": _written(flags, asked)}
+    return ServeRequest(**{name.name: given[name.name] for name in fields(ServeRequest)})
 
 
 def _written(flags: Iterable[str], asked: argparse.Namespace) -> list[str]:
@@ -91,6 +154,9 @@ def _written(flags: Iterable[str], asked: argparse.Namespace) -> list[str]:
         elif value is not None and value is not False:
             words += [f"{flag}={each}" for each in (value if isinstance(value, list) else [value])]
     return words
+
+
+KEY_FILE = "--api-key-file"
 
 
 def _command(folder: Path, arguments: list[str]) -> list[str]:

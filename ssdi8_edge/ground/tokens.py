@@ -18,6 +18,7 @@ from typing import Any
 from runtime.files import TOKENIZER
 from runtime.problems import BundleProblem
 from runtime.tokenizer import Tokenizer
+from ssdi8_edge.ground.chat_templates import CHAT_FILES
 from ssdi8_edge.ground.errors import CheckpointError, UsageError
 from ssdi8_edge.ground.foreign_json import read_object, typed
 
@@ -117,6 +118,7 @@ def converted(model: Path) -> Path:
     for name in TOKENIZER_CONFIGS:
         if (model.parent / name).is_file():
             shutil.copyfile(model.parent / name, given / name)
+    chat = [path for pattern in CHAT_FILES for path in model.parent.glob(pattern)]
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             given, trust_remote_code=False, local_files_only=True
@@ -129,6 +131,10 @@ def converted(model: Path) -> Path:
             f"transformers {__version__} cannot convert {model} ({reason});",
             "name a tokenizer.json with --tokenizer.",
         ) from error
+    for path in chat:
+        copy = made / path.relative_to(model.parent)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
     return made / TOKENIZER
 
 

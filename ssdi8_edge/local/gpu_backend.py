@@ -53,6 +53,7 @@ class GpuBackend:
     engine: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
     max_keep: int | None = None
+    sequences: int | None = 1
 
     def __init__(self, model: QuantizedModel, device: str = "cuda") -> None:
         """`model` has a context where its states grow."""
@@ -87,6 +88,13 @@ class GpuBackend:
         for state in self._model.named_states(self._states[batch]).values():
             state.zero_()
         return self._named(batch)
+
+    def load_states(self, held: Mapping[str, np.ndarray]) -> Mapping[str, DeviceArray]:
+        """Copied into the states of batch size 1."""
+        states = self.zero_states(1)
+        for name, value in held.items():
+            states[name].tensor.copy_(torch.from_numpy(value))
+        return states
 
     def forward(
         self,

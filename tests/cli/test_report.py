@@ -7,8 +7,6 @@ import io
 import json
 import math
 import re
-import shutil
-import subprocess
 from collections.abc import Callable
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -16,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import chromium, needs_chromium
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -30,9 +29,6 @@ from ssdi8_edge.report.reference import SSD_LATENCY_MS
 from ssdi8_edge.report.sources import Measurements, load
 from ssdi8_edge.report.tables import Table, Tables
 from ssdi8_edge.report.values import ssd_seconds
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="chromium is missing")
 
 HOSTILE = "\"><script>alert(1)</script><img src=x onerror=alert(2)>' $(reboot) `id` | *a* _b_ ‮=1+1"
 
@@ -528,24 +524,6 @@ def test_names_of_lines_are_in_the_order_of_their_ends() -> None:
 # in a browser
 
 
-def chromium(page: Path, profile_folder: Path, width: int, *options: str) -> str:
-    """The page's elements after layout."""
-    assert CHROMIUM is not None
-    command = [
-        CHROMIUM,
-        *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-        *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-        f"--user-data-dir={profile_folder}",
-        f"--window-size={width},1000",
-        *options,
-        "--dump-dom",
-        page.as_uri(),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr[-500:]
-    return done.stdout
-
-
 # Every text against its picture's frame, and labels against each other, in pixels of the screen.
 MEASURE = """
 const whole = document.documentElement;
@@ -578,7 +556,7 @@ def looked_at(page: str, tmp_path: Path, width: int, *options: str) -> dict[str,
     probed = page.replace(policy[0], "").replace("</body>", f"<script>{MEASURE}</script></body>")
     path = tmp_path / "probed.html"
     path.write_text(probed)
-    dom = chromium(path, tmp_path / f"browser-{width}-{len(options)}", width, *options)
+    dom = chromium(path.as_uri(), tmp_path / f"browser-{width}-{len(options)}", width, *options)
     found = re.search(r'data-found="([^"]*)"', dom)
     assert found is not None
     return dict(json.loads(found[1].replace("&quot;", '"').replace("&amp;", "&")))
@@ -590,7 +568,7 @@ def test_a_browser_finds_the_charts(folder: Path, tmp_path: Path) -> None:
     data = load([folder])
     path = tmp_path / "report.html"
     path.write_text(render(data))
-    elements = Elements(chromium(path, tmp_path / "browser", 1200))
+    elements = Elements(chromium(path.as_uri(), tmp_path / "browser", 1200))
     # Per board: accuracy, two of latency, two of speed-up, two of power, memory; the profiles of
     # one board; and the paper's.
     assert elements.tags["figure"] == elements.tags["svg"] == 2 * 8 + 2 + 1
@@ -624,7 +602,7 @@ def test_no_label_is_cut_off_or_covers_another(
 def test_hostile_names_do_nothing_in_a_browser(tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     path.write_text(render(hostile_data(tmp_path)))
-    elements = Elements(chromium(path, tmp_path / "browser", 1200))
+    elements = Elements(chromium(path.as_uri(), tmp_path / "browser", 1200))
     assert not {"script", "img", "iframe", "object"} & set(elements.tags)
 
 

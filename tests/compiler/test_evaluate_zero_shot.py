@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import mamba
+from serving import Served
 from tiny_model import byte_tokenizer, one_thread, write_model, write_text
 from tokenizers.processors import TemplateProcessing
 from zero_shot_data import ARC, HELLASWAG, ITEMS, NO_HARNESS, PIQA, WINOGRANDE, write_data
@@ -454,13 +455,10 @@ def hugging_face_lm(source: str) -> Any:
     )
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-def test_scores_are_those_of_the_hugging_face_backend(harness: Any, opened: dict[str, Any]) -> None:
-    """The demo model: every item of every task right or wrong alike, likelihoods 1e-3 apart."""
-    wanted = harness.run_tasks(hugging_face_lm("demo"), opened, 2)
-    found = harness.run_tasks(harness.SubjectLM(open_subject("demo")), opened, 2)
+def assert_same_answers(found: dict[str, Any], wanted: dict[str, Any], items: int) -> None:
+    """Every item of every task right or wrong alike, likelihoods 1e-3 apart."""
     for name in (task.harness for task in TASKS.values()):
-        assert len(found["samples"][name]) == 2
+        assert len(found["samples"][name]) == items
         for ours, theirs in zip(found["samples"][name], wanted["samples"][name], strict=True):
             assert ours["doc_hash"] == theirs["doc_hash"]
             for metric in ("acc", "acc_norm"):
@@ -470,9 +468,49 @@ def test_scores_are_those_of_the_hugging_face_backend(harness: Any, opened: dict
             ):
                 assert value == pytest.approx(their_value, abs=1e-3)
                 assert greedy == their_greedy
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_scores_are_those_of_the_hugging_face_backend(harness: Any, opened: dict[str, Any]) -> None:
+    """The demo model: every item of every task right or wrong alike, likelihoods 1e-3 apart."""
+    wanted = harness.run_tasks(hugging_face_lm("demo"), opened, 2)
+    found = harness.run_tasks(harness.SubjectLM(open_subject("demo")), opened, 2)
+    assert_same_answers(found, wanted, 2)
+    for name in (task.harness for task in TASKS.values()):
         metric = next(task.metric for task in TASKS.values() if task.harness == name)
         key = f"{metric},none"
         assert found["results"][name][key] == wanted["results"][name][key]
+
+
+# --------------------------------------------------------------------------------------------------
+# through the server
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_a_server_scores_item_for_item_as_evaluate_does(
+    harness: Any, opened: dict[str, Any], run: Path, tmp_path: Path
+) -> None:
+    """lm-eval's own client of OpenAI's API, against the bundle that `evaluate` opens."""
+    transformers = pytest.importorskip("transformers", reason="transformers splits for lm-eval")
+    pytest.importorskip("tenacity", reason="lm-eval's API models need tenacity")
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    bundle = run / "bundle"
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(bundle / "tokenizer.json"), eos_token="<|endoftext|>"
+    ).save_pretrained(tmp_path)
+    wanted = harness.run_tasks(harness.SubjectLM(open_subject(str(run))), opened, ITEMS)
+    with Served(bundle) as server:
+        lm = LocalCompletionsAPI(
+            base_url=f"{server.url}/v1/completions",
+            model=server.model,
+            tokenizer=str(tmp_path),
+            tokenizer_backend="huggingface",
+            max_retries=1,
+            batch_size=3,
+        )
+        found = harness.run_tasks(lm, opened, ITEMS)
+    assert_same_answers(found, wanted, ITEMS)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -95,6 +95,17 @@ class TestModel:
         for name, state in reference.named_states(want_states).items():
             assert relative_error(np.asarray(states[name]), state) < TOLERANCE
 
+    def test_loaded_states_go_on(self, tensors: tuple[str, Tensors]) -> None:
+        """As if nothing had run in between."""
+        backend = GpuBackend(models(tensors)[1])
+        ids = tokens()[:101].to(torch.int32)[None].numpy()
+        _, states = backend.forward(ids[:, :100], backend.zero_states(1))
+        held = {name: np.array(np.asarray(state)) for name, state in states.items()}
+        want = backend.forward(ids[:, 100:], states)[0].copy()
+        backend.forward(ids[:, 50:], backend.zero_states(1))
+        got, _ = backend.forward(ids[:, 100:], backend.load_states(held))
+        np.testing.assert_array_equal(got, want)
+
     def test_sequences_do_not_meet(self, tensors: tuple[str, Tensors]) -> None:
         """A second sequence gives what it gives alone, also through the graphs of the first."""
         _, model = models(tensors)

@@ -32,10 +32,12 @@ from ssdi8_edge.local import gpu_backend
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "90"}
 # A locale without UTF-8, and Python kept from putting one in its place.
 PLAIN = {"LC_ALL": "C", "LANG": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
-FLAGS = (*shared.PROMPTS, *shared.GENERATING, *shared.RUNNING)
+PROMPTING = [flag for group in shared.PROMPTING.values() for flag in group]
+FLAGS = (*shared.PROMPTS, *PROMPTING, *shared.RUNNING)
 PROMISED = (
     "--prompt --prompt-file --interactive --max-new-tokens --temperature --top-k --top-p --min-p"
     " --repetition-penalty --presence-penalty --frequency-penalty --seed --stop --threads --json"
+    " --system --think --no-think --save-state --load-state --state-dir --state-memory"
 )
 
 Program = Callable[..., subprocess.CompletedProcess[bytes]]

@@ -16,6 +16,7 @@ SYSTEM = (
     *("bash", "dirname", "sort", "head", "sed", "awk", "nproc", "mkdir", "cp", "touch", "cat"),
     *("basename", "rm"),
 )
+SERVER = "starlette uvicorn prometheus_client llguidance"
 
 DPKG = """#!/bin/bash
 [[ "$*" == *nvidia-l4t-core ]] && printf 36.4.3-20250107174145
@@ -32,10 +33,12 @@ case "$*" in
         cp "$0" "${@: -1}/bin/python"
         [[ ! -f $modules/numpy ]] || touch "${@: -1}/bin/modules/numpy"
         ;;
+    *"import jinja2"*) [[ -f $modules/jinja2 ]] && cat "$modules/jinja2" ;;
     "-m pip --version") ;;
     "-m pip install"*)
         [[ ! -f $modules/offline ]] || { echo "no network" >&2; exit 1; }
-        for package in pycuda tokenizers numpy; do
+        [[ " $* " != *" jinja2>=3.1.6 "* ]] || echo 3.1.10 >"$modules/jinja2"
+        for package in pycuda tokenizers numpy onnxruntime $SERVER; do
             [[ " $* " != *" $package "* ]] || touch "$modules/$package"
         done
         ;;
@@ -93,7 +96,7 @@ class Jetson:
             text=True,
             timeout=60,
             check=False,
-            env={"PATH": str(self.bin), "CALLS": str(self.record)},
+            env={"PATH": str(self.bin), "CALLS": str(self.record), "SERVER": SERVER},
         )
 
     def calls(self, word: str) -> list[str]:
@@ -107,6 +110,19 @@ class Jetson:
 @pytest.fixture
 def jetson(tmp_path: Path) -> Jetson:
     return Jetson(tmp_path)
+
+
+def test_a_bundle_with_a_chat_template_gets_jinja2(jetson: Jetson) -> None:
+    """Also where the system has an older one, which pip would leave there."""
+    (jetson.bundle / "chat.json").touch()
+    assert jetson.run().returncode == 0
+    (installed,) = jetson.calls("pip install")
+    assert installed.endswith("pycuda tokenizers jinja2>=3.1.6")
+    (jetson.bundle / ".venv" / "bin" / "modules" / "jinja2").write_text("3.0.3\n")
+    assert jetson.run().returncode == 0
+    (installed,) = jetson.calls("pip install")
+    assert installed.endswith("--quiet jinja2>=3.1.6")
+    assert jetson.run().returncode == 0 and not jetson.calls("pip install")
 
 
 def test_a_fresh_board_becomes_ready(jetson: Jetson) -> None:
@@ -133,6 +149,30 @@ def test_a_second_run_installs_nothing(jetson: Jetson) -> None:
     assert jetson.run().returncode == 0
     assert jetson.calls("-m venv") == [] and jetson.calls("pip install") == []
     assert len(jetson.calls("cmake --build")) == 1  # which finds by itself that nothing is to do
+
+
+def test_a_server_needs_more_packages(jetson: Jetson) -> None:
+    """Only what is missing is installed, also on a board that is ready but for them."""
+    assert jetson.run().returncode == 0
+    done = jetson.run("--check", "--serve")
+    assert done.returncode == 2 and f"missing  {SERVER} in" in done.stdout
+    assert jetson.run("--serve").returncode == 0
+    (pip,) = jetson.calls("pip install")
+    assert pip.endswith(f" --quiet {SERVER}")
+    assert jetson.run("--serve", "--check").returncode == 0
+
+
+def test_a_server_on_a_cpu_needs_no_jetpack(jetson: Jetson) -> None:
+    (jetson.bundle / "manifest.json").write_text('{"target": {"runtime": "onnxruntime"}}')
+    for program in ("cmake", "nvcc", "c++", "dpkg-query"):
+        (jetson.bin / program).unlink()
+    (jetson.bin / "modules" / "tensorrt").unlink()
+    done = jetson.run("--serve")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].endswith("run_engine.py --serve")
+    assert jetson.made() == {"manifest.json", ".venv"}
+    (pip,) = jetson.calls("pip install")
+    assert pip.endswith(f" onnxruntime tokenizers {SERVER}")
 
 
 def test_check_changes_nothing(jetson: Jetson) -> None:

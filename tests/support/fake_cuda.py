@@ -197,6 +197,12 @@ def make_driver(cuda: Cuda) -> types.ModuleType:
         cuda.require_context()
         target.view(np.uint8).reshape(-1)[:] = cuda.view(source, target.nbytes)
 
+    def memcpy_htod(target: int, source: np.ndarray) -> None:
+        cuda.require_context()
+        if cuda.stream.queue:
+            raise CudaMisuse("a copy that does not wait for the stream")
+        cuda.view(target, source.nbytes)[:] = source.view(np.uint8).reshape(-1)
+
     def memset_d8_async(target: int, value: int, nbytes: int, stream: Stream) -> None:
         def fill() -> None:
             cuda.view(target, nbytes)[:] = value
@@ -223,7 +229,8 @@ def make_driver(cuda: Cuda) -> types.ModuleType:
     driver.mem_alloc = lambda nbytes: _Allocation(cuda, nbytes)  # type: ignore[attr-defined]
     driver.mem_get_info = lambda: (TOTAL_MEMORY - cuda.used(), TOTAL_MEMORY)  # type: ignore[attr-defined]
     for function in (
-        *(pagelocked_empty, memcpy_htod_async, memcpy_dtoh_async, memcpy_dtoh, memset_d8_async),
+        *(pagelocked_empty, memcpy_htod_async, memcpy_dtoh_async),
+        *(memcpy_dtoh, memcpy_htod, memset_d8_async),
     ):
         setattr(driver, function.__name__, function)
     return driver

@@ -8,6 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,14 @@ CHAIN = " é🙂жZ"
 SENTENCE = "the board runs the model and the model runs the board"
 
 
-def make_tokenizer() -> tokenizers.Tokenizer:
+def make_tokenizer(*special: str) -> tokenizers.Tokenizer:
+    """With `special` tokens behind the one that ends a text."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=300,
-        special_tokens=["<|endoftext|>"],
+        special_tokens=["<|endoftext|>", *special],
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -232,9 +234,11 @@ def pack(folder: Path, **changes: Any) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
 
-def make_bundle(folder: Path, state_dtype: str = "fp32", stops: bool = False) -> Path:
+def make_bundle(
+    folder: Path, state_dtype: str = "fp32", stops: bool = False, special: Sequence[str] = ()
+) -> Path:
     shutil.copytree(JETSON, folder, ignore=shutil.ignore_patterns("__pycache__"))
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(*special)
     tokenizer.save(str(folder / "tokenizer.json"))
     onnx.save_model(
         make_graph(tokenizer, state_dtype, stops),

@@ -32,6 +32,7 @@ class OnnxRuntimeBackend:
     notes: tuple[str, ...] = ()
     gpu_bytes: int | None = None
     max_keep: int | None = None
+    sequences: int | None = None
 
     def __init__(self, bundle: Bundle, threads: int | None = None, profiling: bool = False) -> None:
         options = onnxruntime.SessionOptions()
@@ -85,6 +86,10 @@ class OnnxRuntimeBackend:
         return {
             name: np.zeros(shape, self._dtypes[name]) for name, shape in self._shapes(batch).items()
         }
+
+    def load_states(self, held: Mapping[str, np.ndarray]) -> States:
+        """The arrays themselves, since `forward` leaves its inputs intact."""
+        return dict(held)
 
     def forward(
         self, ids: np.ndarray, states: States, keep: int = 1, position: int = 0

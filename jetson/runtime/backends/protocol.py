@@ -35,6 +35,7 @@ class Backend(Protocol):
     versions: Mapping[str, str]  # library -> version
     engine: Mapping[str, Any] | None  # as in a bench record
     max_keep: int | None  # the most positions that `forward` gives logits of; None: any
+    sequences: int | None  # batches whose states stay good while others go on; None: any number
 
     @property
     def notes(self) -> Sequence[str]:
@@ -48,6 +49,13 @@ class Backend(Protocol):
 
     def zero_states(self, batch: int) -> States:
         """States that start `batch` sequences."""
+        ...
+
+    def load_states(self, held: Mapping[str, np.ndarray]) -> States:
+        """States of one sequence with the values of `held`, whole arrays that stay as they are.
+
+        Like `zero_states`, it may end what goes on beyond `sequences`.
+        """
         ...
 
     def forward(

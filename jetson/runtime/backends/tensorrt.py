@@ -50,6 +50,7 @@ class TensorRtBackend:
 
     runtime = "tensorrt"
     max_keep: int | None = 1  # the engine computes the last position alone
+    sequences: int | None = 1
 
     def __init__(self, bundle: Bundle, options: BackendOptions) -> None:
         """Raises BundleProblem where no engine fits, RunFailure where one does not load."""
@@ -160,6 +161,13 @@ class TensorRtBackend:
         self._generation += 1
         return _DeviceStates(self, 0, self._generation)
 
+    def load_states(self, held: Mapping[str, np.ndarray]) -> States:
+        """Copied into slot A; states given out before are gone."""
+        states = self.zero_states(1)
+        for name, value in held.items():
+            self._gpu.write(self._address(name, 0), np.ascontiguousarray(value))
+        return states
+
     def forward(
         self, ids: np.ndarray, states: States, keep: int = 1, position: int = 0
     ) -> tuple[np.ndarray, States]:
@@ -241,11 +249,13 @@ class TensorRtBackend:
     def read_state(self, name: str, slot: int) -> np.ndarray:
         """A copy of one state on the host."""
         shape = self._shapes(self._batch)[name]
+        return self._gpu.read(self._address(name, slot), shape, self._dtypes[name])
+
+    def _address(self, name: str, slot: int) -> int:
+        """Where a state lies."""
         if name in self._growing:
-            address = self._grown + self._grown_offsets[name]
-        else:
-            address = self._slots[slot] + self._offsets[name]
-        return self._gpu.read(address, shape, self._dtypes[name])
+            return self._grown + self._grown_offsets[name]
+        return self._slots[slot] + self._offsets[name]
 
     @property
     def state_names(self) -> tuple[str, ...]:

@@ -44,16 +44,18 @@ from runtime.files import (
     BUILD_LOG,
     BUILD_MESSAGES,
     ENGINE,
+    PARTIAL,
     TENSORRT_MODEL,
     TIMING_CACHE,
     WEIGHTS,
     sha256,
+    sync,
+    write_whole,
 )
 from runtime.machine import Machine, available_memory, process_memory, swap_free, this_machine
 from runtime.problems import BundleProblem
 
 LOCK = ".lock"
-PARTIAL = ".partial"
 
 
 def parse(arguments: Sequence[str], default_bundle: Path) -> argparse.Namespace:
@@ -163,7 +165,7 @@ def _build(job: _Job) -> Engine:
             plan, timings = builder.build(
                 job.bundle.path(TENSORRT_MODEL), job.bundle, job.workspace, _read_bytes(job.cache)
             )
-        _write(job.cache, timings)
+        write_whole(job.cache, [timings])
         with _scratch(job.store, job.here.key) as folder:
             (folder / ENGINE).write_bytes(plan)
             del plan  # so that memory holds the engine once while it is loaded
@@ -304,33 +306,13 @@ def _scratch(store: Path, key: str) -> Iterator[Path]:
     try:
         yield folder
         for path in folder.iterdir():
-            _sync(path)
+            sync(path)
         if (store / key).exists():
             shutil.rmtree(store / key)
         os.rename(folder, store / key)
-        _sync(store)
+        sync(store)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}{PARTIAL}")
-    try:
-        partial.write_bytes(data)
-        _sync(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _read_bytes(path: Path) -> bytes:

@@ -7,13 +7,16 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
+
 from runtime.answer import collect
 from runtime.bundle import Bundle
 from runtime.console import print_json, show_notes, stdin, text_on_stdout
 from runtime.machine import this_machine
-from runtime.options import open_session
+from runtime.options import open_cache, open_session
 from runtime.problems import INTERRUPTED, BundleProblem
 from runtime.sampling import Sampler, settings
+from runtime.session import Conversation, load_state, save_state
 from runtime.text import TextCodec
 
 
@@ -22,20 +25,30 @@ def run(bundle: Bundle, options: argparse.Namespace) -> int:
     text = _read_prompt(options)
     bundle.check_files()
     codec = TextCodec(bundle)
-    prompt = codec.encode(text)
+    prompt = codec.encode(text, continues=options.load_state is not None)
     tokens = prompt.shape[1]
     bundle.require_room(tokens, f"the prompt has {tokens} tokens", "give a shorter one")
     with open_session(bundle, options) as session:
+        cache = open_cache(session, options) if options.state_dir else None
+        conversation = session.conversation(cache)
+        if options.load_state:
+            conversation.resume(load_state(Path(options.load_state), session).snapshot)
+        conversation.require_room(prompt)
         sample = Sampler(codec.vocabulary, **settings(vars(options)))
-        sample.read(prompt)
-        conversation = session.conversation()
+        text_ids = [*conversation.ids, *prompt[0].tolist()]
+        sample.read(np.array([text_ids]))
+        prompt = conversation.lead_to(text_ids)
+        kept = len(conversation.ids)
         steps = conversation.generate(prompt, sample, options.max_new_tokens, codec.end_ids)
         with text_on_stdout(not options.json) as show:
-            answer = collect(steps, codec, prompt, options.stop, show)
+            answer = collect(steps, codec, prompt, options.stop, show, kept_tokens=kept)
+        notes = _kept(conversation)
+        if options.save_state:
+            save_state(Path(options.save_state), conversation, session)
 
     backend, load_s = session.backend, session.load_s
     timings, machine = answer.timings, this_machine()
-    notes = [*backend.notes]
+    notes += [*backend.notes, *(cache.notes if cache else ())]
     if conversation.full and answer.finish == "length":
         notes.append(conversation.full)
     if options.json:
@@ -54,6 +67,7 @@ def run(bundle: Bundle, options: argparse.Namespace) -> int:
                 "tokens": answer.tokens,
                 "finish": answer.finish,
                 "prompt_tokens": timings.prompt_tokens,
+                "kept_tokens": answer.kept_tokens,
                 "new_tokens": len(answer.tokens),
                 "load_s": load_s,
                 "ttft_s": timings.ttft_s,
@@ -66,6 +80,15 @@ def run(bundle: Bundle, options: argparse.Namespace) -> int:
         print(f"{backend.description} on {machine}; loaded in {load_s:.2f} s", file=sys.stderr)
         show_notes(notes)
     return INTERRUPTED if answer.finish == "interrupt" else 0
+
+
+def _kept(conversation: Conversation) -> list[str]:
+    """Have the cache hold what was said; a sentence where it cannot, which ruins no answer."""
+    try:
+        conversation.keep()
+    except BundleProblem as problem:
+        return [str(problem)]
+    return []
 
 
 def _read_prompt(options: argparse.Namespace) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from runtime.bundle import Bundle
 from runtime.console import pairs, print_json, size, visible
 from runtime.engine.store import STORE, engines_in
+from runtime.files import CHAT
 from runtime.problems import BundleProblem
 
 
@@ -26,6 +27,7 @@ def run(bundle: Bundle, options: argparse.Namespace) -> int:
         "bytes": sum(sizes.values()),
         "state_bytes_per_sequence": state_bytes,
         "context": context,
+        "chat": CHAT in sizes,
         "created": manifest["created"],
         "steps": manifest["steps"],
         "not_run": manifest["not_run"],
@@ -45,6 +47,8 @@ def run(bundle: Bundle, options: argparse.Namespace) -> int:
     )
     if context is not None:
         _print(f"context  {context} tokens")
+    if report["chat"]:
+        _print("chat     by the checkpoint's template")
     _print(f"created  {pairs(report['created'])}")
     for step in report["steps"]:
         _print(f"ran      {pairs(step)}")

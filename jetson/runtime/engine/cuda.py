@@ -105,6 +105,11 @@ class Gpu:
         self._driver.memcpy_dtoh(array, source)
         return array
 
+    def write(self, target: int, source: np.ndarray) -> None:
+        """Host to GPU, once all work before it is done; `source` is contiguous."""
+        self.synchronize()
+        self._driver.memcpy_htod(target, source)
+
     def zero(self, target: int, nbytes: int) -> None:
         """Clear memory, on the stream."""
         self._driver.memset_d8_async(target, 0, nbytes, self._stream)

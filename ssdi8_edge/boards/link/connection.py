@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from ssdi8_edge.boards.link.call import Call
 from ssdi8_edge.boards.link.lines import LineReader
@@ -52,6 +52,18 @@ class Result:
         """The last line that says something, for messages."""
         lines = [line.strip() for line in (self.stderr or self.stdout).splitlines()]
         return next((line for line in reversed(lines) if line), f"exit status {self.exit}")
+
+
+class Stream(Protocol):
+    """What is used of a socket, and of what stands for one at the other end of a link."""
+
+    def recv(self, size: int, /) -> bytes: ...
+
+    def sendall(self, data: bytes, /) -> None: ...
+
+    def shutdown(self, how: int, /) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class Connection(ABC):
@@ -95,6 +107,15 @@ class Connection(ABC):
     @abstractmethod
     def open_channel(self, program: str) -> Channel:
         """Run python3 with the one-line `program`."""
+
+    @abstractmethod
+    def open_stream(self, port: int) -> Stream:
+        """Connect to a port of the machine's own loopback.
+
+        Raises:
+            LinkLost: the network failed.
+            BoardError: nobody listens there, or the machine does not let ports be forwarded.
+        """
 
     @abstractmethod
     def close(self) -> None:

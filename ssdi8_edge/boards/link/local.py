@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -10,6 +11,7 @@ from typing import IO
 
 from ssdi8_edge.boards.link.connection import DEFAULT_STORE, Connection
 from ssdi8_edge.boards.link.process import Channel
+from ssdi8_edge.ground.errors import BoardError
 
 _END_S = 10.0
 
@@ -23,6 +25,16 @@ class LocalConnection(Connection):
     def open_channel(self, program: str) -> Channel:
         """Run this interpreter with the one-line `program`."""
         return _LocalChannel(program)
+
+    def open_stream(self, port: int) -> socket.socket:
+        """Connect to a port of this machine."""
+        try:
+            return socket.create_connection(("127.0.0.1", port))
+        except OSError as error:
+            raise BoardError(
+                f"nobody listens on port {port} of {self.name} ({error.strerror});",
+                "see whether the server runs.",
+            ) from error
 
     def close(self) -> None:
         """There is no link."""

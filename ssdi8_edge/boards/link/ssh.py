@@ -19,7 +19,7 @@ from paramiko.ssh_exception import ChannelException, IncompatiblePeer
 
 from ssdi8_edge.boards.link import dial
 from ssdi8_edge.boards.link.address import Address
-from ssdi8_edge.boards.link.connection import DEFAULT_STORE, Connection
+from ssdi8_edge.boards.link.connection import DEFAULT_STORE, Connection, Stream
 from ssdi8_edge.boards.link.known_hosts import HostKey, add_key, host_name, judge, known_keys
 from ssdi8_edge.boards.link.process import Channel, link_lost
 from ssdi8_edge.boards.link.ssh_config import Settings, look_up, permitted
@@ -73,6 +73,26 @@ class SshConnection(Connection):
             raise BoardError(
                 f"{self.name} does not let this user run commands ({dial.words(error)});",
                 "allow it in its sshd_config.",
+            ) from error
+        except Exception as error:
+            self.close()
+            raise _told(error, link_lost(self.name, dial.words(error))) from error
+
+    def open_stream(self, port: int) -> Stream:
+        """Connect to a port of the board's loopback, as `ssh -L` does."""
+        link = self._live_link()
+
+        def connect() -> paramiko.Channel:
+            to, source = ("127.0.0.1", port), ("127.0.0.1", 0)
+            return link.transport.open_channel("direct-tcpip", to, source, timeout=dial.STEP_S)
+
+        try:
+            return dial.within(connect)
+        except ChannelException as error:
+            raise BoardError(
+                f"port {port} of {self.name} cannot be reached ({dial.words(error)});",
+                "see whether the server runs, and whether its sshd_config has"
+                " AllowTcpForwarding no.",
             ) from error
         except Exception as error:
             self.close()

@@ -1,0 +1,93 @@
+"""The command `plan`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from ssdi8_edge.cli.options import JsonOption
+from ssdi8_edge.ground.console import human, results, table
+from ssdi8_edge.ground.errors import UsageError
+from ssdi8_edge.ground.json_text import to_json
+
+if TYPE_CHECKING:
+    from ssdi8_edge.plan.plan import Plan
+
+DEFAULT_METHODS = ("edge-w8a8", "edge-w4a8")
+
+
+def plan(
+    model: Annotated[
+        str,
+        typer.Argument(help="Checkpoint folder, hub id, demo, or the name of a published model."),
+    ],
+    target: Annotated[
+        Optional[list[str]],  # noqa: UP045  (typer reads this at run time, also on Python 3.10)
+        typer.Option(help="Target name or .toml file, several times; default: all boards."),
+    ] = None,
+    method: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help=f"Recipe, several times; default: {', '.join(DEFAULT_METHODS)}."),
+    ] = None,
+    context: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Tokens of a conversation; default: the target's."),
+    ] = None,
+    parallel: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt to bound.")] = 1024,
+    as_json: JsonOption = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
+) -> None:
+    """Say what a model will take and how fast it can be at most, from its config.json alone."""
+    from ssdi8_edge.checkpoints.outline import outline
+    from ssdi8_edge.plan.choices import with_context
+    from ssdi8_edge.plan.plan import make_plan
+    from ssdi8_edge.recipes.presets import find_method
+    from ssdi8_edge.targets import load_target, target_names
+
+    if as_json and markdown:
+        raise UsageError("--json and --markdown are two forms of one answer;", "give one of them.")
+    chosen = [load_target(name) for name in target or target_names()]
+    if not target:
+        chosen = [each for each in chosen if each.board is not None]
+    recipes = [find_method(name) for name in method or DEFAULT_METHODS]
+    described = outline(model)
+    plans = [
+        make_plan(
+            *(model, described, recipe, with_context(each, context)),
+            parallel=parallel,
+            prompt_tokens=prompt,
+        )
+        for each in chosen
+        for recipe in recipes
+    ]
+    if as_json:
+        print(to_json([each.to_dict() for each in plans]))
+    elif markdown:
+        from ssdi8_edge.plan.markdown import to_markdown
+
+        print(to_markdown(plans), end="")
+    else:
+        _show(plans)
+
+
+def _show(plans: list[Plan]) -> None:
+    from ssdi8_edge.plan.cells import MEMORY, SPEED, memory_cells, notes, speed_cells
+
+    first = plans[0]
+    tables: list[tuple[str, tuple[str, ...], list[list[str]]]] = [
+        (f"memory of {first.model}", MEMORY, memory_cells(plans)),
+        (
+            f"bounds; prompt of {first.bounds.prompt_tokens} tokens, {first.parallel} at once",
+            SPEED,
+            speed_cells(plans),
+        ),
+    ]
+    for title, headings, cells in tables:
+        shown: Any = table(*headings, title=title)
+        for row in cells:
+            shown.add_row(*row)
+        results.print(shown)
+    for note in notes(plans):
+        human.print(note)

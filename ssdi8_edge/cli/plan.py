@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from ssdi8_edge.cli.options import JsonOption
-from ssdi8_edge.ground.console import human, results, table
+from ssdi8_edge.ground.console import results, table
 from ssdi8_edge.ground.errors import UsageError
 from ssdi8_edge.ground.json_text import to_json
 
@@ -35,7 +35,10 @@ def plan(
         typer.Option(min=1, help="Tokens of a conversation; default: the target's."),
     ] = None,
     parallel: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
-    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt to bound.")] = 1024,
+    prompt: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Tokens of the prompt to bound; default: 1024."),
+    ] = None,
     as_json: JsonOption = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
 ) -> None:
@@ -90,4 +93,4 @@ def _show(plans: list[Plan]) -> None:
             shown.add_row(*row)
         results.print(shown)
     for note in notes(plans):
-        human.print(note)
+        results.print(note)

@@ -6,6 +6,7 @@ each op's reference runs on tensors without data, which tells shapes and types o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,8 +53,8 @@ class Flow:
     def peak(self, results: Sequence[Any], states: Sequence[Any] = ()) -> int:
         """Bytes that lie there at once at most, if memory is used again as soon as it can be.
 
-        `results` are needed to the end. What is kept does not count, nor do the next `states`, which
-        have memory of their own.
+        `results` are needed to the end. What is kept does not count, nor do the next `states`:
+        both have memory of their own.
         """
         own = {id(each) for each in states}
         last = {id(each): i for i, (inputs, _) in enumerate(self.calls) for each in inputs}
@@ -74,6 +75,7 @@ class Flow:
         return most
 
 
+@functools.lru_cache(maxsize=256)
 def activation_bytes(model: Description, recipe: QuantConfig, batch: int, tokens: int) -> int:
     """Bytes between the ops of one call of `tokens` tokens, at most, by their lives.
 

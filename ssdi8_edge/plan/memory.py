@@ -95,6 +95,7 @@ def memory_of(model: Description, recipe: QuantConfig, target: Target, parallel:
     recurrent, grown = state_bytes(model, recipe)
     tensorrt = target.runtime == "tensorrt"
     cache = parallel * grown
+    longest = min(target.max_tokens, model.context) if grown else target.max_tokens
     build = estimate_memory(weights, target.engine.workspace_mb * MIB, cache)
     return Memory(
         blocks=weights - embedding - head,
@@ -103,7 +104,7 @@ def memory_of(model: Description, recipe: QuantConfig, target: Target, parallel:
         states=SLOTS * parallel * recurrent,
         # onnxruntime gives a new tensor of the whole context with every call.
         cache=cache if tensorrt else SLOTS * cache,
-        activations=activation_bytes(model, recipe, parallel, target.max_tokens),
+        activations=activation_bytes(model, recipe, parallel, longest),
         runtime=BASE_BYTES if tensorrt else 0,
         engine_build=build if tensorrt else 0,
     )

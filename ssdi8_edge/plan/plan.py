@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ssdi8_edge.ground.errors import UsageError
 from ssdi8_edge.models.description import Description
 from ssdi8_edge.plan.bounds import ASSUMPTIONS, Bounds, bounds_of
 from ssdi8_edge.plan.memory import Memory, Room, memory_of, room_of
@@ -81,30 +82,39 @@ def make_plan(
     target: Target,
     *,
     parallel: int = 1,
-    prompt_tokens: int = PROMPT_TOKENS,
+    prompt_tokens: int | None = None,
     room: Room | None = None,
 ) -> Plan:
     """Plan `model`, as `outline` or a checkpoint describes it.
 
     Args:
+        prompt_tokens: of the prompt to bound; None takes `PROMPT_TOKENS`, or what the context has
+            room for.
         room: of a board that was asked; None takes the target's.
 
     Raises:
-        UsageError: no op computes the recipe.
+        UsageError: no op computes the recipe; the context has no room for the prompt and a token.
     """
     recipe.require_exportable()
     adapted = model.adapted(recipe).with_context(target.context)
+    context = target.context if adapted.grows(recipe) else None
+    prompt = prompt_tokens or min(PROMPT_TOKENS, (context or PROMPT_TOKENS + 1) - 1)
+    if context is not None and prompt >= context:
+        raise UsageError(
+            f"a context of {context} tokens has no room for a prompt of {prompt} and a token;",
+            "give a shorter --prompt or a longer --context.",
+        )
     memory = memory_of(adapted, recipe, target, parallel)
     kernels = target.runtime == "tensorrt" and recipe.quantized
     return Plan(
         model=name,
         method=recipe.name,
         target=target.name,
-        context=target.context if adapted.grows(recipe) else None,
+        context=context,
         parallel=parallel,
         memory=memory,
         room=room or room_of(target),
-        bounds=bounds_of(adapted, recipe, target, memory, prompt_tokens, parallel),
+        bounds=bounds_of(adapted, recipe, target, memory, prompt, parallel),
         host_peak=host_peak(model, recipe),
         board_source=target.board.source if target.board else "",
         lacks=adapted.misfit() if kernels else None,

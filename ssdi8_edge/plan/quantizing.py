@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -52,6 +53,7 @@ class LivePeak(TorchDispatchMode):
 HEAP = 1.5
 
 
+@functools.lru_cache(maxsize=256)
 def host_peak(model: Description, recipe: QuantConfig) -> int:
     """Bytes of resident memory while a model is quantized on a CPU, at most."""
     adapted = model.adapted(recipe)

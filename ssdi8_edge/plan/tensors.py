@@ -31,7 +31,8 @@ NARROW = 8
 Tensors = Mapping[str, Tensor]
 
 
-def quantized_tensors(model: Description, recipe: QuantConfig) -> dict[str, Tensor]:
+@functools.lru_cache(maxsize=64)
+def quantized_tensors(model: Description, recipe: QuantConfig) -> Tensors:
     """What `quantize` writes of a model that is `adapted` to the recipe, without data."""
     layers = {block: block_tensors(block, model.d_model, recipe) for block in {*model.blocks}}
     return {
@@ -44,7 +45,8 @@ def quantized_tensors(model: Description, recipe: QuantConfig) -> dict[str, Tens
     }
 
 
-def table_tensors(model: Description, recipe: QuantConfig) -> dict[str, Tensor]:
+@functools.lru_cache(maxsize=64)
+def table_tensors(model: Description, recipe: QuantConfig) -> Tensors:
     """Embedding, last norm and head; a tied head of the FP16 baseline is the embedding."""
     rows = torch.zeros(ROWS, model.d_model)
     made: Layer = {EMBEDDING: rows.half()}

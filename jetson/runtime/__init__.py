@@ -10,6 +10,7 @@ bench          times and memory; its schema           verify      golden vectors
 layer_times    layers added up by module
 answer         text, tokens and times of one prompt   stop        where text ends before a stop text
 session        a bundle with its graph loaded: prefill in pieces, decode, conversations
+memory         what running a bundle takes; is it there?
 
 sampling       logits -> token id                     text        prompt, streamed text, ends
 tokenizer      tokenizer.json -> token ids -> text

@@ -9,6 +9,7 @@ from typing import Any
 from runtime.arguments import number, text, text_to_find
 from runtime.backends.protocol import BackendOptions
 from runtime.bundle import Bundle
+from runtime.memory import require_memory
 from runtime.sampling import SAMPLING
 from runtime.session import Session
 
@@ -46,6 +47,7 @@ RUNNING: Options = {
         "metavar": "N",
         "help": "of the CPU (default: one per core)",
     },
+    "--force": {"action": "store_true", "help": "run though memory seems too small"},
     "--json": {"action": "store_true", "help": "JSON on stdout"},
 }
 
@@ -63,7 +65,12 @@ def open_session(
 
     Args:
         profiling, hash_all: see `BackendOptions`.
+
+    Raises:
+        BundleProblem: it cannot fit into memory, and --force was not given.
     """
+    if not asked.force:
+        require_memory(bundle)
     options = BackendOptions(
         threads=asked.threads,
         engines=asked.engine,

@@ -12,7 +12,7 @@ from rich.table import Column, Table
 
 from ssdi8_edge.boards.link.connection import DEFAULT_STORE
 from ssdi8_edge.boards.link.hosts import THIS_MACHINE, connect
-from ssdi8_edge.cli.options import JsonOption
+from ssdi8_edge.cli.options import ForceOption, JsonOption
 from ssdi8_edge.ground.console import human, results
 from ssdi8_edge.ground.errors import UsageError
 from ssdi8_edge.ground.json_text import to_json
@@ -101,7 +101,14 @@ def _rows(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "Python", f"{python['path']} {known(python['version'])}"
     yield "modules", ", ".join(f"{k} {v}" for k, v in python["modules"].items()) or "none"
     if found["memory_mb"] is not None:
-        yield "memory", f"{found['memory_free_mb']:.0f} of {found['memory_mb']:.0f} MB available"
+        free = f"{found['memory_free_mb']:.0f} of {found['memory_mb']:.0f} MB available"
+        block = found["largest_block_mb"]
+        yield "memory", free + (f", at most {block:.1f} MB in one piece" if block else "")
+    if found["swap_mb"]:
+        yield "swap", f"{known(found['swap_free_mb'])} of {found['swap_mb']:.0f} MB free"
+    if found["memory_holders_mb"]:
+        holders = found["memory_holders_mb"].items()
+        yield "memory is held by", ", ".join(f"{name} {mb:.0f} MB" for name, mb in holders)
     yield "disk", f"{found['disk_free_mb']:.0f} MB free"
     hottest = max(found["temperatures_c"].items(), key=lambda item: item[1], default=None)
     if hottest:
@@ -120,6 +127,7 @@ def deploy(
         bool, typer.Option("--prune", help="Then remove every other bundle from the board.")
     ] = False,
     verify: Annotated[bool, typer.Option(help="Compare with the golden vectors there.")] = True,
+    force: ForceOption = False,
     accept_new_host_key: AcceptOption = False,
     store: StoreOption = DEFAULT_STORE,
     python: PythonOption = None,
@@ -135,7 +143,7 @@ def deploy(
         if bundle is not None:
             # A board that was reached is waited for when it goes away; a wrong address is not.
             connection.run(["true"])
-            result = _bring(connection, bundle, verify).to_dict()
+            result = _bring(connection, bundle, verify, force).to_dict()
         if prune:
             from ssdi8_edge.boards.store.upload import prune as remove
 
@@ -163,13 +171,13 @@ def check_reachable(host: str, until: str) -> None:
         connection.run(["true"])
 
 
-def deploy_bundle(host: str, bundle: Path) -> Deployed:
+def deploy_bundle(host: str, bundle: Path, force: bool = False) -> Deployed:
     """Deploy a bundle that was just built, with all that is said on the way."""
     with connect(host) as connection:
-        return _bring(connection, bundle, verify=True)
+        return _bring(connection, bundle, True, force)
 
 
-def _bring(connection: Connection, bundle: Path, verify: bool) -> Deployed:
+def _bring(connection: Connection, bundle: Path, verify: bool, force: bool) -> Deployed:
     from ssdi8_edge.boards.store.deploy import deploy as bring
 
     with _transfer_bar() as on_bytes:
@@ -180,6 +188,7 @@ def _bring(connection: Connection, bundle: Path, verify: bool) -> Deployed:
             on_line=lambda line: human.print(f"  {line}"),
             on_bytes=on_bytes,
             verify=verify,
+            force=force,
         )
     _say(f"it lies in {deployed.folder} on {connection.name} and runs there by {deployed.python}")
     return deployed

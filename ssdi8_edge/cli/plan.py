@@ -12,6 +12,7 @@ from ssdi8_edge.ground.errors import UsageError
 from ssdi8_edge.ground.json_text import to_json
 
 if TYPE_CHECKING:
+    from ssdi8_edge.plan.memory import Room
     from ssdi8_edge.plan.plan import Plan
 
 DEFAULT_METHODS = ("edge-w8a8", "edge-w4a8")
@@ -39,6 +40,10 @@ def plan(
         Optional[int],  # noqa: UP045
         typer.Option(min=1, help="Tokens of the prompt to bound; default: 1024."),
     ] = None,
+    host: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Take what this board has free: user@board[:port], or an ssh alias."),
+    ] = None,
     as_json: JsonOption = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
 ) -> None:
@@ -51,6 +56,7 @@ def plan(
 
     if as_json and markdown:
         raise UsageError("--json and --markdown are two forms of one answer;", "give one of them.")
+    room = None if host is None else _room_on(host)
     chosen = [load_target(name) for name in target or target_names()]
     if not target:
         chosen = [each for each in chosen if each.board is not None]
@@ -61,6 +67,7 @@ def plan(
             *(model, described, recipe, with_context(each, context)),
             parallel=parallel,
             prompt_tokens=prompt,
+            room=room,
         )
         for each in chosen
         for recipe in recipes
@@ -73,6 +80,15 @@ def plan(
         print(to_markdown(plans), end="")
     else:
         _show(plans)
+
+
+def _room_on(host: str) -> Room:
+    from ssdi8_edge.boards.facts.board_facts import read_facts
+    from ssdi8_edge.boards.link.hosts import connect
+    from ssdi8_edge.plan.memory import room_on
+
+    with connect(host) as connection:
+        return room_on(read_facts(connection).memory_free_mb, host)
 
 
 def _show(plans: list[Plan]) -> None:

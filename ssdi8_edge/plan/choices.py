@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 from ssdi8_edge.ground.errors import UsageError
 from ssdi8_edge.models.description import Description
-from ssdi8_edge.plan.memory import Room
 from ssdi8_edge.plan.plan import Plan, make_plan
 from ssdi8_edge.recipes.presets import METHODS
 from ssdi8_edge.recipes.recipe import QuantConfig
@@ -69,12 +68,6 @@ def _nearest(
 
 def _gb(nbytes: int) -> str:
     return f"{nbytes / 1e9:.2f} GB"
-
-
-def room_on(available_mb: float | None, host: str) -> Room:
-    """Of a board that was asked for its MemAvailable."""
-    free = None if available_mb is None else int(available_mb * 1e6)
-    return Room(free, f"{host} says so" if free is not None else f"{host} does not say")
 
 
 def with_context(target: Target, tokens: int | None) -> Target:

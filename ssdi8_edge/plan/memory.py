@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from runtime.engine.builder import BASE_BYTES, estimate_memory
+from runtime.memory import SLOTS
 from ssdi8_edge.checkpoints.layout import EMBEDDING
 from ssdi8_edge.models.description import Description
 from ssdi8_edge.plan.flow import activation_bytes
@@ -18,8 +19,6 @@ MIB = 2**20
 # Of the tensors of a quantized checkpoint, those of the embedding, and of a head that is not tied.
 EMBEDDINGS = (EMBEDDING, "embedding.")
 HEADS = "lm_head."
-# Copies of a recurrent state: a call reads one and writes the other.
-SLOTS = 2
 NAMES = {
     "blocks": "weights of the blocks",
     "embedding": "embedding",
@@ -141,3 +140,9 @@ def room_of(target: Target) -> Room:
     if free is None:
         return Room(None, f"target {target.name} says nothing of free memory")
     return Room(free * MIB, f"profile of {target.name}")
+
+
+def room_on(available_mb: float | None, host: str) -> Room:
+    """Of a board that was asked for its MemAvailable."""
+    free = None if available_mb is None else int(available_mb * 1e6)
+    return Room(free, f"{host} says so" if free is not None else f"{host} does not say")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,11 @@ from ssdi8_edge.checkpoints.layout import HEAD, expected_shapes
 from ssdi8_edge.checkpoints.outline import outline, published
 from ssdi8_edge.compile.safetensors_writer import data_start
 from ssdi8_edge.ground.errors import CheckpointError, UsageError
+from ssdi8_edge.ground.shipped import shipped
 from ssdi8_edge.models.description import Description
 from ssdi8_edge.models.kinds.mamba2 import Mamba2
 from ssdi8_edge.plan.bounds import int8_peak
+from ssdi8_edge.plan.choices import require_fitting
 from ssdi8_edge.plan.flow import activation_bytes
 from ssdi8_edge.plan.plan import Plan, make_plan
 from ssdi8_edge.plan.tensors import quantized_tensors
@@ -195,7 +198,8 @@ def test_the_table_of_facts() -> None:
 
 # Billions of parameters, as the models' pages count them.
 SIZES = {
-    **{"mamba2-1.3b": 1.34, "mamba2-2.7b": 2.70},
+    "mamba2-1.3b": 1.34,
+    "mamba2-2.7b": 2.70,
     **{f"mamba2-{size}": float(size[:-1]) / 1000 for size in ("130m", "370m", "780m")},
     "nemotron-3-nano-4b": 3.97,
     "nemotron-h-4b": 4.49,
@@ -285,3 +289,60 @@ def test_command_refuses(tmp_path: Path) -> None:
     assert_one_sentence(ssdi8("plan", "demo", "--target", "orin"), ["unknown target"])
     long = ssdi8("plan", "granite-4.0-h-1b", "--context", 100, "--prompt", 100)
     assert_one_sentence(long, ["no room for a prompt of 100"])
+
+
+# --------------------------------------------------------------------------------------------------
+# what does not fit
+
+
+def small(target: str, free_mib: int) -> Any:
+    """A target whose board has less room."""
+    found = load_target(target)
+    assert found.board is not None
+    board = found.board.model_copy(update={"free_mib": free_mib})
+    return found.model_copy(update={"board": board})
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "target", "largest", "remedy"),
+    [
+        ("granite-4.0-h-1b", "edge-w8a8", small("agx-orin", 2636), "weights", "--context 4096"),
+        ("nemotron-3-nano-4b", "edge-w8a8", small("orin-nano", 4000), "weights", "--method edge-w"),
+        ("codestral-mamba-7b", "edge-w4a8", load_target("orin-nano-4gb"), "weights", "--target "),
+        (
+            "codestral-mamba-7b",
+            "edge-w8a8",
+            small("orin-nx", 8000),
+            "weights",
+            "--method edge-w4a8",
+        ),
+    ],
+)
+def test_the_nearest_choice(name: str, method: str, target: Any, largest: str, remedy: str) -> None:
+    """It fits; and what is named as the largest part is."""
+    model, recipe = outline(name), METHODS[method]
+    plan = make_plan(name, model, recipe, target)
+    assert plan.fits is False
+    with pytest.raises(UsageError) as caught:
+        require_fitting(plan, model, recipe, target)
+    said = str(caught.value)
+    assert largest in said and f"give {remedy}" in said and "--force" in said, said
+
+
+def test_nothing_fits() -> None:
+    huge = dataclasses.replace(outline("codestral-mamba-7b"), vocab_size=2**25)
+    recipe = METHODS["edge-w8a8"]
+    with pytest.raises(UsageError, match="no target has room for it"):
+        require_fitting(make_plan("huge", huge, recipe, NANO), huge, recipe, NANO)
+
+
+def test_build_refuses_at_once(tmp_path: Path) -> None:
+    """Before a stage runs, with nothing written; --force goes on."""
+    model = write_model(tmp_path / "tiny")
+    profile = tmp_path / "full.toml"
+    text = (shipped("profiles") / "orin-nx.toml").read_text()
+    profile.write_text(re.sub("free_mib = .*", "free_mib = 100", text))
+    asked = ("build", "--model", model, "--target", profile, "--out", tmp_path / "run", "--dry-run")
+    assert_one_sentence(ssdi8(*asked), ["CUDA, TensorRT and Python", "--force"])
+    assert not (tmp_path / "run").exists()
+    assert ssdi8(*asked, "--force").returncode == 0

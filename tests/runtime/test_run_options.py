@@ -35,7 +35,8 @@ PLAIN = {"LC_ALL": "C", "LANG": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "
 FLAGS = (*shared.PROMPTS, *shared.GENERATING, *shared.RUNNING)
 PROMISED = (
     "--prompt --prompt-file --interactive --max-new-tokens --temperature --top-k --top-p --min-p"
-    " --repetition-penalty --presence-penalty --frequency-penalty --seed --stop --threads --json"
+    " --repetition-penalty --presence-penalty --frequency-penalty --seed --stop --threads"
+    " --force --json"
 )
 
 Program = Callable[..., subprocess.CompletedProcess[bytes]]

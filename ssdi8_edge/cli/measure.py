@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -39,7 +41,7 @@ def sweep(
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 64,
     repeat: Annotated[int, typer.Option(min=1, help="Timed runs of each point.")] = 5,
     power_modes: Annotated[
-        str, typer.Option(help="current, or names of nvpmodel's, comma-separated.")
+        str, typer.Option(help="current, all, or names of nvpmodel's, comma-separated.")
     ] = "current",
     pin_clocks: Annotated[
         bool, typer.Option("--pin-clocks", help="Hold clocks by jetson_clocks meanwhile.")
@@ -56,6 +58,9 @@ def sweep(
             "--allow-unrestored",
             help="Change power mode and clocks also where the board cannot put them back.",
         ),
+    ] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", "-y", help="Do not ask before all power modes are set.")
     ] = False,
     out: Annotated[
         Path, typer.Option("--out", "-o", help="File of points; what it has is not repeated.")
@@ -75,6 +80,9 @@ def sweep(
     modes = [name.strip() for name in power_modes.split(",") if name.strip()]
     if not modes:
         raise UsageError("--power-modes names none;", "write current, or names of modes.")
+    if "all" in map(str.casefold, modes) and not yes:
+        _ask_for_all_modes(host or [THIS_MACHINE])
+    from ssdi8_edge.boards.points.best import best_modes
     from ssdi8_edge.boards.points.points import open_points
     from ssdi8_edge.boards.points.records import Settings
     from ssdi8_edge.boards.sweep.board_sweep import SweepRequest
@@ -100,7 +108,24 @@ def sweep(
     ]
     with open_points(out, settings) as file, Display(human) as display:
         outcome = measure(request, connections, file, _install, display)
+        bests = best_modes([*file.points.values()])
+    for best in bests:
+        _say(str(best))
     _summarize(outcome, out, as_json)
+
+
+def _ask_for_all_modes(hosts: Sequence[str]) -> None:
+    """Once, for all boards.
+
+    Raises:
+        UsageError: nobody is there to answer, or the answer is no.
+    """
+    remedy = "repeat it with --yes, or name the modes."
+    if not sys.stdin.isatty():
+        raise UsageError("--power-modes all sets every mode, and nobody can be asked here;", remedy)
+    question = f"Set every power mode of {', '.join(hosts)} in turn, and put it back at the end?"
+    if not typer.confirm(question, err=True):
+        raise UsageError("no power mode was changed;", remedy)
 
 
 def _summarize(outcome: Outcome, out: Path, as_json: bool) -> None:

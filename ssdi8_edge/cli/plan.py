@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
@@ -12,6 +15,9 @@ from ssdi8_edge.ground.errors import UsageError
 from ssdi8_edge.ground.json_text import to_json
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from ssdi8_edge.boards.points.records import Point
     from ssdi8_edge.plan.memory import Room
     from ssdi8_edge.plan.plan import Plan
 
@@ -44,6 +50,10 @@ def plan(
         Optional[str],  # noqa: UP045
         typer.Option(help="Take what this board has free: user@board[:port], or an ssh alias."),
     ] = None,
+    measured: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option(help="Points of `sweep`, to show beside the bounds; several times."),
+    ] = None,
     as_json: JsonOption = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
 ) -> None:
@@ -62,16 +72,20 @@ def plan(
         chosen = [each for each in chosen if each.board is not None]
     recipes = [find_method(name) for name in method or DEFAULT_METHODS]
     described = outline(model)
-    plans = [
-        make_plan(
+    makers = [
+        partial(
+            make_plan,
             *(model, described, recipe, with_context(each, context)),
             parallel=parallel,
-            prompt_tokens=prompt,
             room=room,
         )
         for each in chosen
         for recipe in recipes
     ]
+    plans = [make(prompt_tokens=prompt) for make in makers]
+    if measured:
+        points = _points(measured)
+        plans = [_beside(each, points, make) for each, make in zip(plans, makers, strict=True)]
     if as_json:
         print(to_json([each.to_dict() for each in plans]))
     elif markdown:
@@ -80,6 +94,42 @@ def plan(
         print(to_markdown(plans), end="")
     else:
         _show(plans)
+
+
+def _points(files: Sequence[Path]) -> list[Point]:
+    from ssdi8_edge.boards.points.points import read_points
+    from ssdi8_edge.ground.inputs import expanded
+
+    for file in files:
+        if not expanded(file).is_file():
+            raise UsageError(f"{file} is no file;", "name one that `ssdi8-edge sweep` wrote.")
+    return [point for file in files for point in read_points(expanded(file))]
+
+
+def _beside(plan: Plan, points: Sequence[Point], make: Callable[..., Plan]) -> Plan:
+    """The plan with what was measured of the same model, method and target."""
+    from ssdi8_edge.plan.measured import Beside
+
+    wanted = (Path(plan.model).name, plan.method, plan.target)
+    found = []
+    for point in points:
+        bundle, timing = point.bundle, point.timing
+        if (bundle.model, bundle.method, bundle.target) != wanted:
+            continue
+        bounds = make(prompt_tokens=point.length).bounds
+        found.append(
+            Beside(
+                board=point.board,
+                mode=point.mode,
+                simulated=point.simulated,
+                length=point.length,
+                ttft_s=timing.ttft_s,
+                tpot_s=timing.tpot_s,
+                prompt_s=bounds.prompt.seconds,
+                token_s=bounds.token.seconds,
+            )
+        )
+    return dataclasses.replace(plan, measured=tuple(found))
 
 
 def _room_on(host: str) -> Room:
@@ -92,21 +142,23 @@ def _room_on(host: str) -> Room:
 
 
 def _show(plans: list[Plan]) -> None:
-    from ssdi8_edge.plan.cells import MEMORY, SPEED, memory_cells, notes, speed_cells
+    from ssdi8_edge.plan import cells
 
     first = plans[0]
     tables: list[tuple[str, tuple[str, ...], list[list[str]]]] = [
-        (f"memory of {first.model}", MEMORY, memory_cells(plans)),
+        (f"memory of {first.model}", cells.MEMORY, cells.memory_cells(plans)),
         (
             f"bounds; prompt of {first.bounds.prompt_tokens} tokens, {first.parallel} at once",
-            SPEED,
-            speed_cells(plans),
+            cells.SPEED,
+            cells.speed_cells(plans),
         ),
     ]
-    for title, headings, cells in tables:
+    if measured := cells.measured_cells(plans):
+        tables.append(("measured, and the bound as a share of it", cells.MEASURED, measured))
+    for title, headings, rows in tables:
         shown: Any = table(*headings, title=title)
-        for row in cells:
+        for row in rows:
             shown.add_row(*row)
         results.print(shown)
-    for note in notes(plans):
+    for note in cells.notes(plans):
         results.print(note)

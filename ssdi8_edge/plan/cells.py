@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ssdi8_edge.ground.decimals import percent
 from ssdi8_edge.plan.bounds import ASSUMPTIONS
 from ssdi8_edge.plan.plan import Plan
 
@@ -13,6 +14,10 @@ MEMORY = (
     *("free", "engine build", "runs there"),
 )
 SPEED = ("target", "method", "a token moves", "a token takes", "tokens/s", "a prompt takes")
+MEASURED = (
+    *("target", "method", "board", "source", "prompt", "first token", "of its bound"),
+    *("a token", "of its bound"),
+)
 
 
 def memory_cells(plans: Sequence[Plan]) -> list[list[str]]:
@@ -54,6 +59,23 @@ def speed_cells(plans: Sequence[Plan]) -> list[list[str]]:
     return rows
 
 
+def measured_cells(plans: Sequence[Plan]) -> list[list[str]]:
+    """Rows below `MEASURED`: a share is the bound over what was measured."""
+    return [
+        [
+            plan.target,
+            plan.method,
+            f"{each.board}, {each.mode}" if each.mode else each.board,
+            "simulated" if each.simulated else "measured",
+            str(each.length),
+            *(_ms_alone(each.ttft_s), _share(each.prompt_share)),
+            *(_ms_alone(each.tpot_s), _share(each.token_share)),
+        ]
+        for plan in plans
+        for each in plan.measured
+    ]
+
+
 def verdict(plan: Plan) -> str:
     """Whether it runs there."""
     if plan.fits is None:
@@ -83,6 +105,14 @@ def notes(plans: Sequence[Plan]) -> list[str]:
 
 def _mb(nbytes: int | None) -> str:
     return UNKNOWN if nbytes is None else f"{nbytes / 1e6:.0f} MB"
+
+
+def _ms_alone(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds * 1e3:.1f} ms"
+
+
+def _share(share: float | None) -> str:
+    return "" if share is None else percent(share, 0)
 
 
 def _ms(seconds: float | None, limit: str | None) -> str:

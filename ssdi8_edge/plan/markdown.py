@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ssdi8_edge.plan.cells import MEMORY, SPEED, memory_cells, notes, speed_cells
+from ssdi8_edge.plan.cells import (
+    MEASURED,
+    MEMORY,
+    SPEED,
+    measured_cells,
+    memory_cells,
+    notes,
+    speed_cells,
+)
 from ssdi8_edge.plan.plan import Plan
 
 
@@ -13,7 +21,11 @@ def to_markdown(plans: Sequence[Plan]) -> str:
     first = plans[0].bounds
     lines = [f"## Plan of {plans[0].model}", "", *_table(MEMORY, memory_cells(plans)), ""]
     lines += [f"A prompt of {first.prompt_tokens} tokens, {first.parallel} at once:", ""]
-    lines += [*_table(SPEED, speed_cells(plans)), "", *(f"* {note}" for note in notes(plans))]
+    lines += [*_table(SPEED, speed_cells(plans)), ""]
+    if measured := measured_cells(plans):
+        lines += ["What was measured, and the bound as a share of it:", ""]
+        lines += [*_table(MEASURED, measured), ""]
+    lines += [f"* {note}" for note in notes(plans)]
     return "\n".join(lines) + "\n"
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from ssdi8_edge.ground.errors import UsageError
 from ssdi8_edge.models.description import Description
 from ssdi8_edge.plan.bounds import ASSUMPTIONS, Bounds, bounds_of
+from ssdi8_edge.plan.measured import Beside
 from ssdi8_edge.plan.memory import Memory, Room, memory_of, room_of
 from ssdi8_edge.plan.quantizing import host_peak
 from ssdi8_edge.recipes.recipe import QuantConfig
@@ -25,6 +26,7 @@ class Plan:
         context: tokens of a conversation; None where no state grows with them.
         host_peak: bytes of host memory while the model is quantized on a CPU.
         lacks: what keeps the target from running it, whatever its memory; None: nothing.
+        measured: points of the same model, method and target.
     """
 
     model: str
@@ -38,6 +40,7 @@ class Plan:
     host_peak: int
     board_source: str
     lacks: str | None
+    measured: tuple[Beside, ...] = ()
 
     @property
     def fits(self) -> bool | None:
@@ -72,6 +75,7 @@ class Plan:
             "lacks": self.lacks,
             "assumptions": [*ASSUMPTIONS],
             "board_source": self.board_source,
+            "measured": [each.to_dict() for each in self.measured],
         }
 
 

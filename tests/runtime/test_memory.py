@@ -43,7 +43,7 @@ def test_misfit_names_the_largest() -> None:
 def test_run_refuses_and_force_goes_on(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One sentence before the graph is loaded; swap counts; a machine that does not tell may try."""
+    """One sentence before the graph is loaded; swap counts; who does not tell may try."""
     monkeypatch.setattr(memory, "available_memory", lambda: 0)
     monkeypatch.setattr(memory, "swap_free", lambda: 0)
     asked = ["--prompt", "the", "--max-new-tokens", "1", "--threads", "1"]
@@ -63,7 +63,7 @@ def test_run_refuses_and_force_goes_on(
 def test_deploy_refuses_before_it_sends(bundle: Bundle) -> None:
     """By what the board says; one that says nothing may try."""
     facts: Any = SimpleNamespace(memory_free_mb=0.0, swap_free_mb=None)
-    with pytest.raises(BoardError, match="recurrent states.*--force"):
+    with pytest.raises(BoardError, match=r"recurrent states.*--force"):
         require_memory("orin", bundle, facts)
     facts.swap_free_mb = 10.0
     require_memory("orin", bundle, facts)

@@ -25,11 +25,24 @@ class _Strict(BaseModel):
 
 
 class Board(_Strict):
-    """What a board has: memory shared by CPU and GPU in GB, SMs with all TPCs powered."""
+    """What a board has: memory shared by CPU and GPU in GB, SMs with all TPCs powered.
+
+    The other fields are for planning, each None where nobody said:
+
+    Attributes:
+        free_mib: memory in MiB that a system without a desktop leaves to programs.
+        bandwidth_gb_s: of the memory, in its fastest power mode, in 10⁹ bytes a second.
+        gpu_mhz: of the GPU in that mode.
+        source: where these three come from.
+    """
 
     compute_capability: str
     memory_gb: float = Field(gt=0)
     sms: int = Field(ge=1)
+    free_mib: int | None = Field(default=None, gt=0)
+    bandwidth_gb_s: float | None = Field(default=None, gt=0)
+    gpu_mhz: float | None = Field(default=None, gt=0)
+    source: str = ""
 
 
 class Engine(_Strict):

@@ -22,6 +22,7 @@ layer_times    layers added up by module
 answer         text, tokens and times of one prompt   stop        where text ends before a stop text
 dialogue       what a line of a user makes of a conversation
 session        a bundle with its graph loaded: prefill in pieces, decode, conversations
+memory         what running a bundle takes; is it there?
 
 states/        keeping what was read and said
   prefix_cache   the longest text whose state is held

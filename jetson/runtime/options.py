@@ -11,6 +11,7 @@ from runtime.arguments import number, text, text_to_find
 from runtime.backends.protocol import BackendOptions
 from runtime.bundle import Bundle
 from runtime.console import size
+from runtime.memory import require_memory
 from runtime.problems import BundleProblem
 from runtime.sampling import SAMPLING
 from runtime.session import Session
@@ -78,6 +79,7 @@ RUNNING: Options = {
         "metavar": "N",
         "help": "of the CPU (default: one per core)",
     },
+    "--force": {"action": "store_true", "help": "run though memory seems too small"},
     "--json": {"action": "store_true", "help": "JSON on stdout"},
 }
 LISTENING: Options = {
@@ -175,7 +177,12 @@ def open_session(
 
     Args:
         profiling, hash_all: see `BackendOptions`.
+
+    Raises:
+        BundleProblem: it cannot fit into memory, and --force was not given.
     """
+    if not asked.force:
+        require_memory(bundle)
     options = BackendOptions(
         threads=asked.threads,
         engines=asked.engine,

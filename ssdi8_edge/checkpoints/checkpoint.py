@@ -13,7 +13,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,19 +25,17 @@ from ssdi8_edge.checkpoints.layout import (
     EMBEDDING,
     HEAD,
     NORM_F,
-    Layout,
     Piece,
     Shape,
     expected_shapes,
     whole,
 )
-from ssdi8_edge.checkpoints.layouts import layouts
+from ssdi8_edge.checkpoints.outline import DEMO_FOLDER, layout_of
 from ssdi8_edge.ground.errors import CheckpointError
 from ssdi8_edge.ground.progress import Track, silent
 from ssdi8_edge.models.description import Description
 from ssdi8_edge.numerics.fp16_range import all_finite
 
-DEMO_FOLDER = Path(__file__).parents[1] / "demo"
 HASH_BLOCK_BYTES = 4 << 20
 
 # Parts of names of adapters that lie beside the weights, and of quantized weights.
@@ -118,7 +115,7 @@ class Checkpoint:
                 f"{folder} has no config.json.", "name a folder that holds config.json and weights."
             )
         raw = read_config(self._config_path)
-        self._layout = self._layout_of(raw)
+        self._layout = layout_of(raw, self._config_path)
         self.description: Description = self._layout.describe(raw)
         self._sources = dict(self._layout.sources(raw, self.description))
         self._weight_paths = weight_files(folder)
@@ -131,15 +128,6 @@ class Checkpoint:
         self._verify()
         tokenizer = folder / TOKENIZER
         self.tokenizer_path = tokenizer if tokenizer.is_file() else None
-
-    def _layout_of(self, config: dict[str, Any]) -> Layout:
-        for layout in layouts():
-            if layout.recognises(config):
-                return layout
-        raise CheckpointError(
-            f"{self._config_path} has neither d_model (state-spaces) nor hidden_size "
-            "(Hugging Face): not a Mamba-2 model."
-        )
 
     def _tie(self, tied: bool) -> None:
         self.description = dataclasses.replace(self.description, tie_embeddings=tied)

@@ -25,6 +25,23 @@ def fetch_checkpoint(repository: str, download: Callable[..., str]) -> Path:
     return folder
 
 
+def fetch_config(repository: str) -> Path:
+    """config.json of a hub model (`organisation/name`).
+
+    Raises CheckpointError when it cannot be fetched.
+    """
+    try:
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(repository, "config.json"))
+    except Exception as error:  # the hub client raises its own, httpx's and OS errors alike
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"the config.json of {repository} cannot be fetched ({reason}).",
+            "check the spelling and the network, or give a folder.",
+        ) from error
+
+
 def fetch_tokenizer(repository: str) -> Path:
     """Folder with the tokenizer of a hub model (`organisation/name`) and what belongs to it.
 

@@ -22,6 +22,7 @@ from ssdi8_edge.cli.evaluate import evaluate
 from ssdi8_edge.cli.listing import inspect, methods, targets
 from ssdi8_edge.cli.measure import profile, sweep
 from ssdi8_edge.cli.options import PASSED_ON
+from ssdi8_edge.cli.plan import plan
 from ssdi8_edge.cli.report import report
 from ssdi8_edge.cli.run import run, verify
 from ssdi8_edge.cli.serve import serve
@@ -46,6 +47,7 @@ def _common(
     """`__main__` takes --debug from wherever it stands; here it is told by --help."""
 
 
+app.command()(plan)
 app.command()(build)
 app.command(add_help_option=False, context_settings=PASSED_ON)(run)
 app.command(add_help_option=False, context_settings=PASSED_ON)(serve)

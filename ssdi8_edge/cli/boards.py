@@ -22,7 +22,7 @@ from ssdi8_edge.cli.fleet import (
     on_each,
     require_all,
 )
-from ssdi8_edge.cli.options import JsonOption
+from ssdi8_edge.cli.options import ForceOption, JsonOption
 from ssdi8_edge.ground.board_runtime import bundle_folder, open_checked_bundle
 from ssdi8_edge.ground.console import human, results, table
 from ssdi8_edge.ground.errors import UsageError
@@ -171,7 +171,14 @@ def _rows(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "Python", f"{python['path']} {known(python['version'])}"
     yield "modules", ", ".join(f"{k} {v}" for k, v in python["modules"].items()) or "none"
     if found["memory_mb"] is not None:
-        yield "memory", f"{found['memory_free_mb']:.0f} of {found['memory_mb']:.0f} MB available"
+        free = f"{found['memory_free_mb']:.0f} of {found['memory_mb']:.0f} MB available"
+        block = found["largest_block_mb"]
+        yield "memory", free + (f", at most {block:.1f} MB in one piece" if block else "")
+    if found["swap_mb"]:
+        yield "swap", f"{known(found['swap_free_mb'])} of {found['swap_mb']:.0f} MB free"
+    if found["memory_holders_mb"]:
+        holders = found["memory_holders_mb"].items()
+        yield "memory is held by", ", ".join(f"{name} {mb:.0f} MB" for name, mb in holders)
     yield "disk", f"{found['disk_free_mb']:.0f} MB free"
     hottest = max(found["temperatures_c"].items(), key=lambda item: item[1], default=None)
     if hottest:
@@ -191,6 +198,7 @@ def deploy(
         bool, typer.Option("--prune", help="Then remove every other bundle from the board.")
     ] = False,
     verify: Annotated[bool, typer.Option(help="Compare with the golden vectors there.")] = True,
+    force: ForceOption = False,
     accept_new_host_key: AcceptOption = False,
     store: StoreOption = DEFAULT_STORE,
     python: PythonOption = None,
@@ -209,7 +217,14 @@ def deploy(
         with connect(
             name, accept_new_host_key=accept_new_host_key, store=store, python=python
         ) as connection:
-            return _deploy(connection, bundle, prune, verify, say, on_bytes)
+            result: dict[str, Any] = {}
+            if bundle is not None:
+                # A board that was reached is waited for when it goes away; a wrong address is not.
+                connection.run(["true"])
+                result = _bring(connection, bundle, verify, force, say, on_bytes).to_dict()
+            if prune:
+                result |= _prune(connection, result.get("folder"), say)
+            return result
 
     if boards is not None:
         _deploy_fleet(boards, bundle, brought, at_once, as_json)
@@ -221,28 +236,13 @@ def deploy(
         print(to_json(result))
 
 
-def _deploy(
-    connection: Connection,
-    bundle: Path | None,
-    prune: bool,
-    verify: bool,
-    say: Say,
-    on_bytes: OnBytes,
-) -> dict[str, Any]:
-    """What --json prints of one board."""
-    result: dict[str, Any] = {}
-    if bundle is not None:
-        # A board that was reached is waited for when it goes away; a wrong address is not.
-        connection.run(["true"])
-        result = _bring(connection, bundle, verify, say, on_bytes).to_dict()
-    if prune:
-        from ssdi8_edge.boards.store.upload import prune as remove
+def _prune(connection: Connection, kept: str | None, say: Say) -> dict[str, Any]:
+    """Remove every bundle from a board but the one in the folder `kept`."""
+    from ssdi8_edge.boards.store.upload import prune
 
-        kept = [Path(result["folder"]).name] if result else []
-        removed, freed = remove(connection, kept)
-        say(f"removed {len(removed)} bundles from {connection.name}, {freed / 1e6:.1f} MB")
-        result |= {"removed": removed, "freed_bytes": freed}
-    return result
+    removed, freed = prune(connection, [Path(kept).name] if kept else [])
+    say(f"removed {len(removed)} bundles from {connection.name}, {freed / 1e6:.1f} MB")
+    return {"removed": removed, "freed_bytes": freed}
 
 
 def _deploy_fleet(
@@ -286,20 +286,20 @@ def check_reachable(host: str, until: str) -> None:
         connection.run(["true"])
 
 
-def deploy_bundle(host: str, bundle: Path) -> Deployed:
+def deploy_bundle(host: str, bundle: Path, force: bool = False) -> Deployed:
     """Deploy a bundle that was just built, with all that is said on the way."""
     with connect(host) as connection, _transfer_bar() as on_bytes:
-        return _bring(connection, bundle, True, _say, on_bytes)
+        return _bring(connection, bundle, True, force, _say, on_bytes)
 
 
 def deploy_for_use(connection: Connection, bundle: Path) -> Deployed:
     """Bring a bundle that is to run at once, if the board does not have it; not verified anew."""
     with _transfer_bar() as on_bytes:
-        return _bring(connection, bundle, False, _say, on_bytes)
+        return _bring(connection, bundle, False, False, _say, on_bytes)
 
 
 def _bring(
-    connection: Connection, bundle: Path, verify: bool, say: Say, on_bytes: OnBytes
+    connection: Connection, bundle: Path, verify: bool, force: bool, say: Say, on_bytes: OnBytes
 ) -> Deployed:
     from ssdi8_edge.boards.store.deploy import deploy as bring
 
@@ -310,6 +310,7 @@ def _bring(
         on_line=lambda line: say(f"  {line}"),
         on_bytes=on_bytes,
         verify=verify,
+        force=force,
     )
     say(f"it lies in {deployed.folder} on {connection.name} and runs there by {deployed.python}")
     return deployed

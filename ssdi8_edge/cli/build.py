@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from ssdi8_edge.cli.boards import check_reachable, deploy_bundle
-from ssdi8_edge.cli.options import JsonOption, TokenizerOption
+from ssdi8_edge.cli.options import ForceOption, JsonOption, TokenizerOption
 from ssdi8_edge.cli.output import print_result, progress
 from ssdi8_edge.ground.allocator import keep_freed_memory
 from ssdi8_edge.ground.console import human
 from ssdi8_edge.ground.inputs import expanded
 
 if TYPE_CHECKING:
-    from ssdi8_edge.compile.pipeline import BuildResult
+    from ssdi8_edge.compile.pipeline import BuildRequest, BuildResult
+    from ssdi8_edge.models.description import Description
 
 
 def build(
@@ -62,6 +63,7 @@ def build(
         typer.Option(help="Then deploy to user@board[:port], an ssh alias, or this-machine."),
     ] = None,
     dry_run: Annotated[bool, typer.Option(help="Only say which stages would run.")] = False,
+    force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Calibrate, quantize, export and package a model for a target; with --host, deploy it."""
@@ -90,12 +92,24 @@ def build(
     )
     keep_freed_memory()
     job = Build(request, progress, lambda line: human.print(line))
+    if not force:
+        _require_fitting(request, job.checkpoint.description)
     if dry_run:
         plan = job.plan() | ({"deploy": f"bring it to {host}"} if host else {})
         print_result({"out": str(request.out), "plan": plan}, as_json, lambda: _print_plan(plan))
         return
     result = job.run()
-    _report(result, as_json, host)
+    _report(result, as_json, host, force)
+
+
+def _require_fitting(request: BuildRequest, model: Description) -> None:
+    """Refuse what cannot run where it is built for, before hours are spent on it."""
+    from ssdi8_edge.plan.choices import require_fitting
+    from ssdi8_edge.plan.plan import make_plan
+
+    target, recipe = request.target, request.recipe
+    if request.until == "bundle" and target.board and target.board.free_mib:
+        require_fitting(make_plan(request.model, model, recipe, target), model, recipe, target)
 
 
 def _print_plan(plan: dict[str, str]) -> None:
@@ -103,7 +117,7 @@ def _print_plan(plan: dict[str, str]) -> None:
         human.print(f"{stage}: would {action}")
 
 
-def _report(result: BuildResult, as_json: bool, host: str | None) -> None:
+def _report(result: BuildResult, as_json: bool, host: str | None, force: bool) -> None:
     manifest = result.manifest
     summary: dict[str, Any] = {
         "out": str(result.out),
@@ -130,5 +144,5 @@ def _report(result: BuildResult, as_json: bool, host: str | None) -> None:
         print_result(summary, as_json, show)
         return
     show()
-    summary["deployed"] = deploy_bundle(host, result.out).to_dict()
+    summary["deployed"] = deploy_bundle(host, result.out, force).to_dict()
     print_result(summary, as_json, lambda: None)

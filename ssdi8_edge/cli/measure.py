@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -50,7 +52,7 @@ def sweep(
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 64,
     repeat: Annotated[int, typer.Option(min=1, help="Timed runs of each point.")] = 5,
     power_modes: Annotated[
-        str, typer.Option(help="current, or names of nvpmodel's, comma-separated.")
+        str, typer.Option(help="current, all, or names of nvpmodel's, comma-separated.")
     ] = "current",
     pin_clocks: Annotated[
         bool, typer.Option("--pin-clocks", help="Hold clocks by jetson_clocks meanwhile.")
@@ -67,6 +69,9 @@ def sweep(
             "--allow-unrestored",
             help="Change power mode and clocks also where the board cannot put them back.",
         ),
+    ] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", "-y", help="Do not ask before all power modes are set.")
     ] = False,
     out: Annotated[
         Path, typer.Option("--out", "-o", help="File of points; what it has is not repeated.")
@@ -89,6 +94,9 @@ def sweep(
     boards = fleet_of(fleet, tag, host)
     if boards is None:
         boards = [FleetBoard(host=name) for name in dict.fromkeys(host or [THIS_MACHINE])]
+    if "all" in map(str.casefold, modes) and not yes:
+        _ask_for_all_modes([board.host for board in boards])
+    from ssdi8_edge.boards.points.best import best_modes
     from ssdi8_edge.boards.points.points import open_points
     from ssdi8_edge.boards.points.records import Settings
     from ssdi8_edge.boards.sweep.board_sweep import SweepRequest
@@ -122,8 +130,25 @@ def sweep(
         )
     with open_points(out, settings) as file, Display(human) as display:
         outcome = measure(asked, file, _install, display, at_once if fleet else None)
+        bests = best_modes([*file.points.values()])
     outcome.errors |= unfit
+    for best in bests:
+        _say(str(best))
     _summarize(outcome, out, as_json)
+
+
+def _ask_for_all_modes(hosts: Sequence[str]) -> None:
+    """Once, for all boards.
+
+    Raises:
+        UsageError: nobody is there to answer, or the answer is no.
+    """
+    remedy = "repeat it with --yes, or name the modes."
+    if not sys.stdin.isatty():
+        raise UsageError("--power-modes all sets every mode, and nobody can be asked here;", remedy)
+    question = f"Set every power mode of {', '.join(hosts)} in turn, and put it back at the end?"
+    if not typer.confirm(question, err=True):
+        raise UsageError("no power mode was changed;", remedy)
 
 
 def _summarize(outcome: Outcome, out: Path, as_json: bool) -> None:

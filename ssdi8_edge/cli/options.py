@@ -8,6 +8,7 @@ import typer
 
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda or cuda:INDEX.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Go on though memory seems too small.")]
 TokenizerOption = Annotated[
     Optional[str],  # noqa: UP045  (typer reads this at run time, also on Python 3.10)
     typer.Option(help="tokenizer.json or hub id, if none lies beside the weights."),

@@ -15,7 +15,7 @@ def report(
     runs: Annotated[
         list[Path],
         typer.Argument(
-            help="What sweep, profile and evaluate --json wrote, or folders of such files."
+            help="What sweep, profile, plan --json and evaluate --json wrote, or folders of them."
         ),
     ],
     out: Annotated[

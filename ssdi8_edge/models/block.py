@@ -199,6 +199,10 @@ class Block(ABC):
         """What it carries, in the order of the data."""
         return ()
 
+    def inner_products(self, tokens: int, before: int) -> int:
+        """Multiplications that `inner` takes at least, for so many tokens behind others."""
+        return 0
+
     def misfit(self) -> str | None:
         """The first size that has no INT8 kernel, and those that have; None: all have."""
         return None

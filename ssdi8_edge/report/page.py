@@ -73,6 +73,14 @@ def sections(data: Measurements) -> list[Section]:
             tables.speedups(),
         ),
         Section(
+            "plan",
+            "Plan and bounds",
+            "What was planned before anything was built; shares say how near to its bound the "
+            "fastest measured point of the same model, method, target and length comes.",
+            [],
+            tables.plan(),
+        ),
+        Section(
             "modules",
             "Where the time goes",
             "Per module of the network, summed over layers, for the whole prompt and for one "

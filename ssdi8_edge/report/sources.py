@@ -17,6 +17,7 @@ from ssdi8_edge.ground.artifacts import BUNDLE
 from ssdi8_edge.ground.decimals import change
 from ssdi8_edge.ground.errors import UsageError
 from ssdi8_edge.ground.json_text import number_of
+from ssdi8_edge.report.planned import Planned
 from ssdi8_edge.report.values import OTHER
 
 BASELINE = "fp16"
@@ -83,6 +84,7 @@ class Measurements:
     profiles: Sequence[Profile]
     evaluations: Sequence[Evaluation]
     superseded: int
+    plans: Sequence[Planned] = ()
 
     @property
     def _records(self) -> list[Measured]:
@@ -158,29 +160,35 @@ class Measurements:
         return None
 
 
+Record = Point | Profile | Planned | Evaluation
+
+
 def load(paths: Iterable[Path]) -> Measurements:
     """Read files and folders.
 
     Raises:
-        UsageError: one is missing, or holds neither points, a profile nor an evaluation; or none of
-            them holds a point or a profile.
+        UsageError: one is missing, or holds neither points, a profile, a plan nor an evaluation; or
+            none of them holds a point or a profile.
     """
     points: list[Point] = []
     profiles: list[Profile] = []
     evaluations: list[Evaluation] = []
+    plans: list[Planned] = []
     for path in paths:
         for file, model in _files(path):
             found = _read(file, model, named=file == path)
             if found is None and path.is_file():
                 raise UsageError(
-                    f"{path} holds neither points, a profile nor an evaluation;",
-                    "name what sweep, profile or evaluate --json wrote, or a folder of such files.",
+                    f"{path} holds neither points, a profile, a plan nor an evaluation;",
+                    "name what sweep, profile, plan --json or evaluate --json wrote.",
                 )
             for record in found or []:
                 if isinstance(record, Point):
                     points.append(record)
                 elif isinstance(record, Profile):
                     profiles.append(record)
+                elif isinstance(record, Planned):
+                    plans.append(record)
                 else:
                     evaluations.append(record)
     if not points and not profiles:
@@ -196,6 +204,7 @@ def load(paths: Iterable[Path]) -> Measurements:
         [_renamed(profile, names) for profile in kept_profiles],
         evaluations,
         len(points) - len(kept),
+        plans,
     )
 
 
@@ -251,7 +260,7 @@ def _model_of(folder: Path) -> str | None:
     return None
 
 
-def _read(file: Path, model: str | None, named: bool) -> list[Point | Profile | Evaluation] | None:
+def _read(file: Path, model: str | None, named: bool) -> list[Record] | None:
     """What a file holds, whatever its name; None if it is something else."""
     if _begins_with_point(file):
         return list(read_points(file))
@@ -261,7 +270,7 @@ def _read(file: Path, model: str | None, named: bool) -> list[Point | Profile | 
     return found
 
 
-def _read_whole(file: Path, model: str | None) -> list[Point | Profile | Evaluation] | None:
+def _read_whole(file: Path, model: str | None) -> list[Record] | None:
     """A profile or an evaluation."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -270,6 +279,8 @@ def _read_whole(file: Path, model: str | None) -> list[Point | Profile | Evaluat
     if isinstance(content, dict) and content.get("kind") == "profile":
         return [_profile(file)]
     rows = content if isinstance(content, list) else [content]
+    if rows and all(isinstance(row, dict) and row.get("kind") == "plan" for row in rows):
+        return [_planned(file, row) for row in rows]
     if rows and all(isinstance(row, dict) and row.keys() & set(FIGURES) for row in rows):
         return list(_evaluations(rows, model))
     return None
@@ -282,6 +293,18 @@ def _begins_with_point(file: Path) -> bool:
         except ValueError:
             return False
     return isinstance(first, dict) and first.get("kind") == "point"
+
+
+def _planned(file: Path, row: Mapping[str, Any]) -> Planned:
+    try:
+        return Planned.model_validate(row)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise UsageError(
+            f"{file} is not a plan ({key}: {first['msg']});",
+            "write it with `ssdi8-edge plan --json`.",
+        ) from error
 
 
 def _profile(file: Path) -> Profile:

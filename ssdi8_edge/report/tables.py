@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from ssdi8_edge.boards.points.best import best_modes
 from ssdi8_edge.boards.points.records import Point, Power, Range
 from ssdi8_edge.report.figures import ABSENT, between, percent, shown
 from ssdi8_edge.report.reference import PAPER_BOARD, PAPER_NOTE, SSD_LATENCY_MS
@@ -154,6 +155,35 @@ class Tables:
                 rows.append(([*head, "decode"], decode))
         return self._over_length("times FP16", rows)
 
+    def plan(self) -> Table:
+        """Memory and bounds of each plan, and how near measured points come to them."""
+        rows = []
+        for plan in self._data.plans:
+            timings = [
+                point.timing
+                for point in self._data.points
+                if (point.bundle.model, point.bundle.method, point.bundle.target, point.length)
+                == (plan.model, plan.method, plan.target, plan.prompt_tokens)
+            ]
+            first = [timing.ttft_s for timing in timings]
+            later = [timing.tpot_s for timing in timings if timing.tpot_s]
+            fits = {None: NOT_STATED, True: "yes", False: "no"}[plan.fits]
+            rows.append(
+                [
+                    *(plan.model, plan.target, plan.method, fits),
+                    *(shown(plan.memory.total, MB), shown(plan.room.free, MB)),
+                    *(str(plan.prompt_tokens), shown(plan.prompt.seconds, MS)),
+                    _share(plan.prompt.seconds, first),
+                    *(shown(plan.token.seconds, MS), _share(plan.token.seconds, later)),
+                ]
+            )
+        columns = (
+            *("model", "target", "method", "fits", "memory, MB", "free, MB", "prompt"),
+            *("bound, ms", "share", "token: bound, ms", "share"),
+        )
+        notes = dict.fromkeys(each for plan in self._data.plans for each in plan.assumptions)
+        return Table(columns, rows, 4, [f"Bounds, no forecasts: {note}." for note in notes])
+
     def power(self) -> Table:
         """Energy per generated token, with what the board draws when idle."""
         rows, reasons = [], set()
@@ -163,15 +193,19 @@ class Tables:
                     reasons.add(f"{setup.place}: {point.power_missing}")
                 else:
                     head = [*self._begin(setup, method), str(point.length)]
-                    rows.append([*head, *_power_row(point.power)])
+                    prompt = (point.j_per_prompt, point.above_idle_j_per_prompt)
+                    rows.append([*head, *map(shown, prompt), *_power_row(point.power)])
         columns = (
-            *(*self._head, "prompt", "J/token", "above idle", "mean, W", "idle, W"),
+            *(*self._head, "prompt", "J/prompt", "J/prompt above idle"),
+            *("J/token", "above idle", "tokens/J", "mean, W", "idle, W"),
             *("which rails", "each rail, W", "window", "sampled"),
         )
         notes = [
             "J/token is all energy of a pass apart from the timed one, prompt included, over the"
             " tokens generated in it; “above idle” takes off what the board drew just before with"
             " nothing running. A sum of rails is not the whole board.",
+            "J/prompt is that of a prompt with its answer of as many new tokens as were asked for.",
+            *(f"{best}." for best in best_modes(self._data.points)),
             *(f"No power for {reason}." for reason in sorted(reasons)),
         ]
         return Table(columns, rows, len(self._head), notes)
@@ -307,6 +341,7 @@ def _power_row(used: Power) -> list[str]:
     return [
         shown(used.j_per_token),
         shown(used.above_idle_j_per_token),
+        shown(used.tokens_per_j),
         shown(used.mean_w),
         shown(used.idle_w),
         f"{names} ({'module' if used.whole_module else 'sum of rails'})",
@@ -369,3 +404,8 @@ def _heat(points: Sequence[Point]) -> str:
     if not starts and not tops:
         return ABSENT
     return f"{shown(min(starts, default=None))} → {shown(max(tops, default=None))}"
+
+
+def _share(bound: float | None, measured: Sequence[float]) -> str:
+    """A bound over the shortest measured time."""
+    return ABSENT if bound is None or not measured else f"{bound / min(measured):.0%}"

@@ -200,6 +200,20 @@ def test_modes_are_set_and_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "power mode and clocks are as they were before" in watcher.said
 
 
+def test_all_modes_once_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that need a reboot are left out as ever, and the board is as before; a machine without
+    modes is measured as it is."""
+    root = become_board(tmp_path / "board", monkeypatch.setenv)
+    out, watcher = tmp_path / "out.jsonl", Record()
+    board = NamedBoard("toy", tmp_path / "store")
+    source = make_source(tmp_path / "a")
+    run_sweep(out, [source], [board], lengths=(8,), modes=("all", "current"), watcher=watcher)
+    modes = [p.mode for p in read_points(out)]
+    assert modes[0] == "MAXN_SUPER" and "40W" in modes and len({*modes}) == len(modes)
+    assert mode_of(root) == 0
+    assert "power mode and clocks are as they were before" in watcher.said
+
+
 def test_a_mode_that_needs_a_reboot_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -353,6 +353,27 @@ def test_clocks_and_powered_sms() -> None:
     assert parse_jetson_clocks("jetson_clocks must be run as root").pinned is None
 
 
+BUDDYINFO = """Node 0, zone      DMA      1      0      0      1      0
+Node 0, zone   Normal   4096    812     17      0      0
+"""
+
+
+def test_largest_block() -> None:
+    """Of the highest order that any zone has; a board whose memory is in crumbs says so."""
+    assert telemetry.largest_block_mb(BUDDYINFO) == 8 * 4096 / 1e6
+    assert telemetry.largest_block_mb(BUDDYINFO.splitlines()[1]) == 4 * 4096 / 1e6
+    assert telemetry.largest_block_mb("Node 0, zone DMA 0 0 0\nrubbish") is None
+
+
+def test_who_holds_memory() -> None:
+    """Processes of one program together, the largest first; small ones and rubbish are left out."""
+    printed = " 1000 bash\n700000 gnome-shell\n   12 sh\n900000 Web Content\n500000 Web Content\nx"
+    held = telemetry.memory_holders(printed, most=3)
+    assert [*held] == ["Web Content", "gnome-shell", "bash"]
+    assert held["Web Content"] == pytest.approx(1433.6)
+    assert telemetry.memory_holders(" 12 sh\n") == {}
+
+
 # --------------------------------------------------------------------------------------------------
 # energy
 

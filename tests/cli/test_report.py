@@ -18,6 +18,7 @@ from browser import chromium, needs_chromium
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ssdi8_edge.boards.points.best import best_modes
 from ssdi8_edge.boards.points.records import Point, Profile
 from ssdi8_edge.ground.errors import UsageError
 from ssdi8_edge.report import svg
@@ -232,6 +233,58 @@ def test_a_run_folder_says_which_model_an_evaluation_is_of(tmp_path: Path) -> No
     assert found.change == pytest.approx(0.025) and found.accuracies == {"piqa": 0.625}
 
 
+def plan(**changes: Any) -> dict[str, Any]:
+    """As `plan --json` writes it: a prompt of 512 tokens takes 25.6 ms at least, a token 5 ms."""
+    return {
+        "kind": "plan",
+        "model": "toy",
+        "method": "edge-w8a8",
+        "target": "orin-nx",
+        "prompt_tokens": 512,
+        "memory": {"weights": 4_000_000, "total": 9_000_000},
+        "room": {"free": 8_000_000_000, "source": "profile of orin-nx"},
+        "fits": True,
+        "prompt": {"seconds": 0.0256},
+        "token": {"seconds": 0.005},
+        "assumptions": ["the memory's whole bandwidth"],
+        **changes,
+    }
+
+
+def test_plans_stand_beside_what_was_measured(tmp_path: Path) -> None:
+    """Bounds as shares of the fastest point of the same model, method, target and length."""
+    points = write_points(tmp_path / "sweep.jsonl", point(), point(length=256, speed=2.0))
+    (tmp_path / "plan.json").write_text(json.dumps([plan(), plan(method="fp16", fits=None)]))
+    data = load([points, tmp_path / "plan.json"])
+    table = Tables(data).plan()
+    assert table.rows[0][6:] == ["512", "25.6", "50%", "5.00", "50%"]
+    assert table.rows[1][3] == "not stated" and table.rows[1][8] == "–"
+    assert "Plan and bounds" in render(data) and "whole bandwidth" in to_markdown(data)
+    (tmp_path / "plan.json").write_text(json.dumps(plan(token={"seconds": -1.0})))
+    with pytest.raises(UsageError, match="is not a plan"):
+        load([points, tmp_path / "plan.json"])
+
+
+def test_energy_and_the_best_modes(tmp_path: Path) -> None:
+    """Of a prompt with its answer and for a joule; a slower mode may be the thriftier one."""
+    slow = point(speed=0.5, mode="15W")
+    slow["power"] |= {"j_per_token": 0.25, "above_idle_j_per_token": -0.1}
+    data = load([write_points(tmp_path / "sweep.jsonl", point(), slow)])
+    first, second = sorted(data.points, key=lambda p: p.mode or "", reverse=True)
+    assert first.power is not None and second.power is not None
+    assert first.j_per_prompt == pytest.approx(4 * (first.power.j_per_token or 0))
+    assert second.power.tokens_per_j == 4.0
+    assert second.power.above_idle_tokens_per_j is None
+    (best,) = best_modes(data.points)
+    assert (best.fastest.mode, best.thriftiest and best.thriftiest.mode) == ("25W", "15W")
+    assert "15W by energy (4.00 tokens/J)" in to_markdown(data).replace("\\", "")
+    slow["power"] = None
+    slow["power_missing"] = "no sensor"
+    fast = point(power=None, power_missing="no sensor")
+    (blind,) = best_modes(load([write_points(tmp_path / "two.jsonl", fast, slow)]).points)
+    assert blind.thriftiest is None and "no mode has its energy measured" in str(blind)
+
+
 def test_decoding_is_a_text_of_its_own(tmp_path: Path) -> None:
     """Beside the perplexity of the same text, not in its place."""
     decoded = {"measure": "decode", "model": "fp16", "text": "held-out.txt", "tokens": 64}
@@ -250,7 +303,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, folder: Path) -> None:
     broken.write_text('{"kind": "profile"}')
     for paths, words in (
         ([tmp_path / "absent"], "does not exist"),
-        ([other], "neither points, a profile nor an evaluation"),
+        ([other], "neither points, a profile, a plan nor an evaluation"),
         ([broken], "is not a profile"),
         ([write_points(tmp_path / "bad.jsonl", {"kind": "point"}, point())], "line 1"),
         ([folder / "evaluation.json"], "no measured point"),

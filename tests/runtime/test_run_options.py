@@ -36,7 +36,8 @@ PROMPTING = [flag for group in shared.PROMPTING.values() for flag in group]
 FLAGS = (*shared.PROMPTS, *PROMPTING, *shared.RUNNING)
 PROMISED = (
     "--prompt --prompt-file --interactive --max-new-tokens --temperature --top-k --top-p --min-p"
-    " --repetition-penalty --presence-penalty --frequency-penalty --seed --stop --threads --json"
+    " --repetition-penalty --presence-penalty --frequency-penalty --seed --stop --threads"
+    " --force --json"
     " --system --think --no-think --save-state --load-state --state-dir --state-memory"
 )
 

@@ -18,6 +18,8 @@ from ssdi8_edge.boards.facts.power_modes import current_mode, offered_modes
 from ssdi8_edge.boards.facts.telemetry import (
     ina3221_rails_w,
     l4t_release,
+    largest_block_mb,
+    memory_holders,
     memory_mb,
     mhz_of,
     over_current_counts,
@@ -64,6 +66,7 @@ _FILES = (
     "/proc/device-tree/model",
     "/proc/device-tree/compatible",
     "/proc/meminfo",
+    "/proc/buddyinfo",
     "/proc/cpuinfo",
     "/etc/nv_tegra_release",
     "/etc/nvpmodel.conf",
@@ -104,6 +107,8 @@ class BoardFacts:
         root: whether `sudo` works without a password.
         python: that runs portable bundles.
         system_python: python3, whose tensorrt module builds and runs engines.
+        largest_block_mb: of free memory that lies in one piece.
+        memory_holders_mb: resident memory of the programs that hold most.
     """
 
     simulated: bool
@@ -134,6 +139,9 @@ class BoardFacts:
     memory_free_mb: float | None
     swap_mb: float | None
     disk_free_mb: float
+    swap_free_mb: float | None = None
+    largest_block_mb: float | None = None
+    memory_holders_mb: Mapping[str, float] = field(default_factory=dict)
     temperatures_c: Mapping[str, float] = field(default_factory=dict)
     rails_w: Mapping[str, float] = field(default_factory=dict)
     over_current_events: Mapping[str, int] = field(default_factory=dict)
@@ -158,6 +166,7 @@ def read_facts(connection: Connection) -> BoardFacts:
         "modes": ["nvpmodel", "-p", "--verbose"],
         "root": ["sudo", "-n", "true"],
         "uname": ["uname", "-mr"],
+        "processes": ["ps", "-eo", "rss=,comm="],
         **{tool: ["sh", "-c", f"command -v {tool}"] for tool in TOOLS},
     }
     found = gather(connection, _FILES, _NAMES, tools)
@@ -200,6 +209,9 @@ def read_facts(connection: Connection) -> BoardFacts:
         memory_free_mb=memory.get("MemAvailable"),
         swap_mb=memory.get("SwapTotal"),
         disk_free_mb=found.disk["free"] / 1e6,
+        swap_free_mb=memory.get("SwapFree"),
+        largest_block_mb=largest_block_mb(files.get("/proc/buddyinfo", "")),
+        memory_holders_mb=memory_holders(found.tools.get("processes", "")),
         temperatures_c=thermal_zones_c(files),
         rails_w=ina3221_rails_w(files),
         over_current_events=over_current_counts(files),

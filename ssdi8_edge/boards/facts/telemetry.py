@@ -228,6 +228,35 @@ def memory_mb(text: str) -> dict[str, float]:
     return {name: int(kilobytes) * 1024 / 1e6 for name, kilobytes in found}
 
 
+PAGE_BYTES = 4096
+
+
+def largest_block_mb(text: str) -> float | None:
+    """The largest piece of memory that is free as one, of /proc/buddyinfo, MB of 1e6 bytes.
+
+    A column counts the free blocks of twice as many pages as the one before it. Memory behind an
+    IOMMU, as that of a GPU is, need not lie in one piece; what is pinned for DMA does.
+    """
+    columns = [
+        [int(count) for count in counts.split()]
+        for counts in re.findall(r"(?m)^Node +[0-9]+, +zone +\w+((?: +[0-9]{1,9})+) *$", text)
+    ]
+    orders = [order for zone in columns for order, count in enumerate(zone) if count]
+    return (PAGE_BYTES << max(orders)) / 1e6 if orders else None
+
+
+def memory_holders(text: str, most: int = 5) -> dict[str, float]:
+    """Programs by the resident memory of their processes, MB of 1e6 bytes, the largest first.
+
+    `text` is what `ps -eo rss=,comm=` prints.
+    """
+    held: dict[str, float] = {}
+    for kilobytes, name in re.findall(r"(?m)^ *([0-9]{1,12}) +(\S.{0,63}?) *$", text, re.ASCII):
+        held[name] = held.get(name, 0.0) + int(kilobytes) * 1024 / 1e6
+    largest = sorted(held.items(), key=lambda item: -item[1])[:most]
+    return {name: megabytes for name, megabytes in largest if megabytes >= 1}
+
+
 def l4t_release(text: str) -> str | None:
     """`36.4.3` from the first line of /etc/nv_tegra_release."""
     match = re.search(

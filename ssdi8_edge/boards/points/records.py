@@ -196,6 +196,21 @@ class Power(_Record):
     j_per_token: float | None = None
     above_idle_j_per_token: float | None = None
 
+    @property
+    def tokens_per_j(self) -> float | None:
+        """Tokens generated for a joule of all that was drawn."""
+        return _inverse(self.j_per_token)
+
+    @property
+    def above_idle_tokens_per_j(self) -> float | None:
+        """The same of what was drawn above idle."""
+        return _inverse(self.above_idle_j_per_token)
+
+
+def _inverse(value: float | None) -> float | None:
+    """None also where noise has made it zero or less."""
+    return 1 / value if value is not None and value > 0 else None
+
 
 class Measured(_Record):
     """What points and profiles share.
@@ -242,6 +257,19 @@ class Point(Measured):
     timing: Timing
     power: Power | None
     power_missing: Text | None
+
+    @property
+    def j_per_prompt(self) -> float | None:
+        """All energy of a prompt and its answer of `settings.new_tokens`."""
+        return self._of_answer(self.power.j_per_token if self.power else None)
+
+    @property
+    def above_idle_j_per_prompt(self) -> float | None:
+        """The same above idle."""
+        return self._of_answer(self.power.above_idle_j_per_token if self.power else None)
+
+    def _of_answer(self, j_per_token: float | None) -> float | None:
+        return None if j_per_token is None else j_per_token * self.settings.new_tokens
 
 
 class Module(_Record):

@@ -9,7 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ssdi8_edge.boards.facts.board_facts import read_facts
+from runtime.bundle import Bundle
+from runtime.memory import least_memory, misfit
+from ssdi8_edge.boards.facts.board_facts import BoardFacts, read_facts
 from ssdi8_edge.boards.facts.doctor import check_for_engines
 from ssdi8_edge.boards.facts.interpreter import find_interpreter
 from ssdi8_edge.boards.link.connection import Connection, Say
@@ -17,7 +19,7 @@ from ssdi8_edge.boards.store.engine import build_engine
 from ssdi8_edge.boards.store.upload import Cargo, OnBytes, Placed, upload
 from ssdi8_edge.ground.artifacts import whole_or_absent, write_json
 from ssdi8_edge.ground.board_runtime import open_checked_bundle
-from ssdi8_edge.ground.errors import Ssdi8Error
+from ssdi8_edge.ground.errors import BoardError, Ssdi8Error
 
 BOARDS = "boards"  # beside the bundle: what boards made of it
 VERIFICATION = "verification.json"
@@ -61,6 +63,7 @@ def deploy(
     on_line: Callable[[str], None] = lambda _: None,
     on_bytes: OnBytes = lambda done, total: None,
     verify: bool = True,
+    force: bool = False,
 ) -> Deployed:
     """Bring a bundle to a board, build its engine there and verify it.
 
@@ -70,6 +73,7 @@ def deploy(
         bundle_folder: of a bundle, or a run folder.
         say: gets a sentence about each step, and where it ran.
         on_line: gets what the engine's build prints.
+        force: go on where the bundle cannot fit into the board's memory.
 
     Raises:
         BundleError: the bundle is not whole.
@@ -83,6 +87,8 @@ def deploy(
     if bundle.runtime == "tensorrt":
         facts = connection.patiently(lambda: read_facts(connection), say=say)
         check_for_engines(facts, connection)
+        if not force:
+            require_memory(connection.name, bundle, facts)
 
     def bring(rehash: bool) -> Placed:
         return connection.patiently(
@@ -96,7 +102,9 @@ def deploy(
         say(f"{connection.name} has all files of {bundle.name} already")
     engine = None
     if bundle.runtime == "tensorrt":
-        python, engine = build_engine(connection, placed.folder, cargo.name, results, say, on_line)
+        python, engine = build_engine(
+            connection, placed.folder, cargo.name, results, say, on_line, force
+        )
     else:
         python = find_interpreter(connection)
     verification = None
@@ -121,6 +129,20 @@ def deploy(
         results=str(results),
         verification=verification,
     )
+
+
+def require_memory(name: str, bundle: Bundle, facts: BoardFacts) -> None:
+    """Before anything is sent; what building the engine takes, build_engine.py looks at."""
+    if facts.memory_free_mb is None:
+        return
+    free = int((facts.memory_free_mb + (facts.swap_free_mb or 0.0)) * 1e6)
+    said = misfit(least_memory(bundle), free)
+    if said:
+        raise BoardError(
+            f"bundle {bundle.name} {said} on {name}, swap included;",
+            "build it with a shorter --context, by --method edge-w4a8 or for a larger board "
+            "(`ssdi8-edge plan` tells what fits), or go on with --force.",
+        )
 
 
 def _verify(connection: Connection, folder: str, python: str) -> dict[str, Any]:

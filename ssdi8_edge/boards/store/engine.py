@@ -18,7 +18,8 @@ PYTHON = ".venv/bin/python"  # made by setup.sh inside the bundle
 MISSING = "missing  "  # begins a line of setup.sh
 
 # Both tools do nothing where nothing is to be done, so that a second deploy runs them again.
-_BUILD = f'bash setup.sh && exec {PYTHON} build_engine.py --json --timing-cache "$1"'
+_BUILD = f'bash setup.sh && exec {PYTHON} build_engine.py --json --timing-cache "$@"'
+FORCED = "--no-memory-check"
 
 
 def build_engine(
@@ -28,6 +29,7 @@ def build_engine(
     results: Path,
     say: Say,
     on_line: Callable[[str], None],
+    force: bool = False,
 ) -> tuple[str, dict[str, Any]]:
     """Build plugins and engine where they are missing or stale, and bring back what is new.
 
@@ -38,6 +40,7 @@ def build_engine(
         folder: of the bundle on the board.
         name: of the bundle's folder, for the job.
         results: folder here for the engine, its logs and the timing cache.
+        force: build also where memory seems too small.
 
     Returns:
         The interpreter for this bundle, and what build_engine.py reports.
@@ -51,7 +54,7 @@ def build_engine(
         lambda: start_job(
             connection,
             f"build-{name}",
-            ["bash", "-c", _BUILD, "build", cache],
+            ["bash", "-c", _BUILD, "build", cache, *([FORCED] if force else [])],
             folder=folder,
             lock="board",
         ),

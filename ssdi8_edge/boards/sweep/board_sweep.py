@@ -34,6 +34,7 @@ from ssdi8_edge.boards.sweep.sweep_commands import (
 from ssdi8_edge.ground.errors import BoardBusy, LinkLost, UsageError
 
 CURRENT = "current"
+ALL = "all"
 # How long a board may be away without a new point before it is given up.
 PATIENCE_S = 300.0
 RETRY_S = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0)
@@ -46,7 +47,7 @@ class SweepRequest:
     """What to measure.
 
     Attributes:
-        modes: names of power modes, or `current`.
+        modes: names of power modes, `current`, or `all` that a board has.
         settings: the same for every point of a file.
     """
 
@@ -211,7 +212,7 @@ class BoardSweep:
     def _plan(self, state: State) -> list[Wanted]:
         request, current = self._request, state.mode
         modes: dict[str | None, Mode | None] = {}
-        for name in request.modes:
+        for name in self._names(state):
             if name.casefold() == CURRENT:
                 modes.setdefault(current.name if current else None, None)
                 continue
@@ -237,6 +238,13 @@ class BoardSweep:
             for source in request.sources
             for length in request.lengths
         ]
+
+    def _names(self, state: State) -> list[str]:
+        """Of the modes to measure; one that a board has twice is measured once."""
+        asked = [[name] for name in self._request.modes]
+        offered = [mode.name for mode in state.modes.modes] or [CURRENT]
+        every = [offered if names[0].casefold() == ALL else names for names in asked]
+        return [name for names in every for name in names]
 
     def _say_not_restorable(self, state: State) -> None:
         """Before a mode is set on a board that does not tell which one it has."""

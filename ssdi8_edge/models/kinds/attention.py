@@ -113,6 +113,11 @@ class Attention(Block):
             for what, (shape, dtype) in types.items()
         )
 
+    def inner_products(self, tokens: int, before: int) -> int:
+        """Scores and mean of values, of each token with itself and those before it."""
+        pairs = tokens * before + tokens * (tokens + 1) // 2
+        return 2 * self.width * pairs
+
     def misfit(self) -> str | None:
         """There is no INT8 kernel of it yet."""
         return "the model has attention blocks, for which there is no INT8 kernel yet"

@@ -121,6 +121,11 @@ class Parallel(Block):
         """Mamba-2's, then attention's."""
         return (*self.mamba.states(recipe), *self.attention.states(recipe))
 
+    def inner_products(self, tokens: int, before: int) -> int:
+        """Of both."""
+        both = (self.mamba, self.attention)
+        return sum(block.inner_products(tokens, before) for block in both)
+
     def misfit(self) -> str | None:
         """There is no INT8 kernel of it yet."""
         return "the model has Mamba-2 beside attention, for which there is no INT8 kernel yet"

@@ -117,7 +117,8 @@ def ssd_chunked(
     length = x.shape[1]
     chunk = min(chunk_size, length)
     # Autocast would turn the products below into half precision; decays need FP32.
-    with torch.autocast(device_type=x.device.type, enabled=False):
+    # Sizes alone, on "meta", have none.
+    with torch.autocast(device_type="cpu" if x.is_meta else x.device.type, enabled=False):
         dt, a = chunk_cumsum(dt_raw, dt_bias, A, chunk, dt_limit)
         x_chunk, B_chunk, C_chunk = (to_chunks(t, chunk) for t in (x, B, C))
         states = chunk_state(x_chunk, B_chunk, dt, a)

@@ -183,6 +183,10 @@ class Mamba2(Block):
             ),
         )
 
+    def inner_products(self, tokens: int, before: int) -> int:
+        """Each token's into the state and out of it; chunks take more, the recurrence these."""
+        return 2 * self.d_inner * self.d_state * tokens
+
     def misfit(self) -> str | None:
         """The first size that has no INT8 kernel, and those that have; None: all have."""
         if self.gate_norm != "grouped":

@@ -1,0 +1,1 @@
+"""What a model will take and how fast it can be at most, told before anything is built."""

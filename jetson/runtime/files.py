@@ -14,6 +14,8 @@ MANIFEST_SCHEMA = 2
 WEIGHTS = "model.safetensors"
 PORTABLE_MODEL = "model.portable.onnx"
 TENSORRT_MODEL = "model.onnx"
+PROGRAM = "program.json"
+PROGRAM_SCHEMA = 1
 TOKENIZER = "tokenizer.json"
 GOLDEN = "golden.npz"
 

@@ -20,6 +20,7 @@ from runtime.files import (
     MANIFEST,
     MANIFEST_SCHEMA,
     PORTABLE_MODEL,
+    PROGRAM,
     TENSORRT_MODEL,
     TOKENIZER,
     WEIGHTS,
@@ -69,7 +70,7 @@ def pack(
     # Copies, not links: a bundle can be edited or moved without touching the run folder, and ONNX
     # tools refuse weights that have a second name.
     shutil.copyfile(run_folder / QUANTIZED / WEIGHTS, folder / WEIGHTS)
-    for name in (PORTABLE_MODEL, TENSORRT_MODEL):
+    for name in (PORTABLE_MODEL, TENSORRT_MODEL, PROGRAM):
         shutil.copyfile(run_folder / ONNX / name, folder / name)
     if (run_folder / QUANTIZED / TOKENIZER).is_file():
         shutil.copyfile(run_folder / QUANTIZED / TOKENIZER, folder / TOKENIZER)

@@ -14,7 +14,7 @@ import numpy as np
 from runtime.files import HASHED_AT_LOAD, MANIFEST, MANIFEST_SCHEMA, sha256
 from runtime.problems import BundleProblem
 
-RUNTIMES = ("onnxruntime", "tensorrt")
+RUNTIMES = ("onnxruntime", "tensorrt", "kernels")
 STATE_DTYPES: Mapping[str, np.dtype] = {
     "fp16": np.dtype(np.float16),
     "fp32": np.dtype(np.float32),

@@ -29,10 +29,17 @@ def _open_tensorrt(bundle: Bundle, options: BackendOptions) -> Backend:
     return TensorRtBackend(bundle, options)
 
 
+def _open_kernels(bundle: Bundle, options: BackendOptions) -> Backend:
+    from runtime.backends.kernels.backend import KernelsBackend
+
+    return KernelsBackend(bundle, options)
+
+
 # Name -> how to open it. A program around this runtime may add its own.
 BACKENDS: dict[str, Callable[[Bundle, BackendOptions], Backend]] = {
     "onnxruntime": _open_onnxruntime,
     "tensorrt": _open_tensorrt,
+    "kernels": _open_kernels,
 }
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes a Jetson ready to build and run the engine of the bundle that this file lies in:
 #
-#     bash setup.sh            checks JetPack, makes .venv, installs pycuda, builds the plugins
+#     bash setup.sh            checks JetPack, makes .venv, builds the plugins or the kernels
 #     bash setup.sh --check    only says what is there and what is missing
 #
 # It may be run again at any time and does only what is still to be done. It makes .venv, build and
@@ -15,7 +15,7 @@ set -euo pipefail
 here=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]:-$0}")" && pwd)
 venv=$here/.venv
 build=$here/build
-library=$build/libssdi8_plugins.so
+tensorrt=required # or: optional, yes, no
 kib_per_job=1500000 # memory that one nvcc may take
 missing=()
 
@@ -32,12 +32,14 @@ fail() {
 check_bundle() {
     local manifest=''
     [[ ! -r $here/manifest.json ]] || manifest=$(<"$here/manifest.json")
-    if [[ $manifest =~ \"runtime\"[[:space:]]*:[[:space:]]*\"onnxruntime\" ]]; then
+    if [[ $manifest =~ \"engines\"[[:space:]]*:[[:space:]]*\[[[:space:]]*\"onnxruntime\" ]]; then
         printf 'setup: this bundle is for a CPU (target host-cpu) and needs no TensorRT plugins; %s\n' \
             'install numpy, onnxruntime and tokenizers (python3 -m pip install), then run_engine.py runs it.' >&2
         exit 2
     fi
     [[ -n $manifest ]] || return 0
+    # Our kernels run the bundle as well, and need no TensorRT.
+    [[ ! $manifest =~ \"kernels\" ]] || tensorrt=optional
     [[ -d $here/plugins ]] || {
         echo "setup: there is no plugins/ beside setup.sh; copy the whole bundle." >&2
         exit 2
@@ -96,7 +98,13 @@ check_python() {
         lacks "Python's venv" "sudo apt install python3-venv"
     fi
     version=$(python3 -c 'import tensorrt; print(tensorrt.__version__)' 2>/dev/null) || version=
-    if [[ -n $version ]] && at_least 10.3 "$version"; then ok "TensorRT $version"; else
+    if [[ -n $version ]] && at_least 10.3 "$version"; then
+        ok "TensorRT $version"
+        tensorrt=yes
+    elif [[ $tensorrt == optional ]]; then
+        ok "no TensorRT 10.3 or newer for python3: our kernels run the bundle without it"
+        tensorrt=no
+    else
         lacks "TensorRT 10.3 or newer for python3${version:+ (this is $version)}" \
             "$(from_nvidia "sudo apt install nvidia-jetpack" \
                 "install NVIDIA's TensorRT with its headers and Python module")"
@@ -106,7 +114,7 @@ check_python() {
 # Those of the virtual environment that still have to be installed.
 packages_to_install() {
     local module
-    for module in numpy pycuda.driver tokenizers; do
+    for module in numpy $([[ $tensorrt == no ]] || echo pycuda.driver) tokenizers; do
         "$venv/bin/python" -c "import $module" 2>/dev/null || printf '%s\n' "${module%%.*}"
     done
 }
@@ -138,7 +146,15 @@ make_venv() {
     ok "$venv"
 }
 
-build_plugins() {
+# The plugins hold the kernels, too.
+choose_library() {
+    target=ssdi8_plugins
+    hint=' (NvInfer.h comes with libnvinfer-dev)'
+    [[ $tensorrt != no ]] || target=ssdi8_kernels hint=''
+    library=$build/lib$target.so
+}
+
+build_library() {
     local cores memory jobs
     cores=$(nproc)
     memory=$(awk '/^MemAvailable:/ { print $2 }' /proc/meminfo)
@@ -152,8 +168,8 @@ build_plugins() {
     cmake -S "$here/plugins" -B "$build" -DCMAKE_CUDA_COMPILER="$nvcc" \
         -DCMAKE_CUDA_ARCHITECTURES="$architecture" >"$here/setup.log" 2>&1 ||
         fail "CMake failed; see $here/setup.log."
-    cmake --build "$build" --target ssdi8_plugins --parallel "$jobs" >>"$here/setup.log" 2>&1 ||
-        fail "the plugins do not build; see $here/setup.log (NvInfer.h comes with libnvinfer-dev)."
+    cmake --build "$build" --target $target --parallel "$jobs" >>"$here/setup.log" 2>&1 ||
+        fail "the ${target#ssdi8_} do not build; see $here/setup.log$hint."
     [[ -f $library ]] || fail "the build left no $library; see $here/setup.log."
     ok "$library"
 }
@@ -175,6 +191,7 @@ check_bundle
 check_jetpack
 check_tools
 check_python
+choose_library
 [[ ${1-} != --check ]] || check_own
 if ((${#missing[@]})); then
     printf 'setup: %d thing(s) missing, named above.\n' "${#missing[@]}" >&2
@@ -183,5 +200,7 @@ fi
 [[ ${1-} != --check ]] || exit 0
 [[ -w $here ]] || fail "$here cannot be written; copy the bundle to a folder of yours."
 make_venv
-build_plugins
-echo "ready: $venv/bin/python $here/build_engine.py"
+build_library
+next=build_engine.py
+[[ $tensorrt != no ]] || next='run_engine.py --verify'
+echo "ready: $venv/bin/python $here/$next"

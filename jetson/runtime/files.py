@@ -10,7 +10,7 @@ import hashlib
 from pathlib import Path
 
 MANIFEST = "manifest.json"
-MANIFEST_SCHEMA = 2
+MANIFEST_SCHEMA = 3
 WEIGHTS = "model.safetensors"
 PORTABLE_MODEL = "model.portable.onnx"
 TENSORRT_MODEL = "model.onnx"

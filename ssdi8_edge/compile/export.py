@@ -158,7 +158,7 @@ def nested_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
 
 
 # As kernel calls know them.
-_TORCH_TYPES = {
+_TORCH_TYPES: Mapping[int, torch.dtype] = {
     TensorProto.FLOAT: torch.float32,
     TensorProto.FLOAT16: torch.float16,
     TensorProto.INT64: torch.int64,

@@ -484,7 +484,7 @@ def _require_sizes(request: BuildRequest, model: Description) -> None:
     for block in model.blocks:
         block.check_widths(check)
         block.require_rotations(recipe)
-    if target.runtime == "tensorrt":
+    if target.on_gpu:
         require_kernels(model.misfit(), target.name, "give --method fp16, or --target host-cpu.")
 
 

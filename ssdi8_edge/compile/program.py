@@ -156,4 +156,5 @@ def _launch(call: RecordedCall, names: dict[int, str]) -> dict[str, Any]:
 
 
 def _struct(kernel: str) -> dict[str, str]:
-    return {name: _FIELD_TYPES[kind] for name, kind in parameter_structs()[kernel]._fields_}
+    fields = parameter_structs()[kernel]._fields_
+    return {field[0]: _FIELD_TYPES[field[1]] for field in fields}

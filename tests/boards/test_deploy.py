@@ -106,7 +106,7 @@ def with_tensorrt(folder: Path) -> dict[str, str]:
 
 def pack_for_tensorrt(bundle: Path, steps: int) -> None:
     (bundle / "steps").write_text(str(steps))
-    common = {"name": "orin-nx", "runtime": "tensorrt", "where": "board"}
+    common = {"name": "orin-nx", "engines": ["tensorrt"], "where": "board"}
     pack(bundle, target={**common, "max_tokens": MAX_TOKENS, "engine": SHAPES})
 
 

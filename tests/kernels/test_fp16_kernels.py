@@ -123,8 +123,14 @@ def test_ssd_scan(
         normal(generator, heads, dtype=torch.float32),
     ]
     attributes = {
-        **{"chunk_size": 64, "nheads": heads, "headdim": headdim, "ngroups": ngroups},
-        **{"d_state": d_state, "dt_column": column, "dt_min": 0.0, "dt_max": float("inf")},
+        "chunk_size": 64,
+        "nheads": heads,
+        "headdim": headdim,
+        "ngroups": ngroups,
+        "d_state": d_state,
+        "dt_column": column,
+        "dt_min": 0.0,
+        "dt_max": float("inf"),
     }
     compare_nearly("SsdScan", inputs, attributes)
 

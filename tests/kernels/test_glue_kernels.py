@@ -61,5 +61,5 @@ def test_refusals(generator: torch.Generator) -> None:
     with pytest.raises(Ssdi8Error, match="embedding: d_model 12 is not a multiple of 8"):
         kernel_of("Embedding")(normal(generator, VOCABULARY, 12), ids)
     hidden = normal(generator, 1, 2, 8)
-    with pytest.raises(Ssdi8Error, match="last_positions: .* keep 3 of length 2"):
+    with pytest.raises(Ssdi8Error, match=r"last_positions: .* keep 3 of length 2"):
         kernel_of("LastPositions")(hidden, hidden.float(), torch.tensor(3))

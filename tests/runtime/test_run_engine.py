@@ -600,7 +600,7 @@ BAD_BUNDLES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         ["no manifest.json", "name a bundle"],
     ),
     "manifest cut short": (
-        lambda f: (f / "manifest.json").write_text('{"schema": 2,'),
+        lambda f: (f / "manifest.json").write_text('{"schema": 3,'),
         ["not the manifest of a bundle", "copy"],
     ),
     "another schema": (
@@ -733,7 +733,7 @@ def test_script_without_its_folder(tmp_path: Path) -> None:
 
 
 def test_bundle_for_tensorrt_says_so_and_runs_its_portable_graph_when_asked(copy: Path) -> None:
-    pack(copy, target={"name": "orin-nx", "runtime": "tensorrt", "max_tokens": MAX_TOKENS})
+    pack(copy, target={"name": "orin-nx", "engines": ["tensorrt"], "max_tokens": MAX_TOKENS})
     words = ["no TensorRT engine yet", "built on the board", "use --backend onnxruntime"]
     assert_one_sentence(run_engine(copy, "--prompt", CHAIN), words)
     with pytest.raises(BundleProblem, match="built on the board"):

@@ -1,4 +1,4 @@
-"""The engine `kernels` without a GPU: the emulated kernels on the memory and the stream of a fake one."""
+"""The engine `kernels` without a GPU: emulated kernels, memory and a stream of a fake one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import ctypes
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from fake_cuda import Cuda, CudaMisuse, FakeCtypes, Stream

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import onnx
 from case_table import apply_recipe, random_ids, tiny_recipe, write_checkpoint
@@ -16,13 +16,21 @@ from ssdi8_edge.compile.export import record_model
 from ssdi8_edge.compile.interface import interface
 from ssdi8_edge.compile.safetensors_writer import SafetensorsWriter
 from ssdi8_edge.ground.artifacts import listing, write_json
+from ssdi8_edge.models.network import QuantizedModel
 
 SIZES = {"d_model": 128, "headdim": 64, "d_state": 64, "chunk_size": 64}
 VOCABULARY = 256
 MAX_TOKENS = 128
 
 
-def pure_bundle(folder: Path, method: str, **changes: Any) -> Bundle:
+class PureBundle(NamedTuple):
+    """The bundle, and the model that it was exported from."""
+
+    bundle: Bundle
+    model: QuantizedModel
+
+
+def pure_bundle(folder: Path, method: str, **changes: Any) -> PureBundle:
     """Weights, portable graph, program and manifest; nothing of this machine's runtime."""
     folder.mkdir()
     checkpoint, _ = write_checkpoint(folder.parent / f"{folder.name}-source", make_config(**SIZES))
@@ -35,7 +43,7 @@ def pure_bundle(folder: Path, method: str, **changes: Any) -> Bundle:
     write_json(folder / PROGRAM, recorded.program.data())
     target = {
         "name": "host-gpu",
-        "runtime": "kernels",
+        "engines": ["kernels", "tensorrt"],
         "where": "here",
         "max_tokens": MAX_TOKENS,
     }
@@ -53,4 +61,4 @@ def pure_bundle(folder: Path, method: str, **changes: Any) -> Bundle:
         "not_run": [],
     }
     (folder / MANIFEST).write_text(json.dumps(manifest))
-    return open_bundle(folder)
+    return PureBundle(open_bundle(folder), made.model)

@@ -71,6 +71,8 @@ class TensorRtBackend:
             f"the engine was built for {text}; build one for this state with {REBUILD}"
             for text in differs
         ]
+        if options.reason:
+            self.notes.append(options.reason)
         self._batches, self._tokens = (built_for["shapes"][k] for k in ("batch", "tokens"))
         self._vocabulary = bundle.model.vocab_size
         self._shapes = bundle.model.state_shapes

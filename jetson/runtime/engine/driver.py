@@ -1,7 +1,7 @@
 """GPU memory, one stream and its events through the CUDA driver library: ctypes and numpy alone.
 
-What `engine.cuda` does with pycuda for TensorRT. The primary context is the one that the CUDA runtime
-inside the kernel library uses.
+What `engine.cuda` does with pycuda for TensorRT. The primary context is the one that the CUDA
+runtime inside the kernel library uses.
 """
 
 from __future__ import annotations

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ssdi8_edge.boards.facts.board_facts import read_facts
-from ssdi8_edge.boards.facts.doctor import check_for_engines
+from ssdi8_edge.boards.facts.doctor import engine_for
 from ssdi8_edge.boards.facts.interpreter import find_interpreter
 from ssdi8_edge.boards.link.connection import Connection, Say
-from ssdi8_edge.boards.store.engine import build_engine
+from ssdi8_edge.boards.store.engine import build_engine, build_kernels
 from ssdi8_edge.boards.store.upload import Cargo, OnBytes, Placed, upload
 from ssdi8_edge.ground.artifacts import whole_or_absent, write_json
 from ssdi8_edge.ground.board_runtime import open_checked_bundle
@@ -80,9 +80,10 @@ def deploy(
     cargo = Cargo.of(bundle.root, bundle.manifest)
     results = bundle.root.parent / BOARDS / re.sub(r"[^A-Za-z0-9._@-]+", "_", connection.name)
 
-    if bundle.runtime == "tensorrt":
+    chosen = "onnxruntime"
+    if bundle.engines[0] != chosen:
         facts = connection.patiently(lambda: read_facts(connection), say=say)
-        check_for_engines(facts, connection)
+        chosen = engine_for(bundle.engines, facts, connection)
 
     def bring(rehash: bool) -> Placed:
         return connection.patiently(
@@ -95,7 +96,9 @@ def deploy(
     else:
         say(f"{connection.name} has all files of {bundle.name} already")
     engine = None
-    if bundle.runtime == "tensorrt":
+    if chosen == "kernels":
+        python = build_kernels(connection, placed.folder, cargo.name, results, say, on_line)
+    elif chosen == "tensorrt":
         python, engine = build_engine(connection, placed.folder, cargo.name, results, say, on_line)
     else:
         python = find_interpreter(connection)

@@ -1,4 +1,5 @@
-"""The TensorRT engine of a bundle, built on its board by a job, and fetched for safe keeping."""
+"""What a bundle needs on its board, built there by a job: kernels, or a TensorRT engine, which is
+fetched for safe keeping."""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ MISSING = "missing  "  # begins a line of setup.sh
 
 # Both tools do nothing where nothing is to be done, so that a second deploy runs them again.
 _BUILD = f'bash setup.sh && exec {PYTHON} build_engine.py --json --timing-cache "$1"'
+_SETUP = "exec bash setup.sh"
 
 
 def build_engine(
@@ -47,11 +49,56 @@ def build_engine(
         BoardError: the build failed; says where its log is.
     """
     cache = f"{PurePosixPath(folder).parent.parent}/{TIMING_CACHE}"
+    lines = _run(connection, folder, name, [_BUILD, "build", cache], results, say, on_line)
+    report = _report(lines)
+    if report is None:
+        raise BoardError(
+            f"build_engine.py said nothing readable on {connection.name}: {_last_words(lines)}",
+            f"all it printed is in {results / 'build.log'}.",
+        )
+    _fetch(connection, report, cache, results)
+    say(
+        f"engine {'built' if report['built'] else 'found up to date'} on {connection.name} and "
+        f"kept in {results}"
+    )
+    return f"{folder}/{PYTHON}", report
+
+
+def build_kernels(
+    connection: Connection,
+    folder: str,
+    name: str,
+    results: Path,
+    say: Say,
+    on_line: Callable[[str], None],
+) -> str:
+    """The same for a bundle that our kernels run: setup.sh alone.
+
+    Returns:
+        The interpreter for this bundle.
+
+    Raises:
+        BoardBusy, BoardError: as `build_engine`.
+    """
+    _run(connection, folder, name, [_SETUP], results, say, on_line)
+    return f"{folder}/{PYTHON}"
+
+
+def _run(
+    connection: Connection,
+    folder: str,
+    name: str,
+    command: list[str],
+    results: Path,
+    say: Say,
+    on_line: Callable[[str], None],
+) -> list[str]:
+    """What the job of `command`, a script for bash and its arguments, prints to its end."""
     job = connection.patiently(
         lambda: start_job(
             connection,
             f"build-{name}",
-            ["bash", "-c", _BUILD, "build", cache],
+            ["bash", "-c", *command],
             folder=folder,
             lock="board",
         ),
@@ -75,18 +122,7 @@ def build_engine(
             f"plugins or engine could not be built on {connection.name}: {_last_words(lines)}",
             f"all it printed is in {results / 'build.log'}.",
         )
-    report = _report(lines)
-    if report is None:
-        raise BoardError(
-            f"build_engine.py said nothing readable on {connection.name}: {_last_words(lines)}",
-            f"all it printed is in {results / 'build.log'}.",
-        )
-    _fetch(connection, report, cache, results)
-    say(
-        f"engine {'built' if report['built'] else 'found up to date'} on {connection.name} and "
-        f"kept in {results}"
-    )
-    return f"{folder}/{PYTHON}", report
+    return lines
 
 
 def _last_words(lines: list[str]) -> str:

@@ -1,9 +1,10 @@
 """Runs the program of a bundle on the GPU by our kernels; needs no TensorRT, no pycuda, no build.
 
-Weights go from the mapped file to the GPU. What calls make lies in one arena, planned for the shape
-(sequences, tokens, positions that get logits) of the call. States that are replaced live twice, A and
-B: a call reads one and writes the other, so that one that is interrupted leaves what it read intact.
-States that grow live once: a call writes its own rows, and is repeated at its position.
+Weights go from the mapped file to the GPU. What calls make lies in one arena, planned for the
+shape (sequences, tokens, positions that get logits) of the call. States that are replaced live
+twice, A and B: a call reads one and writes the other, so that one that is interrupted leaves what
+it read intact. States that grow live once: a call writes its own rows, and is repeated at its
+position.
 
 A shape that comes a second time, from the same slot, is recorded in a CUDA graph: the copy of the
 tokens to the GPU, all calls, and the copy of the logits into page-locked memory. So decode is two
@@ -179,14 +180,15 @@ class KernelsBackend:
         """
         assert isinstance(states, DeviceStates)
         slot, vocabulary = states.current_slot(), self._interface.vocab_size
-        shape = Shape(*ids.shape, keep)
+        batch, length = ids.shape
+        shape = Shape(batch, length, keep)
         if ids.min() < 0 or ids.max() >= vocabulary:
             raise BundleProblem(
                 f"there is a token that is not from 0 to {vocabulary - 1}, as the model's are",
                 "give tokens of its own tokenizer",
             )
         step, offsets = self._step(shape, slot), self._plan(shape).offsets
-        logits = self._logits_host[: shape.batch * keep * vocabulary]
+        logits = self._logits_host[: batch * keep * vocabulary]
 
         def copy_in() -> None:
             tokens = self._ids_host[: ids.size]
@@ -211,7 +213,7 @@ class KernelsBackend:
             self._times.append(self._passed())
         self._generation += 1
         next_states = DeviceStates(self, 1 - slot, self._generation)
-        return logits.reshape(shape.batch, keep, vocabulary), next_states
+        return logits.reshape(batch, keep, vocabulary), next_states
 
     def _step(self, shape: Shape, slot: int) -> Step:
         """The calls of this shape that read this slot."""

@@ -22,7 +22,7 @@ def lifetimes(
     Args:
         elsewhere: tensors that need no place: they are states.
     """
-    last_use = {}
+    last_use: dict[str, int] = {}
     for i, launch in enumerate(program.launches):
         last_use |= dict.fromkeys(launch.tensors.values(), i)
     last_use[program.outputs["logits"]] = len(program.launches)

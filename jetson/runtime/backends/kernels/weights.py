@@ -1,4 +1,4 @@
-"""model.safetensors, mapped: from the file to the GPU piece by piece, without a copy on the host."""
+"""model.safetensors, mapped: from the file to the GPU piece by piece, no copy on the host."""
 
 from __future__ import annotations
 
@@ -53,21 +53,16 @@ class Weights:
 
     def load(self, blocks: Sequence[int], upload: Callable[[int, np.ndarray], None]) -> None:
         """Copy all of them; `blocks` are addresses for `self.blocks`."""
-        with (
-            self._path.open("rb") as file,
-            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
-        ):
-            for place in self.places.values():
-                target = blocks[place.block] + place.offset
-                for done in range(0, place.nbytes, COPY):
-                    count = min(COPY, place.nbytes - done)
-                    piece = np.frombuffer(mapped, np.uint8, count, place.start + done)
-                    try:
-                        upload(target + done, piece)
-                    finally:
-                        del piece  # a mapping that is looked at cannot be closed
-                # What was copied need not stay in memory, which a board's GPU shares.
-                mapped.madvise(mmap.MADV_DONTNEED)
+        with self._path.open("rb") as file:
+            # Not closed: it goes with its last reader, which may be that of an interrupted copy.
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        for place in self.places.values():
+            target = blocks[place.block] + place.offset
+            for done in range(0, place.nbytes, COPY):
+                count = min(COPY, place.nbytes - done)
+                upload(target + done, np.frombuffer(mapped, np.uint8, count, place.start + done))
+            # What was copied need not stay in memory, which a board's GPU shares.
+            mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def _positions(path: Path) -> dict[str, tuple[int, int]]:

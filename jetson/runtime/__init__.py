@@ -15,14 +15,13 @@ sampling       logits -> token id                     text        prompt, stream
 tokenizer      tokenizer.json -> token ids -> text
 
 backends/      inference libraries
-  choose         name -> backend                        protocol    what each has to offer
-  onnxruntime    the portable graph on a CPU
+  choose         name -> backend; which is ready        onnxruntime  the portable graph on a CPU
   tensorrt       an engine on the GPU                   tensorrt_context   its execution contexts
   kernels/       the program on the GPU, by our kernels
     backend        states, shapes, graphs                 step        the calls of one shape
     arena          where what calls make lies             weights     from the file to the GPU
     library        the kernel library                     program     program.json
-  device_states  states on a GPU, as callers hold them
+  device_states  states on a GPU, as callers hold them  protocol    what each has to offer
 engine/        building an engine
   builder        graph -> engine                        store       where engines lie, which fits
   tensorrt_api   what differs between versions of TensorRT

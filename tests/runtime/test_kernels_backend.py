@@ -263,7 +263,7 @@ def refused_size(program: dict[str, Any]) -> None:
         (lambda p: p.pop("structs"), "is not a program"),
         (without_kernel, "needs the op Attention, for which there is no CUDA kernel"),
         (
-            lambda p: p["structs"]["rms_norm"].update(more="int32"),
+            lambda p: p["structs"]["rms_norm"].update(more="pointer"),
             "disagree about the parameters of rms_norm",
         ),
         (refused_size, "cannot run this .*chunk"),

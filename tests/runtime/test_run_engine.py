@@ -605,7 +605,7 @@ BAD_BUNDLES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     ),
     "another schema": (
         edit_manifest(lambda m: m.update(schema=1)),
-        ["schema 1", "schema 2", "pack the bundle again"],
+        ["schema 1", "schema 3", "pack the bundle again"],
     ),
     "no sizes": (
         edit_manifest(lambda m: m["interface"].pop("prompt_multiple")),
@@ -622,9 +622,9 @@ BAD_BUNDLES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         edit_manifest(lambda m: m["interface"]["states"][1].update(dtype="int4")),
         ["int4", "pack"],
     ),
-    "unknown runtime": (
-        edit_manifest(lambda m: m["target"].update(runtime="abacus")),
-        ["abacus", "onnxruntime and tensorrt"],
+    "unknown engine": (
+        edit_manifest(lambda m: m["target"].update(engines=["abacus"])),
+        ["abacus", "onnxruntime, tensorrt, kernels"],
     ),
     "pieces shorter than a chunk": (
         edit_manifest(lambda m: m["target"].update(max_tokens=3)),

@@ -209,8 +209,9 @@ def pack(folder: Path, **changes: Any) -> None:
     """Write the manifest of what lies in `folder`; `changes` replace entries of its top level."""
     recipe = {"name": "edge-w8a8", "weights": "int8", "state_dtype": "fp32"}
     recipe = changes.get("recipe", recipe)
-    left_out = {"__pycache__", "build", "engine"}
-    files = sorted(f for f in folder.rglob("*") if f.is_file() and not left_out & {*f.parts})
+    built = [path for path in (folder / "build", folder / "engine") if path.is_dir()]
+    made = {f for path in (*built, *folder.rglob("__pycache__")) for f in path.rglob("*")}
+    files = sorted(f for f in folder.rglob("*") if f.is_file() and f not in made)
     manifest = {
         "schema": 3,
         "name": "tiny--edge-w8a8--host-cpu",

@@ -105,8 +105,8 @@ def _run(
         say=say,
     )
     say(
-        f"{connection.name} {'is still building' if job.picked_up else 'checks or builds'} plugins "
-        f"and engine; the log is {connection.store}/jobs/{job.name}/log there"
+        f"{connection.name} {'is still building' if job.picked_up else 'checks or builds'} what the "
+        f"bundle needs there; the log is {connection.store}/jobs/{job.name}/log"
     )
     lines: list[str] = []
 
@@ -119,7 +119,7 @@ def _run(
         scratch.write_text("\n".join(lines) + "\n", encoding="utf-8")
     if status != 0:
         raise BoardError(
-            f"plugins or engine could not be built on {connection.name}: {_last_words(lines)}",
+            f"what the bundle needs could not be built on {connection.name}: {_last_words(lines)}",
             f"all it printed is in {results / 'build.log'}.",
         )
     return lines

@@ -104,10 +104,9 @@ def _run(
         ),
         say=say,
     )
-    say(
-        f"{connection.name} {'is still building' if job.picked_up else 'checks or builds'} what the "
-        f"bundle needs there; the log is {connection.store}/jobs/{job.name}/log"
-    )
+    doing = "is still building" if job.picked_up else "checks or builds"
+    log = f"{connection.store}/jobs/{job.name}/log"
+    say(f"{connection.name} {doing} what the bundle needs there; the log is {log}")
     lines: list[str] = []
 
     def take(line: str) -> None:

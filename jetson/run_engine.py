@@ -9,10 +9,10 @@
 
 With --debug a failure shows where it happened.
 
-Needs Python 3.10 and numpy; prompts need tokenizers, chats jinja2. Where build_engine.py has built
-an engine it runs by TensorRT and needs tensorrt and pycuda, else the portable graph needs
-onnxruntime. Exit codes: 0 ok, 1 the bundle ran and failed, 2 something does not fit, 130 stopped by
-Ctrl-C.
+Needs Python 3.10 and numpy; prompts need tokenizers, chats jinja2. The first engine of the bundle
+that is ready runs it: TensorRT, where build_engine.py has built an engine, needs tensorrt and
+pycuda; the kernels need the library that setup.sh builds; the portable graph needs onnxruntime.
+Exit codes: 0 ok, 1 the bundle ran and failed, 2 something does not fit, 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations

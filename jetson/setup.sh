@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes a Jetson ready to build and run the engine of the bundle that this file lies in:
 #
-#     bash setup.sh            checks JetPack, makes .venv, installs pycuda, builds the plugins
+#     bash setup.sh            checks JetPack, makes .venv, builds the plugins or the kernels
 #     bash setup.sh --check    only says what is there and what is missing
 #     bash setup.sh --serve    also installs what run_engine.py --serve needs; for a bundle of
 #                              target host-cpu that is all it does, besides what running it needs
@@ -17,9 +17,9 @@ set -euo pipefail
 here=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]:-$0}")" && pwd)
 venv=$here/.venv
 build=$here/build
-library=$build/libssdi8_plugins.so
+tensorrt=required # or: optional, yes, no
 kib_per_job=1500000 # memory that one nvcc may take
-modules=(numpy pycuda.driver tokenizers)
+modules=(numpy tokenizers)
 server=(starlette uvicorn prometheus_client llguidance)
 missing=()
 
@@ -36,10 +36,10 @@ fail() {
 check_bundle() {
     local manifest=''
     [[ ! -r $here/manifest.json ]] || manifest=$(<"$here/manifest.json")
-    if [[ $manifest =~ \"runtime\"[[:space:]]*:[[:space:]]*\"onnxruntime\" ]]; then
+    if [[ $manifest =~ \"engines\"[[:space:]]*:[[:space:]]*\[[[:space:]]*\"onnxruntime\" ]]; then
         if [[ $serve == yes ]]; then
             for_cpu=yes
-            modules=(numpy onnxruntime tokenizers "${server[@]}")
+            modules=(numpy onnxruntime tokenizers)
             return 0
         fi
         printf 'setup: this bundle is for a CPU (target host-cpu) and needs no TensorRT plugins; %s\n' \
@@ -47,6 +47,8 @@ check_bundle() {
         exit 2
     fi
     [[ -n $manifest ]] || return 0
+    # Our kernels run the bundle as well, and need no TensorRT.
+    [[ ! $manifest =~ \"kernels\" ]] || tensorrt=optional
     [[ -d $here/plugins ]] || {
         echo "setup: there is no plugins/ beside setup.sh; copy the whole bundle." >&2
         exit 2
@@ -106,7 +108,13 @@ check_python() {
     fi
     [[ $for_cpu == no ]] || return 0
     version=$(python3 -c 'import tensorrt; print(tensorrt.__version__)' 2>/dev/null) || version=
-    if [[ -n $version ]] && at_least 10.3 "$version"; then ok "TensorRT $version"; else
+    if [[ -n $version ]] && at_least 10.3 "$version"; then
+        ok "TensorRT $version"
+        tensorrt=yes
+    elif [[ $tensorrt == optional ]]; then
+        ok "no TensorRT 10.3 or newer for python3: our kernels run the bundle without it"
+        tensorrt=no
+    else
         lacks "TensorRT 10.3 or newer for python3${version:+ (this is $version)}" \
             "$(from_nvidia "sudo apt install nvidia-jetpack" \
                 "install NVIDIA's TensorRT with its headers and Python module")"
@@ -152,7 +160,15 @@ make_venv() {
     ok "$venv"
 }
 
-build_plugins() {
+# The plugins hold the kernels, too.
+choose_library() {
+    target=ssdi8_plugins
+    hint=' (NvInfer.h comes with libnvinfer-dev)'
+    [[ $tensorrt != no ]] || target=ssdi8_kernels hint=''
+    library=$build/lib$target.so
+}
+
+build_library() {
     local cores memory jobs
     cores=$(nproc)
     memory=$(awk '/^MemAvailable:/ { print $2 }' /proc/meminfo)
@@ -166,8 +182,8 @@ build_plugins() {
     cmake -S "$here/plugins" -B "$build" -DCMAKE_CUDA_COMPILER="$nvcc" \
         -DCMAKE_CUDA_ARCHITECTURES="$architecture" >"$here/setup.log" 2>&1 ||
         fail "CMake failed; see $here/setup.log."
-    cmake --build "$build" --target ssdi8_plugins --parallel "$jobs" >>"$here/setup.log" 2>&1 ||
-        fail "the plugins do not build; see $here/setup.log (NvInfer.h comes with libnvinfer-dev)."
+    cmake --build "$build" --target "$target" --parallel "$jobs" >>"$here/setup.log" 2>&1 ||
+        fail "the ${target#ssdi8_} do not build; see $here/setup.log$hint."
     [[ -f $library ]] || fail "the build left no $library; see $here/setup.log."
     ok "$library"
 }
@@ -187,7 +203,6 @@ for option in "$@"; do
             ;;
     esac
 done
-[[ $serve == no ]] || modules+=("${server[@]}")
 
 trap 'echo "setup: stopped; run it again to go on." >&2; exit 130' INT
 check_bundle
@@ -196,6 +211,9 @@ if [[ $for_cpu == no ]]; then
     check_tools
 fi
 check_python
+[[ $for_cpu == yes || $tensorrt == no ]] || modules=(numpy pycuda.driver tokenizers)
+[[ $serve == no ]] || modules+=("${server[@]}")
+[[ $for_cpu == yes ]] || choose_library
 [[ $check == no ]] || check_own
 if ((${#missing[@]})); then
     printf 'setup: %d thing(s) missing, named above.\n' "${#missing[@]}" >&2
@@ -208,5 +226,7 @@ if [[ $for_cpu == yes ]]; then
     echo "ready: $venv/bin/python $here/run_engine.py --serve"
     exit 0
 fi
-build_plugins
-echo "ready: $venv/bin/python $here/build_engine.py"
+build_library
+next=build_engine.py
+[[ $tensorrt != no ]] || next='run_engine.py --verify'
+echo "ready: $venv/bin/python $here/$next"

@@ -65,7 +65,7 @@ class Target(_Strict):
     """One profile file.
 
     Attributes:
-        runtime: what executes the model there.
+        engines: what may execute the model there; the first that is ready does.
         where: "board" is reached over SSH; "here" is this machine.
         context: tokens that a sequence may have, prompt and answer together, where a model has
             attention; it takes memory for all of them.
@@ -73,11 +73,16 @@ class Target(_Strict):
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
     about: str
-    runtime: Literal["tensorrt", "onnxruntime"]
+    engines: Annotated[list[Literal["tensorrt", "kernels", "onnxruntime"]], Field(min_length=1)]
     where: Literal["board", "here"]
     context: int = Field(default=4096, ge=1)
     board: Board | None = None
     engine: Engine
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether our kernels run there, under one of the engines."""
+        return self.engines != ["onnxruntime"]
 
     @property
     def max_tokens(self) -> int:

@@ -34,13 +34,18 @@ chat_template  messages -> text
 tokenizer      tokenizer.json -> token ids -> text
 
 backends/      inference libraries
-  choose         name -> backend                        protocol    what each has to offer
-  onnxruntime    the portable graph on a CPU
+  choose         name -> backend; which is ready        onnxruntime  the portable graph on a CPU
   tensorrt       an engine on the GPU                   tensorrt_context   its execution contexts
+  kernels/       the program on the GPU, by our kernels
+    backend        states, shapes, graphs                 step        the calls of one shape
+    arena          where what calls make lies             weights     from the file to the GPU
+    library        the kernel library                     program     program.json
+  device_states  states on a GPU, as callers hold them  protocol    what each has to offer
 engine/        building an engine
   builder        graph -> engine                        store       where engines lie, which fits
   tensorrt_api   what differs between versions of TensorRT
-  cuda           pycuda                                 libcuda     GPU facts, CUDA graphs
+  cuda           pycuda                                 driver      the same without pycuda
+  libcuda        GPU facts, CUDA graphs
 
 bundle         manifest; are files those it lists?    machine     name and state of this machine
 console        what is read and shown                 failures    any exception as a sentence

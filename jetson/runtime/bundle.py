@@ -14,7 +14,7 @@ import numpy as np
 from runtime.files import HASHED_AT_LOAD, MANIFEST, MANIFEST_SCHEMA, sha256
 from runtime.problems import BundleProblem
 
-RUNTIMES = ("onnxruntime", "tensorrt")
+ENGINES = ("onnxruntime", "tensorrt", "kernels")
 STATE_DTYPES: Mapping[str, np.dtype] = {
     "fp16": np.dtype(np.float16),
     "fp32": np.dtype(np.float32),
@@ -129,7 +129,7 @@ class Bundle:
     model: Interface
     recipe: str
     target: str
-    runtime: str
+    engines: tuple[str, ...]  # that may run it, the preferred one first
     max_tokens: int  # longest prefill piece
     end_ids: frozenset[int]  # tokens that end a text
 
@@ -221,7 +221,7 @@ def open_bundle(root: Path) -> Bundle:
             model=model,
             recipe=str(manifest["recipe"]["name"]),
             target=str(manifest["target"]["name"]),
-            runtime=manifest["target"]["runtime"],
+            engines=tuple(map(str, manifest["target"]["engines"])),
             max_tokens=int(manifest["target"]["max_tokens"]),
             end_ids=frozenset(map(_token, manifest["text"]["end_ids"])),
         )
@@ -232,10 +232,11 @@ def open_bundle(root: Path) -> Bundle:
             f"{root / MANIFEST} is incomplete or has a wrong value ({error!r})",
             "pack the bundle again",
         ) from error
-    if bundle.runtime not in RUNTIMES:
+    unknown = next((name for name in bundle.engines if name not in ENGINES), None)
+    if unknown is not None or not bundle.engines:
         raise BundleProblem(
-            f"{root / MANIFEST} asks for the runtime {bundle.runtime!r}",
-            f"this script knows {' and '.join(RUNTIMES)}",
+            f"{root / MANIFEST} asks for the engine {unknown!r}",
+            f"this script knows {', '.join(ENGINES)}",
         )
     if bundle.max_tokens < model.prompt_multiple:
         raise BundleProblem(

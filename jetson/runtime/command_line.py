@@ -119,9 +119,18 @@ def _parse(arguments: Sequence[str], default_bundle: Path) -> argparse.Namespace
     _add_measuring(parser)
     where = parser.add_argument_group("where and how it runs")
     add = where.add_argument
-    add("--backend", choices=tuple(BACKENDS), help="(default: the one that the bundle is for)")
+    add(
+        "--backend",
+        choices=tuple(BACKENDS),
+        help="(default: the first of the bundle's engines that is ready)",
+    )
     add("--engine", type=Path, metavar="DIR", help="--out of build_engine.py")
-    add("--plugins", type=Path, metavar="LIB", help="(default: the one the engine was built with)")
+    add(
+        "--plugins",
+        type=Path,
+        metavar="LIB",
+        help="plugin or kernel library (default: the one of the engine, else that of setup.sh)",
+    )
     shared.add(where, shared.RUNNING)
     add("--debug", action="store_true", help="show where a failure happened")
     return parser.parse_args(arguments)

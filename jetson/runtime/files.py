@@ -12,10 +12,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 MANIFEST = "manifest.json"
-MANIFEST_SCHEMA = 2
+MANIFEST_SCHEMA = 3
 WEIGHTS = "model.safetensors"
 PORTABLE_MODEL = "model.portable.onnx"
 TENSORRT_MODEL = "model.onnx"
+PROGRAM = "program.json"
+PROGRAM_SCHEMA = 1
 TOKENIZER = "tokenizer.json"
 CHAT = "chat.json"
 GOLDEN = "golden.npz"

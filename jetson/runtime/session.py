@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 
-from runtime.backends.choose import open_backend
+from runtime.backends.choose import choose, open_backend
 from runtime.backends.protocol import Backend, BackendOptions, States
 from runtime.bundle import Bundle
 from runtime.problems import BundleProblem
@@ -43,9 +43,12 @@ class Session:
 
     @classmethod
     def open(cls, bundle: Bundle, options: BackendOptions, name: str | None = None) -> Session:
-        """Load the graph with the runtime `name`, a key of `BACKENDS`, or the bundle's own."""
+        """Load the graph with the runtime `name`, a key of `BACKENDS`, or what `choose` says."""
         started = time.perf_counter()
-        backend = open_backend(bundle, name or bundle.runtime, options)
+        if name is None:
+            name, reason = choose(bundle, options)
+            options = replace(options, reason=reason)
+        backend = open_backend(bundle, name, options)
         return cls(bundle, backend, time.perf_counter() - started)
 
     def close(self) -> None:

@@ -31,7 +31,7 @@
 extern "C" {
 #endif
 
-#define SSDI8_ABI_VERSION 7
+#define SSDI8_ABI_VERSION 8
 
 enum { SSDI8_OK = 0, SSDI8_UNSUPPORTED = 1, SSDI8_CUDA_ERROR = 2 };
 
@@ -300,6 +300,150 @@ typedef struct Ssdi8SsdScanParams {
 int ssdi8_ssd_scan(const Ssdi8SsdScanParams* params, void* stream);
 size_t ssdi8_ssd_scan_workspace(const Ssdi8SsdScanParams* params);
 size_t ssdi8_sizeof_ssd_scan(void);
+
+// ---------------------------------------------------------------------------------------------
+// Before and behind the blocks
+// ---------------------------------------------------------------------------------------------
+
+// hidden = rows of the table; residual = 0.
+typedef struct Ssdi8EmbeddingParams {
+  const void* table;         // (V, D) FP16
+  const int32_t* input_ids;  // (T), 0 to V - 1
+  void* hidden;              // (T, D) FP16
+  float* residual;           // (T, D)
+  int32_t tokens;            // T
+  int32_t d_model;           // D, a multiple of 8
+} Ssdi8EmbeddingParams;
+int ssdi8_embedding(const Ssdi8EmbeddingParams* params, void* stream);
+size_t ssdi8_sizeof_embedding(void);
+
+// The same with an INT8 table: hidden = FP16(FP32(q) * scale).
+typedef struct Ssdi8EmbeddingInt8Params {
+  const int32_t* packed;     // (V, D / 4): byte k is column k * D / 4 + i, the lower three plus 128
+  const float* scale;        // (V)
+  const int32_t* input_ids;  // (T), 0 to V - 1
+  void* hidden;              // (T, D) FP16
+  float* residual;           // (T, D)
+  int32_t tokens;            // T
+  int32_t d_model;           // D, a multiple of 8
+} Ssdi8EmbeddingInt8Params;
+int ssdi8_embedding_int8(const Ssdi8EmbeddingInt8Params* params, void* stream);
+size_t ssdi8_sizeof_embedding_int8(void);
+
+// The last K positions of both.
+typedef struct Ssdi8LastPositionsParams {
+  const void* hidden;     // (B, L, D) FP16
+  const float* residual;  // (B, L, D)
+  void* hidden_kept;      // (B, K, D) FP16
+  float* residual_kept;   // (B, K, D)
+  int32_t batch;          // B
+  int32_t length;         // L
+  int32_t keep;           // K, 1 to L
+  int32_t d_model;        // D, a multiple of 8
+} Ssdi8LastPositionsParams;
+int ssdi8_last_positions(const Ssdi8LastPositionsParams* params, void* stream);
+size_t ssdi8_sizeof_last_positions(void);
+
+typedef struct Ssdi8LogitsParams {
+  const void* y;       // (T, V) FP16
+  float* logits;       // (T, V)
+  int32_t tokens;      // T
+  int32_t vocab_size;  // V
+} Ssdi8LogitsParams;
+int ssdi8_logits(const Ssdi8LogitsParams* params, void* stream);
+size_t ssdi8_sizeof_logits(void);
+
+// ---------------------------------------------------------------------------------------------
+// The FP16 baseline: FP16 between ops, FP32 inside
+// ---------------------------------------------------------------------------------------------
+
+// residual_out = residual + hidden; normed = FP16(residual_out / rms(residual_out) * weight).
+typedef struct Ssdi8Fp16RmsNormParams {
+  const void* hidden;     // (T, D) FP16
+  const float* residual;  // (T, D)
+  const float* weight;    // (D)
+  float* residual_out;    // (T, D), may be `residual`
+  void* normed;           // (T, D) FP16
+  int32_t tokens;         // T
+  int32_t d_model;        // D
+  float eps;
+} Ssdi8Fp16RmsNormParams;
+int ssdi8_fp16_rms_norm(const Ssdi8Fp16RmsNormParams* params, void* stream);
+size_t ssdi8_sizeof_fp16_rms_norm(void);
+
+// y = FP16(x . weight^T).
+typedef struct Ssdi8Fp16LinearParams {
+  const void* x;         // (T, In) FP16
+  const void* weight;    // (Out, In) FP16
+  void* y;               // (T, Out) FP16
+  int32_t tokens;        // T
+  int32_t in_features;   // In, a multiple of 32
+  int32_t out_features;  // Out
+} Ssdi8Fp16LinearParams;
+int ssdi8_fp16_linear(const Ssdi8Fp16LinearParams* params, void* stream);
+size_t ssdi8_sizeof_fp16_linear(void);
+
+// As Ssdi8CausalConv1dParams, with B and C in FP16.
+typedef struct Ssdi8Fp16CausalConv1dParams {
+  const void* zxbcdt;      // (B, L, R) FP16; columns d_inner .. d_inner + conv_dim are read
+  const void* conv_state;  // (B, W - 1, E2) FP16, oldest row first
+  const float* weight;     // (E2, W)
+  const float* bias;       // (E2)
+  void* x;                 // (B, L, E) FP16
+  void* b;                 // (B, L, G * N) FP16
+  void* c;                 // (B, L, G * N) FP16
+  void* conv_state_out;    // (B, W - 1, E2) FP16, may be `conv_state`
+  int32_t batch;           // B
+  int32_t length;          // L
+  int32_t row_stride;      // R, elements from one token of zxbcdt to the next
+  int32_t d_inner;         // E
+  int32_t conv_dim;        // E2 = E + 2GN
+  int32_t d_conv;          // W, 2 to 4
+} Ssdi8Fp16CausalConv1dParams;
+int ssdi8_fp16_causal_conv1d(const Ssdi8Fp16CausalConv1dParams* params, void* stream);
+size_t ssdi8_sizeof_fp16_causal_conv1d(void);
+
+// y = C . R + D * x, R = exp(A * dt) * R + dt * x * B; dt as in Ssdi8ChunkCumsumParams.
+typedef struct Ssdi8Fp16SsdScanParams {
+  const void* x;          // (B, L, H * P) FP16
+  const void* b;          // (B, L, G * N) FP16
+  const void* c;          // (B, L, G * N) FP16
+  const void* zxbcdt;     // (B, L, R) FP16; columns dt_column .. dt_column + H are read
+  const void* ssm_state;  // (B, H, P, N)
+  const float* dt_bias;   // (H)
+  const float* a_rate;    // (H), the model's A < 0
+  const float* d_skip;    // (H), the model's D
+  void* y;                // (B, L, H * P) FP16
+  void* ssm_state_out;    // (B, H, P, N), may be `ssm_state`
+  int32_t batch;          // B
+  int32_t length;         // L
+  int32_t nheads;         // H
+  int32_t headdim;        // P, a multiple of 16
+  int32_t ngroups;        // G
+  int32_t d_state;        // N, 64, 128 or 256
+  int32_t row_stride;     // R
+  int32_t dt_column;
+  int32_t state_fp32;  // type of ssm_state: 0 FP16, 1 FP32
+  float dt_min;
+  float dt_max;
+} Ssdi8Fp16SsdScanParams;
+int ssdi8_fp16_ssd_scan(const Ssdi8Fp16SsdScanParams* params, void* stream);
+size_t ssdi8_sizeof_fp16_ssd_scan(void);
+
+// normed = FP16(v / rms(v in its group) * weight), v = y * silu(z).
+typedef struct Ssdi8Fp16RmsNormGatedParams {
+  const void* y;        // (T, E) FP16
+  const void* zxbcdt;   // (T, R) FP16; z is its first E columns
+  const float* weight;  // (E)
+  void* normed;         // (T, E) FP16
+  int32_t tokens;       // T
+  int32_t d_inner;      // E
+  int32_t row_stride;   // R, elements from one token of zxbcdt to the next
+  int32_t ngroups;      // G, which divides E
+  float eps;
+} Ssdi8Fp16RmsNormGatedParams;
+int ssdi8_fp16_rms_norm_gated(const Ssdi8Fp16RmsNormGatedParams* params, void* stream);
+size_t ssdi8_sizeof_fp16_rms_norm_gated(void);
 
 #ifdef __cplusplus
 }  // extern "C"

@@ -73,7 +73,7 @@ def targets(as_json: JsonOption = False) -> None:
         rows = table("target", "what", "runs by", "where", "memory", "context")
         for target in found:
             memory = f"{target.board.memory_gb:g} GB" if target.board else ""
-            cells = (target.name, target.about, target.runtime, target.where, memory)
+            cells = (target.name, target.about, ", ".join(target.engines), target.where, memory)
             rows.add_row(*cells, str(target.context))
         results.print(rows)
 

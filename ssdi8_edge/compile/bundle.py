@@ -21,6 +21,7 @@ from runtime.files import (
     MANIFEST,
     MANIFEST_SCHEMA,
     PORTABLE_MODEL,
+    PROGRAM,
     TENSORRT_MODEL,
     TOKENIZER,
     WEIGHTS,
@@ -29,7 +30,7 @@ from ssdi8_edge import __version__
 from ssdi8_edge.checkpoints.quantized import load_quantized, read_config
 from ssdi8_edge.compile.golden import golden_vectors
 from ssdi8_edge.compile.interface import interface
-from ssdi8_edge.ground.artifacts import ONNX, QUANTIZED, listing, write_json
+from ssdi8_edge.ground.artifacts import ONNX, QUANTIZED, listing, read_json, write_json
 from ssdi8_edge.ground.board_runtime import run_engine
 from ssdi8_edge.ground.errors import Ssdi8Error
 from ssdi8_edge.ground.failures import killed_for_memory
@@ -72,7 +73,7 @@ def pack(
     # Copies, not links: a bundle can be edited or moved without touching the run folder, and ONNX
     # tools refuse weights that have a second name.
     shutil.copyfile(run_folder / QUANTIZED / WEIGHTS, folder / WEIGHTS)
-    for name in (PORTABLE_MODEL, TENSORRT_MODEL):
+    for name in (PORTABLE_MODEL, TENSORRT_MODEL, PROGRAM):
         shutil.copyfile(run_folder / ONNX / name, folder / name)
     if (run_folder / QUANTIZED / TOKENIZER).is_file():
         shutil.copyfile(run_folder / QUANTIZED / TOKENIZER, folder / TOKENIZER)
@@ -94,7 +95,7 @@ def pack(
         "model": description.to_dict(),
         "interface": interface(description, recipe),
         "recipe": config["recipe"],
-        "target": target.to_dict(),
+        "target": target.to_dict() | {"engines": _engines(target, folder)},
         "text": config["text"],
         "created": {
             "ssdi8_edge": __version__,
@@ -108,7 +109,7 @@ def pack(
         "saturation": config["saturation"],
         "files": listing(folder, MANIFEST),
         "steps": [*steps, _step("bundle", start)],
-        "not_run": _not_run(target),
+        "not_run": _not_run(target, _engines(target, folder)),
     }
     write_json(folder / MANIFEST, manifest)
     start = time.perf_counter()
@@ -138,16 +139,22 @@ def _version(package: str) -> str:
         return "absent"
 
 
-def _not_run(target: Target) -> list[str]:
+def _engines(target: Target, folder: Path) -> list[str]:
+    """Those of the target that can run this bundle: not the kernels where an op has none."""
+    calls = read_json(folder / PROGRAM)["calls"]
+    lacking = {"kernels"} if any(call["launch"] is None for call in calls) else set()
+    return [engine for engine in target.engines if engine not in lacking]
+
+
+def _not_run(target: Target, engines: list[str]) -> list[str]:
     """What this host could not do, in the words that messages and reports use."""
-    if target.runtime == "onnxruntime":
-        return []
     place = "on the board" if target.where == "board" else "on this machine's GPU"
-    return [
-        f"plugins: to be compiled {place}",
-        f"engine: to be built {place}, since a TensorRT engine runs only on the GPU and the "
-        "TensorRT version that built it",
-    ]
+    left = {
+        "kernels": f"kernels: to be compiled {place}",
+        "tensorrt": f"engine: to be built {place} with the plugins, since a TensorRT engine runs "
+        "only on the GPU and the TensorRT version that built it",
+    }
+    return [left[engine] for engine in engines if engine in left]
 
 
 def _verify(folder: Path) -> None:

@@ -12,15 +12,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import onnx
+import torch
 from onnx import TensorProto, helper, parser
 
 from runtime.files import WEIGHTS
+from ssdi8_edge.compile.program import Program
 from ssdi8_edge.compile.safetensors_writer import data_start, header_of
 from ssdi8_edge.models.block import Context, StateSpec, linear
 from ssdi8_edge.models.description import Description
 from ssdi8_edge.models.network import run_model
 from ssdi8_edge.ops import OPS
 from ssdi8_edge.ops.op import DOMAIN, Attributes, BodyForm, GraphValue, Op
+from ssdi8_edge.ops.sizes import symbol
 from ssdi8_edge.recipes.recipe import QuantConfig
 
 # The newest opset that TensorRT 10.3 (JetPack 6.2) reads, and its IR version.
@@ -37,10 +40,15 @@ class _Body(NamedTuple):
 
 
 class GraphBuilder:
-    """Collects nodes while the forward runs on `GraphValue`s; implements `ops.op.Emitter`."""
+    """Collects nodes while the forward runs on `GraphValue`s; implements `ops.op.Emitter`.
 
-    def __init__(self, form: BodyForm) -> None:
+    `program` is the same recording for a runtime that knows no ONNX.
+    """
+
+    def __init__(self, form: BodyForm, name: str = "graph") -> None:
         self.form = form
+        self.name = name
+        self.program = Program()
         self._scope: list[str] = []
         self._nodes: list[onnx.NodeProto] = []
         self._inputs: list[onnx.ValueInfoProto] = []
@@ -59,16 +67,21 @@ class GraphBuilder:
 
     def input(self, name: str, elem_type: int, shape: list[int | str]) -> GraphValue:
         self._inputs.append(helper.make_tensor_value_info(name, elem_type, shape))
-        return GraphValue(name, self)
+        sizes = tuple(symbol(size) if isinstance(size, str) else size for size in shape)
+        known = None if None in sizes else sizes  # tests leave sizes open
+        value = GraphValue(name, self, _TORCH_TYPES.get(elem_type), known)
+        self.program.input(value)
+        return value
 
     def output(self, value: GraphValue, name: str, elem_type: int, shape: list[int | str]) -> None:
         self._nodes.append(helper.make_node("Identity", [value.name], [name], name=f"{name}/out"))
         self._outputs.append(helper.make_tensor_value_info(name, elem_type, shape))
+        self.program.output(value, name)
 
     def initializer(self, tensor: onnx.TensorProto) -> GraphValue:
         """A constant; `tensor` carries its data or says in which file they lie."""
         self._initializers.append(tensor)
-        return GraphValue(tensor.name, self)
+        return GraphValue(tensor.name, self, _TORCH_TYPES.get(tensor.data_type), tuple(tensor.dims))
 
     def emit(
         self, op: Op, inputs: tuple[GraphValue, ...], attributes: Attributes
@@ -86,7 +99,8 @@ class GraphBuilder:
         )
         node.attribute.extend(helper.make_attribute(k, v) for k, v in attributes.items())
         self._nodes.append(node)
-        return tuple(GraphValue(output, self) for output in outputs)
+        made = [GraphValue(output, self) for output in outputs]
+        return self.program.record(op, inputs, attributes, made)
 
     def _define(self, op: Op, n_inputs: int, attributes: Attributes) -> str:
         """Have the op's function in the graph; returns its domain.
@@ -113,9 +127,10 @@ class GraphBuilder:
                     function.opset_import.append(helper.make_opsetid(node.domain, 1))
         return str(function.domain)
 
-    def model(self, name: str) -> onnx.ModelProto:
+    def model(self) -> onnx.ModelProto:
+        """The recording as ONNX."""
         graph = helper.make_graph(
-            self._nodes, name, self._inputs, self._outputs, initializer=self._initializers
+            self._nodes, self.name, self._inputs, self._outputs, initializer=self._initializers
         )
         functions = [body.function for bodies in self._functions.values() for body in bodies]
         domains = dict.fromkeys([DOMAIN, *(function.domain for function in functions)])
@@ -142,6 +157,14 @@ def nested_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
                 yield from nested_nodes(attribute.g.node)
 
 
+# As kernel calls know them.
+_TORCH_TYPES: Mapping[int, torch.dtype] = {
+    TensorProto.FLOAT: torch.float32,
+    TensorProto.FLOAT16: torch.float16,
+    TensorProto.INT64: torch.int64,
+    TensorProto.INT32: torch.int32,
+    TensorProto.INT8: torch.int8,
+}
 _ELEMENT_TYPES = {
     "F32": TensorProto.FLOAT,
     "F16": TensorProto.FLOAT16,
@@ -233,7 +256,14 @@ def output_name(state: str) -> str:
 def export_model(
     weights: Path, model: Description, recipe: QuantConfig, form: BodyForm
 ) -> onnx.ModelProto:
-    """The graph for prefill, chunked prefill and decode, with function bodies in `form`.
+    """The graph of `record_model`."""
+    return record_model(weights, model, recipe, form).model()
+
+
+def record_model(
+    weights: Path, model: Description, recipe: QuantConfig, form: BodyForm
+) -> GraphBuilder:
+    """The recording of prefill, chunked prefill and decode, with function bodies in `form`.
 
     Inputs: input_ids (B, L) INT32; logits_to_keep () INT64, how many final positions get logits;
     the states of every block, as `Description.states` names them; where one of them grows,
@@ -249,7 +279,7 @@ def export_model(
         UsageError: no op computes what the recipe asks for.
     """
     recipe.require_exportable()
-    graph = GraphBuilder(form)
+    graph = GraphBuilder(form, "-".join(sorted({block.kind for block in model.blocks})))
     parameters = _ExternalParameters(weights, graph)
     ids = graph.input("input_ids", TensorProto.INT32, ["batch", "tokens"])
     keep = graph.input("logits_to_keep", TensorProto.INT64, [])
@@ -276,7 +306,7 @@ def export_model(
     flat = (state for of_block in new_states for state in of_block)
     for (name, spec), state in zip(model.states(recipe), flat, strict=True):
         graph.output(state, output_name(name), STATE_TYPES[spec.dtype], _state_shape(spec))
-    return graph.model("-".join(sorted({block.kind for block in model.blocks})))
+    return graph
 
 
 def _state_shape(spec: StateSpec) -> list[int | str]:

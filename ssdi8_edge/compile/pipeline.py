@@ -25,7 +25,15 @@ from safetensors.torch import save
 from torch import Tensor
 
 from runtime.failures import during
-from runtime.files import MANIFEST, PORTABLE_MODEL, TENSORRT_MODEL, TOKENIZER, WEIGHTS, sha256
+from runtime.files import (
+    MANIFEST,
+    PORTABLE_MODEL,
+    PROGRAM,
+    TENSORRT_MODEL,
+    TOKENIZER,
+    WEIGHTS,
+    sha256,
+)
 from ssdi8_edge import __version__
 from ssdi8_edge.checkpoints.checkpoint import (
     DEMO_FOLDER,
@@ -36,7 +44,7 @@ from ssdi8_edge.checkpoints.hub import fetch_tokenizer
 from ssdi8_edge.checkpoints.quantized import CONFIG, read_config
 from ssdi8_edge.compile.bundle import pack
 from ssdi8_edge.compile.calibrate import STATISTICS, calibrate
-from ssdi8_edge.compile.export import export_model
+from ssdi8_edge.compile.export import export_model, record_model
 from ssdi8_edge.compile.golden import golden_tokens
 from ssdi8_edge.compile.lowering import lower
 from ssdi8_edge.compile.quantize import quantize, quantized_description
@@ -73,6 +81,7 @@ from ssdi8_edge.ground.tokens import (
 from ssdi8_edge.ground.windows import read_tokens
 from ssdi8_edge.models.description import Description
 from ssdi8_edge.numerics import hadamard
+from ssdi8_edge.ops.kernel_header import abi_version
 from ssdi8_edge.ops.kernel_library import references_only
 from ssdi8_edge.ops.kernel_limits import require_kernels
 from ssdi8_edge.recipes.recipe import QuantConfig
@@ -205,7 +214,7 @@ class Build:
             }
         )
         context = {} if self.context is None else {"context": self.context}
-        keys["export"] = key_of({"quantize": keys["quantize"], **context})
+        keys["export"] = key_of({"quantize": keys["quantize"], "abi": abi_version(), **context})
         sources = {
             path.relative_to(shipped(name)).as_posix(): sha256(path)
             for name in ("jetson", "plugins")
@@ -390,8 +399,9 @@ class Build:
         with whole_or_absent(self.request.out / ONNX) as folder:
             # The graphs refer to the weights by name; the bundle puts them side by side.
             folder.mkdir()
-            portable = export_model(weights, model, recipe, "cpu")
-            onnx.save(portable, folder / PORTABLE_MODEL)
+            recorded = record_model(weights, model, recipe, "cpu")
+            onnx.save(recorded.model(), folder / PORTABLE_MODEL)
+            write_json(folder / PROGRAM, recorded.program.data())
             tensorrt = lower(export_model(weights, model, recipe, "tensorrt"))
             onnx.save(tensorrt, folder / TENSORRT_MODEL)
             write_json(folder / EXPORT, {"key": key, "files": listing(folder, EXPORT)})
@@ -477,7 +487,7 @@ def _require_sizes(request: BuildRequest, model: Description) -> None:
     for block in model.blocks:
         block.check_widths(check)
         block.require_rotations(recipe)
-    if target.runtime == "tensorrt":
+    if target.on_gpu:
         require_kernels(model.misfit(), target.name, "give --method fp16, or --target host-cpu.")
 
 

@@ -6,12 +6,15 @@ FP16 between ops, FP32 or wider inside them.
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ssdi8_edge.ops import onnx_text as t
 from ssdi8_edge.ops.causal_conv1d import convolution_lines, convolve
-from ssdi8_edge.ops.kernel_library import Call
+from ssdi8_edge.ops.kernel_call import Call
 from ssdi8_edge.ops.op import Attributes, BodyForm, Op
 from ssdi8_edge.ops.rms_norm import rms_lines
 from ssdi8_edge.ops.rms_norm_gated import (
@@ -23,6 +26,7 @@ from ssdi8_edge.ops.rms_norm_gated import (
 from ssdi8_edge.ops.ssd.chunk_state import decay_lines
 from ssdi8_edge.ops.ssd.cumsum import time_step_lines
 from ssdi8_edge.ops.ssd.float import ssd_chunked
+from ssdi8_edge.ops.ssd.kernel_checks import require_state, require_tokens
 from ssdi8_edge.ops.ssd.passing import DECAY, scan_over_chunks
 from ssdi8_edge.ops.ssd.scan import MASKED
 
@@ -35,6 +39,17 @@ def rms_norm_reference(
     mean_square = residual.double().square().mean(-1, keepdim=True)
     rstd = (mean_square + eps).sqrt().reciprocal().float()
     return residual, (residual * rstd * weight).half()
+
+
+def _rms_norm_kernel(call: Call) -> Any:
+    shape = tuple(call.residual.shape)
+    call.require(torch.float16, hidden=shape)
+    call.require(torch.float32, residual=shape, weight=shape[-1:])
+    call.residual_out = call.empty(shape, torch.float32)
+    call.normed = call.empty(shape, torch.float16)
+    call.tokens, call.d_model = math.prod(shape[:-1]), shape[-1]
+    call.launch("fp16_rms_norm")
+    return call.residual_out, call.normed
 
 
 def _rms_norm_body(a: Attributes, form: BodyForm) -> str:
@@ -54,9 +69,14 @@ def linear_reference(x: Tensor, weight: Tensor) -> Tensor:
     return (x.float() @ weight.float().t()).half()
 
 
-def _linear_kernel(call: Call) -> Tensor:
-    """cuBLAS: the reference widens the weight to FP32 at every call."""
-    return torch.nn.functional.linear(call.x, call.weight)
+def _linear_kernel(call: Call) -> Any:
+    out, width = call.weight.shape
+    *rows, _ = call.x.shape
+    call.require(torch.float16, weight=(out, width), x=(*rows, width))
+    call.y = call.empty((*rows, out), torch.float16)
+    call.tokens, call.in_features, call.out_features = math.prod(rows), width, out
+    call.launch("fp16_linear")
+    return call.y
 
 
 def _linear_body(a: Attributes, form: BodyForm) -> str:
@@ -113,6 +133,21 @@ def causal_conv1d_reference(
     return x, b, c, state
 
 
+def _causal_conv1d_kernel(call: Call) -> Any:
+    call.batch, call.length, call.row_stride = call.zxbcdt.shape
+    tokens = (call.batch, call.length)
+    call.require(torch.float16, zxbcdt=(*tokens, call.row_stride))
+    call.require(torch.float16, conv_state=(call.batch, call.d_conv - 1, call.conv_dim))
+    call.require(torch.float32, weight=(call.conv_dim, call.d_conv), bias=(call.conv_dim,))
+    columns = (call.conv_dim - call.d_inner) // 2
+    call.x = call.empty((*tokens, call.d_inner), torch.float16)
+    call.b = call.empty((*tokens, columns), torch.float16)
+    call.c = call.empty((*tokens, columns), torch.float16)
+    call.conv_state_out = call.next_state(call.conv_state)
+    call.launch("fp16_causal_conv1d")
+    return call.x, call.b, call.c, call.conv_state_out
+
+
 def _causal_conv1d_body(a: Attributes, form: BodyForm) -> str:
     e, conv_dim = int(a["d_inner"]), int(a["conv_dim"])
     gn = (conv_dim - e) // 2
@@ -162,6 +197,19 @@ def ssd_scan_reference(
         initial_state=ssm_state.float(),
     )
     return y.half().flatten(2), final.to(ssm_state.dtype)
+
+
+def _ssd_scan_kernel(call: Call) -> Any:
+    require_tokens(call)
+    columns = (call.batch, call.length, call.ngroups * call.d_state)
+    call.require(torch.float16, b=columns, c=columns)
+    call.row_stride = call.zxbcdt.shape[2]
+    call.require(torch.float16, zxbcdt=(call.batch, call.length, call.row_stride))
+    call.require(torch.float32, **{name: (call.nheads,) for name in ("dt_bias", "A", "D")})
+    require_state(call, call.batch, call.nheads, call.headdim, call.d_state)
+    call.y = call.empty(tuple(call.x.shape), torch.float16)
+    call.launch("fp16_ssd_scan")
+    return call.y, call.ssm_state_out
 
 
 def _ssd_scan_body(a: Attributes, form: BodyForm) -> str:
@@ -276,6 +324,16 @@ def rms_norm_gated_reference(
     return gated_norm(y, zxbcdt, weight, d_inner=d_inner, ngroups=ngroups, eps=eps).half()
 
 
+def _rms_norm_gated_kernel(call: Call) -> Any:
+    *rows, row = call.zxbcdt.shape
+    call.require(torch.float16, y=(*rows, call.d_inner), zxbcdt=(*rows, row))
+    call.require(torch.float32, weight=(call.d_inner,))
+    call.normed = call.empty((*rows, call.d_inner), torch.float16)
+    call.tokens, call.row_stride = math.prod(rows), row
+    call.launch("fp16_rms_norm_gated")
+    return call.normed
+
+
 def _rms_norm_gated_body(a: Attributes, form: BodyForm) -> str:
     return "\n".join([*gated_norm_lines(a, form), t.cast("normed", "r", t.FP16)])
 
@@ -296,6 +354,7 @@ RMS_NORM = Op(
     outputs=("residual_out", "normed"),
     reference=rms_norm_reference,
     body=_rms_norm_body,
+    kernel=_rms_norm_kernel,
     plugin=False,
 )
 LINEAR = Op(
@@ -304,6 +363,7 @@ LINEAR = Op(
     reference=linear_reference,
     body=_linear_body,
     kernel=_linear_kernel,
+    in_torch=torch.nn.functional.linear,  # cuBLAS
     plugin=False,
 )
 LINEAR_BIAS = Op(
@@ -318,6 +378,7 @@ CAUSAL_CONV1D = Op(
     outputs=("x", "b", "c", "conv_state_out"),
     reference=causal_conv1d_reference,
     body=_causal_conv1d_body,
+    kernel=_causal_conv1d_kernel,
     plugin=False,
 )
 SSD_SCAN = Op(
@@ -325,6 +386,7 @@ SSD_SCAN = Op(
     outputs=("y", "ssm_state_out"),
     reference=ssd_scan_reference,
     body=_ssd_scan_body,
+    kernel=_ssd_scan_kernel,
     plugin=False,
     part="SSD",
 )
@@ -333,6 +395,7 @@ RMS_NORM_GATED = Op(
     outputs=("normed",),
     reference=rms_norm_gated_reference,
     body=_rms_norm_gated_body,
+    kernel=_rms_norm_gated_kernel,
     plugin=False,
 )
 NORM_THEN_GATE = Op(

@@ -6,6 +6,8 @@ ChunkScan (SSDi8's reuse; the release does it in two kernels of its own).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from ssdi8_edge.numerics import hadamard
 from ssdi8_edge.numerics.formats import Rotation, Rounding
 from ssdi8_edge.numerics.int8 import quantize
 from ssdi8_edge.ops import onnx_text as t
-from ssdi8_edge.ops.kernel_library import Call, launch, next_state, require
+from ssdi8_edge.ops.kernel_call import Call
 from ssdi8_edge.ops.op import Attributes, BodyForm, Op
 
 
@@ -173,20 +175,19 @@ def _body(a: Attributes, form: BodyForm) -> str:
     return "\n".join(lines)
 
 
-def _kernel(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _kernel(call: Call) -> Any:
     batch, length, row = call.zxbcdt.shape
-    device = call.zxbcdt.device
     conv_state = (batch, call.d_conv - 1, call.conv_dim)
-    require(call, torch.float16, zxbcdt=(batch, length, row), conv_state=conv_state)
-    require(call, torch.float32, weight=(call.conv_dim, call.d_conv), bias=(call.conv_dim,))
-    require(call, torch.float32, b_scale=(call.ngroups,), c_scale=(call.ngroups,))
-    call.x = torch.empty((batch, length, call.d_inner), dtype=torch.float16, device=device)
+    call.require(torch.float16, zxbcdt=(batch, length, row), conv_state=conv_state)
+    call.require(torch.float32, weight=(call.conv_dim, call.d_conv), bias=(call.conv_dim,))
+    call.require(torch.float32, b_scale=(call.ngroups,), c_scale=(call.ngroups,))
+    call.x = call.empty((batch, length, call.d_inner), torch.float16)
     columns = (call.conv_dim - call.d_inner) // 2
-    call.b_q = torch.empty((batch, length, columns), dtype=torch.int8, device=device)
-    call.c_q = torch.empty_like(call.b_q)
-    call.conv_state_out = next_state(call.conv_state)
+    call.b_q = call.empty((batch, length, columns), torch.int8)
+    call.c_q = call.empty((batch, length, columns), torch.int8)
+    call.conv_state_out = call.next_state(call.conv_state)
     call.batch, call.length, call.row_stride = batch, length, row
-    launch("causal_conv1d", call, device)
+    call.launch("causal_conv1d")
     return call.x, call.b_q, call.c_q, call.conv_state_out
 
 

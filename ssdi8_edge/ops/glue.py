@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ssdi8_edge.ops import onnx_text as t
+from ssdi8_edge.ops.kernel_call import Call
 from ssdi8_edge.ops.op import Attributes, BodyForm, Op
 
 
@@ -13,6 +17,22 @@ def embedding_reference(table: Tensor, input_ids: Tensor) -> tuple[Tensor, Tenso
     """Rows of the FP16 table (V, D) as `hidden` (B, L, D), and a zero FP32 residual for it."""
     hidden = table[input_ids.long()]
     return hidden, torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+
+
+def _embedding_kernel(call: Call) -> Any:
+    rows, width = call.table.shape
+    call.require(torch.float16, table=(rows, width))
+    return _looked_up("embedding", call, width)
+
+
+def _looked_up(launcher: str, call: Call, width: int) -> Any:
+    rows = tuple(call.input_ids.shape)
+    call.require(torch.int32, input_ids=rows)
+    call.hidden = call.empty((*rows, width), torch.float16)
+    call.residual = call.empty((*rows, width), torch.float32)
+    call.tokens, call.d_model = math.prod(rows), width
+    call.launch(launcher)
+    return call.hidden, call.residual
 
 
 def _embedding_body(a: Attributes, form: BodyForm) -> str:
@@ -57,6 +77,13 @@ def embedding_int8_reference(
     rows = input_ids.long()
     hidden = (unpack_rows(packed[rows]).float() * scale[rows]).half()
     return hidden, torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+
+
+def _embedding_int8_kernel(call: Call) -> Any:
+    rows, words = call.packed.shape
+    call.require(torch.int32, packed=(rows, words))
+    call.require(torch.float32, scale=(rows, 1))
+    return _looked_up("embedding_int8", call, 4 * words)
 
 
 def _embedding_int8_body(a: Attributes, form: BodyForm) -> str:
@@ -109,6 +136,18 @@ def last_positions_reference(
     return hidden[:, -n:], residual[:, -n:]
 
 
+def _last_positions_kernel(call: Call) -> Any:
+    call.batch, call.length, call.d_model = shape = tuple(call.hidden.shape)
+    call.require(torch.float16, hidden=shape)
+    call.require(torch.float32, residual=shape)
+    call.keep = call.whole_number(call.keep)
+    kept = (call.batch, call.keep, call.d_model)
+    call.hidden_kept = call.empty(kept, torch.float16)
+    call.residual_kept = call.empty(kept, torch.float32)
+    call.launch("last_positions")
+    return call.hidden_kept, call.residual_kept
+
+
 def _last_positions_body(a: Attributes, form: BodyForm) -> str:
     return "\n".join(
         [
@@ -137,6 +176,15 @@ def logits_reference(y: Tensor) -> Tensor:
     return y.float()
 
 
+def _logits_kernel(call: Call) -> Any:
+    *rows, call.vocab_size = shape = tuple(call.y.shape)
+    call.require(torch.float16, y=shape)
+    call.logits = call.empty(shape, torch.float32)
+    call.tokens = math.prod(rows)
+    call.launch("logits")
+    return call.logits
+
+
 def _logits_body(a: Attributes, form: BodyForm) -> str:
     return t.cast("logits", "y", t.FP32)
 
@@ -146,6 +194,8 @@ EMBEDDING = Op(
     outputs=("hidden", "residual"),
     reference=embedding_reference,
     body=_embedding_body,
+    kernel=_embedding_kernel,
+    in_torch=embedding_reference,
     plugin=False,
 )
 EMBEDDING_INT8 = Op(
@@ -153,6 +203,8 @@ EMBEDDING_INT8 = Op(
     outputs=("hidden", "residual"),
     reference=embedding_int8_reference,
     body=_embedding_int8_body,
+    kernel=_embedding_int8_kernel,
+    in_torch=embedding_int8_reference,
     plugin=False,
 )
 LAST_POSITIONS = Op(
@@ -160,6 +212,8 @@ LAST_POSITIONS = Op(
     outputs=("hidden_kept", "residual_kept"),
     reference=last_positions_reference,
     body=_last_positions_body,
+    kernel=_last_positions_kernel,
+    in_torch=last_positions_reference,
     plugin=False,
 )
 SIDE_BY_SIDE = Op(
@@ -174,5 +228,7 @@ LOGITS = Op(
     outputs=("logits",),
     reference=logits_reference,
     body=_logits_body,
+    kernel=_logits_kernel,
+    in_torch=logits_reference,
     plugin=False,
 )

@@ -16,19 +16,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ssdi8_edge.ground.errors import Ssdi8Error
-from ssdi8_edge.ops.kernel_header import PLUGIN_FOLDERS, abi_version, number_of, parameter_structs
+from ssdi8_edge.ops.kernel_call import WORKSPACE, Call, Kernel
+from ssdi8_edge.ops.kernel_header import PLUGIN_FOLDERS, abi_version, parameter_structs
 
 LIBRARY_NAME = "libssdi8_kernels.so"
 _BUILD_HINT = "Build it: cmake -S plugins -B plugins/build && cmake --build plugins/build"
-# Fields of a struct whose names differ from the reference's arguments.
-_ARGUMENT_OF_FIELD = {"d_skip": "D", "a_rate": "A"}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -82,7 +80,7 @@ def load(path: Path | None = None) -> ctypes.CDLL:
 
 
 def _needs_workspace(struct: type[ctypes.Structure]) -> bool:
-    return any(field[0] == "workspace" for field in struct._fields_)
+    return any(field[0] == WORKSPACE for field in struct._fields_)
 
 
 @functools.cache
@@ -92,25 +90,8 @@ def available() -> bool:
 
 
 # ------------------------------------------------------------------------------------------------
-# A call: the arguments of the reference by name, to which sizes and outputs are added
+# A call on tensors
 # ------------------------------------------------------------------------------------------------
-
-Call = SimpleNamespace
-# What an op does with its call: check, allocate, `launch`, return the outputs.
-Kernel = Callable[[Call], Any]
-
-
-def require(call: Call, dtype: torch.dtype, **shapes: tuple[int, ...]) -> None:
-    """Check what a pointer cannot tell, type and shape, and make the named tensors contiguous."""
-    for name, shape in shapes.items():
-        tensor = getattr(call, name)
-        if tensor.dtype is not dtype or tuple(tensor.shape) != shape:
-            raise Ssdi8Error(
-                f"CUDA kernel: {name} is {tensor.dtype} {tuple(tensor.shape)},"
-                f" {dtype} {shape} is expected."
-            )
-        setattr(call, name, tensor.contiguous())
-
 
 _references_only: ContextVar[bool] = ContextVar("references_only", default=False)
 
@@ -138,18 +119,6 @@ def states_in_place() -> Iterator[None]:
         _in_place.reset(token)
 
 
-def next_state(state: Tensor) -> Tensor:
-    """Where a kernel writes the state that follows `state`."""
-    return state if _in_place.get() else torch.empty_like(state)
-
-
-def _field_value(call: Call, field: str) -> Any:
-    value = getattr(call, _ARGUMENT_OF_FIELD.get(field, field))
-    if isinstance(value, Tensor):
-        return value.data_ptr()
-    return number_of(field, value) if isinstance(value, str) else value
-
-
 @contextmanager
 def _current_stream(device: torch.device) -> Iterator[int]:
     """torch's current stream of `device`, which is the current device inside."""
@@ -157,20 +126,45 @@ def _current_stream(device: torch.device) -> Iterator[int]:
         yield torch.cuda.current_stream(device).cuda_stream
 
 
-def launch(op: str, call: Call, device: torch.device) -> None:
-    """Enqueue `op` on torch's current stream of `device`, with scratch memory if it wants some."""
-    library, struct = load(), parameter_structs()[op]
-    call.workspace = None
-    params = struct(**{field[0]: _field_value(call, field[0]) for field in struct._fields_})
-    with _current_stream(device) as stream:
-        if _needs_workspace(struct):
-            size = getattr(library, f"ssdi8_{op}_workspace")(ctypes.byref(params))
-            # torch keeps it until the stream has used it.
-            scratch = torch.empty(size, dtype=torch.uint8, device=device)
-            params.workspace = scratch.data_ptr()
-        code = getattr(library, f"ssdi8_{op}")(ctypes.byref(params), stream)
-    if code:
-        raise Ssdi8Error(f"CUDA kernel {op}: {library.ssdi8_last_error().decode()}")
+class TensorCall(Call):
+    """A call on tensors of one GPU, or of the CPU where kernels are emulated."""
+
+    @property
+    def device(self) -> torch.device:
+        """Of the tensors."""
+        return next(v.device for v in vars(self).values() if isinstance(v, Tensor))
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Memory of torch."""
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def next_state(self, state: Tensor) -> Tensor:
+        """New, or the state itself inside `states_in_place`."""
+        return state if _in_place.get() else torch.empty_like(state)
+
+    def whole_number(self, scalar: Tensor) -> int:
+        """Waits for the GPU, if the scalar lies there."""
+        return int(scalar)
+
+    def launch(self, launcher: str) -> None:
+        """Enqueue on torch's current stream, with scratch memory if it wants some.
+
+        Raises:
+            Ssdi8Error: the launcher refuses.
+        """
+        library, struct = load(), parameter_structs()[launcher]
+        params = struct()
+        for name, value in self.fields(struct).items():
+            setattr(params, name, value.data_ptr() if isinstance(value, Tensor) else value)
+        with _current_stream(self.device) as stream:
+            if _needs_workspace(struct):
+                size = getattr(library, f"ssdi8_{launcher}_workspace")(ctypes.byref(params))
+                # torch keeps it until the stream has used it.
+                scratch = torch.empty(size, dtype=torch.uint8, device=self.device)
+                params.workspace = scratch.data_ptr()
+            code = getattr(library, f"ssdi8_{launcher}")(ctypes.byref(params), stream)
+        if code:
+            raise Ssdi8Error(f"CUDA kernel {launcher}: {library.ssdi8_last_error().decode()}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -191,6 +185,6 @@ def kernel_for(
     def run(*inputs: Any, **attributes: Any) -> Any:
         bound = signature.bind(*inputs, **attributes)
         bound.apply_defaults()
-        return kernel(Call(**bound.arguments, variant=variant))
+        return kernel(TensorCall(**bound.arguments, variant=variant))
 
     return run

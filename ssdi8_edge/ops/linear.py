@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ssdi8_edge.numerics.int8 import int8_matmul, round_to_int8
 from ssdi8_edge.ops import onnx_text as t
-from ssdi8_edge.ops.kernel_library import Call, launch, require
+from ssdi8_edge.ops.kernel_call import Call
 from ssdi8_edge.ops.op import Attributes, BodyForm, Op
 
 # Of a 4-bit weight, unpacked at once: whole, the one of a vocabulary would take gigabytes.
@@ -156,28 +159,28 @@ def _w4_body(a: Attributes, form: BodyForm) -> str:
     )
 
 
-def _kernel(call: Call) -> Tensor:
+def _kernel(call: Call) -> Any:
     out, width = call.weight.shape
-    require(call, torch.int8, weight=(out, width))
+    call.require(torch.int8, weight=(out, width))
     return _any_kernel("linear", call, out, width)
 
 
-def _w4_kernel(call: Call) -> Tensor:
+def _w4_kernel(call: Call) -> Any:
     out, width = call.packed.shape[0], 2 * call.packed.shape[1]
-    require(call, torch.int8, packed=(out, width // 2))
+    call.require(torch.int8, packed=(out, width // 2))
     call.integer_scales = int(call.group_scale.dtype is torch.int8)
     kind = torch.int8 if call.integer_scales else torch.float16
-    require(call, kind, group_scale=(out, width // call.group_size))
+    call.require(kind, group_scale=(out, width // call.group_size))
     return _any_kernel("linear_w4", call, out, width)
 
 
-def _any_kernel(launcher: str, call: Call, out: int, width: int) -> Tensor:
+def _any_kernel(launcher: str, call: Call, out: int, width: int) -> Any:
     *rows, _ = call.x.shape
-    require(call, torch.int8, x=(*rows, width))
-    require(call, torch.float32, token_scale=(*rows, 1), scale=(out,), bias=(out,))
-    call.y = torch.empty((*rows, out), dtype=torch.float16, device=call.x.device)
-    call.tokens, call.in_features, call.out_features = call.x[..., 0].numel(), width, out
-    launch(launcher, call, call.x.device)
+    call.require(torch.int8, x=(*rows, width))
+    call.require(torch.float32, token_scale=(*rows, 1), scale=(out,), bias=(out,))
+    call.y = call.empty((*rows, out), torch.float16)
+    call.tokens, call.in_features, call.out_features = math.prod(rows), width, out
+    call.launch(launcher)
     return call.y
 
 

@@ -14,7 +14,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from ssdi8_edge.ops.kernel_library import Kernel, kernel_for
+import torch
+
+from ssdi8_edge.ops.kernel_call import Kernel
+from ssdi8_edge.ops.kernel_library import kernel_for
 
 DOMAIN = "ssdi8"
 
@@ -36,10 +39,21 @@ class Emitter(Protocol):
 
 @dataclass(frozen=True)
 class GraphValue:
-    """A tensor of the graph under construction."""
+    """A tensor of the graph under construction.
+
+    Attributes:
+        dtype, shape: as kernel calls see them, sizes being numbers or `sizes.Size`; None where an
+            op without a kernel made it.
+    """
 
     name: str
     graph: Emitter
+    dtype: torch.dtype | None = None
+    shape: tuple[Any, ...] | None = None
+
+    def contiguous(self) -> GraphValue:
+        """Itself: a tensor of a graph is dense."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -55,6 +69,7 @@ class Op:
         reference: the torch function; its docstring is the specification.
         body: ONNX statements computing `outputs` from the inputs.
         kernel: what runs it on a GPU, given the reference's arguments by name; None: the reference.
+        in_torch: what runs it on tensors of a GPU all the same, where code of torch's is as good.
         plugin: TensorRT runs it as a plugin of the same name, which an op without a kernel does not
             have yet; otherwise the body is inlined.
         part: of a model, that profiles and reports add its time to; "": none but itself.
@@ -65,6 +80,7 @@ class Op:
     reference: Callable[..., Any]
     body: Body
     kernel: Kernel | None = None
+    in_torch: Callable[..., Any] | None = None
     plugin: bool = True
     part: str = ""
 
@@ -87,7 +103,8 @@ class Op:
             outputs = inputs[0].graph.emit(self, inputs, attributes)
             return outputs if len(outputs) > 1 else outputs[0]
         kernel = self.runnable_kernel() if inputs[0].is_cuda else None
-        return (kernel or self.reference)(*inputs, **attributes)
+        run = self.reference if kernel is None else self.in_torch or kernel
+        return run(*inputs, **attributes)
 
     def runnable_kernel(self, variant: int = 0) -> Callable[..., Any] | None:
         """The kernel as a function like the reference, if it can run here: see `kernel_for`."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ssdi8_edge.numerics.formats import Rounding, Scaling
 from ssdi8_edge.numerics.int8 import quantize_tokens
 from ssdi8_edge.ops import onnx_text as t
-from ssdi8_edge.ops.kernel_library import Call, launch, require
+from ssdi8_edge.ops.kernel_call import Call
 from ssdi8_edge.ops.op import Attributes, BodyForm, Op
 
 
@@ -70,23 +73,23 @@ def rms_lines(x: str, out: str, eps: float, f: int) -> list[str]:
     ]
 
 
-def _kernel(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+def _kernel(call: Call) -> Any:
     shape = tuple(call.residual.shape)
-    require(call, torch.float16, hidden=shape)
-    require(call, torch.float32, residual=shape)
-    call.residual_out = torch.empty_like(call.residual)
-    call.quantized = torch.empty(shape, dtype=torch.int8, device=call.residual.device)
-    call.token_scale = token_scale(call, shape[:-1], call.residual.device)
-    call.tokens, call.d_model = call.residual[..., 0].numel(), shape[-1]
-    launch("rms_norm", call, call.residual.device)
+    call.require(torch.float16, hidden=shape)
+    call.require(torch.float32, residual=shape)
+    call.residual_out = call.empty(shape, torch.float32)
+    call.quantized = call.empty(shape, torch.int8)
+    call.token_scale = token_scale(call, shape[:-1])
+    call.tokens, call.d_model = math.prod(shape[:-1]), shape[-1]
+    call.launch("rms_norm")
     return call.residual_out, call.quantized, call.token_scale
 
 
-def token_scale(call: Call, rows: tuple[int, ...], device: torch.device) -> Tensor:
+def token_scale(call: Call, rows: tuple[Any, ...]) -> Any:
     """Where the scales of tokens go; checks the one that static scaling takes for all."""
     if call.scale is not None:
-        require(call, torch.float32, scale=(1,))
-    return torch.empty((*rows, 1), dtype=torch.float32, device=device)
+        call.require(torch.float32, scale=(1,))
+    return call.empty((*rows, 1), torch.float32)
 
 
 RMS_NORM = Op(

@@ -6,6 +6,9 @@ their own.
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,7 +17,7 @@ from ssdi8_edge.numerics.formats import Rounding, Scaling
 from ssdi8_edge.numerics.int8 import quantize_tokens
 from ssdi8_edge.ops import onnx_text as t
 from ssdi8_edge.ops.causal_conv1d import silu, silu_lines
-from ssdi8_edge.ops.kernel_library import Call, launch, require
+from ssdi8_edge.ops.kernel_call import Call
 from ssdi8_edge.ops.op import Attributes, BodyForm, Op
 from ssdi8_edge.ops.rms_norm import rms_lines, token_scale
 
@@ -151,14 +154,14 @@ def _rotated_body(r_lines: list[str], a: Attributes, form: BodyForm) -> str:
     )
 
 
-def _kernel(call: Call) -> tuple[Tensor, Tensor]:
+def _kernel(call: Call) -> Any:
     *rows, row = call.zxbcdt.shape
-    require(call, torch.float16, y=(*rows, call.d_inner), zxbcdt=(*rows, row))
-    require(call, torch.float32, weight=(call.d_inner,))
-    call.quantized = torch.empty(call.y.shape, dtype=torch.int8, device=call.y.device)
-    call.token_scale = token_scale(call, tuple(rows), call.y.device)
-    call.tokens, call.row_stride = call.y[..., 0].numel(), row
-    launch("rms_norm_gated", call, call.y.device)
+    call.require(torch.float16, y=(*rows, call.d_inner), zxbcdt=(*rows, row))
+    call.require(torch.float32, weight=(call.d_inner,))
+    call.quantized = call.empty(tuple(call.y.shape), torch.int8)
+    call.token_scale = token_scale(call, tuple(rows))
+    call.tokens, call.row_stride = math.prod(rows), row
+    call.launch("rms_norm_gated")
     return call.quantized, call.token_scale
 
 

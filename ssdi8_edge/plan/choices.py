@@ -62,7 +62,7 @@ def _nearest(
         yield f"give --method {smaller.name}", smaller, target, plan.parallel
     larger = [load_target(name) for name in target_names()]
     for other in sorted(larger, key=lambda each: each.board.memory_gb if each.board else 0.0):
-        if other.board and other.runtime == target.runtime:
+        if other.board and other.engines == target.engines:
             yield f"give --target {other.name}", recipe, other, plan.parallel
 
 

@@ -22,7 +22,7 @@ from ssdi8_edge.plan.tensors import Tensors, block_tensors, bytes_of, table_tens
 from ssdi8_edge.recipes.recipe import QuantConfig
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sized(GraphValue):
     """A value of the flow; `kept`: it has memory of its own, as weights and states have."""
 
@@ -38,7 +38,7 @@ class Flow:
 
     def value(self, tensor: Tensor, kept: bool = False) -> Sized:
         """A value that the flow begins with."""
-        return Sized("", self, tensor, kept)
+        return Sized("", self, tensor=tensor, kept=kept)
 
     def emit(
         self, op: Op, inputs: tuple[GraphValue, ...], attributes: Attributes

@@ -92,7 +92,7 @@ def memory_of(model: Description, recipe: QuantConfig, target: Target, parallel:
     head = sum(n for name, n in sizes.items() if name.startswith(HEADS))
     weights = sum(sizes.values())
     recurrent, grown = state_bytes(model, recipe)
-    tensorrt = target.runtime == "tensorrt"
+    on_gpu = target.on_gpu
     cache = parallel * grown
     longest = min(target.max_tokens, model.context) if grown else target.max_tokens
     build = estimate_memory(weights, target.engine.workspace_mb * MIB, cache)
@@ -102,10 +102,10 @@ def memory_of(model: Description, recipe: QuantConfig, target: Target, parallel:
         head=head,
         states=SLOTS * parallel * recurrent,
         # onnxruntime gives a new tensor of the whole context with every call.
-        cache=cache if tensorrt else SLOTS * cache,
+        cache=cache if on_gpu else SLOTS * cache,
         activations=activation_bytes(model, recipe, parallel, longest),
-        runtime=BASE_BYTES if tensorrt else 0,
-        engine_build=build if tensorrt else 0,
+        runtime=BASE_BYTES if on_gpu else 0,
+        engine_build=build if "tensorrt" in target.engines else 0,
     )
 
 

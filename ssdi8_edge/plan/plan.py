@@ -109,7 +109,7 @@ def make_plan(
             "give a shorter --prompt or a longer --context.",
         )
     memory = memory_of(adapted, recipe, target, parallel)
-    kernels = target.runtime == "tensorrt" and recipe.quantized
+    kernels = target.on_gpu and recipe.quantized
     return Plan(
         model=name,
         method=recipe.name,

@@ -106,7 +106,7 @@ def with_tensorrt(folder: Path) -> dict[str, str]:
 
 def pack_for_tensorrt(bundle: Path, steps: int) -> None:
     (bundle / "steps").write_text(str(steps))
-    common = {"name": "orin-nx", "runtime": "tensorrt", "where": "board"}
+    common = {"name": "orin-nx", "engines": ["tensorrt"], "where": "board"}
     pack(bundle, target={**common, "max_tokens": MAX_TOKENS, "engine": SHAPES})
 
 
@@ -273,6 +273,19 @@ def test_a_board_that_cannot_build_is_told_before_anything_travels(
     with pytest.raises(BoardError, match=r"L4T 35\.4\.3 is older than JetPack 6\.1"):
         deploy(lab.connect("orin"), engine_run)
     assert not lab.store("orin").exists() and not lab.store("pc").exists()
+
+
+def test_kernels_run_where_tensorrt_is_missing(lab: Lab, engine_run: Path) -> None:
+    """setup.sh alone prepares the board; no engine is built, and the result is judged."""
+    lab.simulate("orin")  # has CUDA's compiler, and no tensorrt module
+    bundle = engine_run / "bundle"
+    target = {"name": "orin-nx", "engines": ["tensorrt", "kernels"], "where": "board"}
+    pack(bundle, target={**target, "max_tokens": MAX_TOKENS, "engine": SHAPES})
+    deployed, said = brought(lab.connect("orin"), engine_run)
+    assert deployed.engine is None and deployed.python.endswith("/.venv/bin/python")
+    assert deployed.verification is not None and deployed.verification["verified"]
+    assert not any("engine" in line for line in said)
+    assert not list((engine_run / "boards").rglob("model.engine"))
 
 
 def test_what_setup_misses_is_said(lab: Lab, engine_run: Path) -> None:

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ssdi8_edge.boards.facts.board_facts import BoardFacts, read_facts
-from ssdi8_edge.boards.facts.doctor import check_for_engines, examine, profile_toml, report
+from ssdi8_edge.boards.facts.doctor import engine_for, examine, profile_toml, report
 from ssdi8_edge.boards.facts.interpreter import Interpreter
 from ssdi8_edge.boards.link.local import LocalConnection
 from ssdi8_edge.ground.errors import BoardError, LinkLost
@@ -123,12 +123,12 @@ def test_the_printed_profile_is_a_target(lab: Lab, tmp_path: Path, kind: str) ->
     target = load_target(str(tmp_path / "mine.toml"))
     assert target.where == "board"
     if kind == "simulate":
-        assert target.runtime == "tensorrt" and "(simulated)" in target.about
+        assert target.engines == ["tensorrt", "kernels"] and "(simulated)" in target.about
         shipped = load_target("orin-nx")
         assert target.board == shipped.board and target.engine == shipped.engine
         assert target.context == shipped.context
     else:
-        assert target.runtime == "onnxruntime" and target.board is None
+        assert target.engines == ["onnxruntime"] and target.board is None
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_any_board_gets_a_profile_that_is_accepted(
 def test_a_board_that_lacks_nothing() -> None:
     assert findings() == []
     runs = report("x", ORIN_NX, [])["runs"]
-    assert runs == {"tensorrt": True, "onnxruntime": True}
+    assert runs == {"tensorrt": True, "kernels": True, "onnxruntime": True}
 
 
 @pytest.mark.parametrize(
@@ -182,8 +182,8 @@ def test_a_board_that_lacks_nothing() -> None:
             "tensorrt",
             "no tensorrt module",
         ),
-        ({"nvcc": False}, "tensorrt", "nvcc"),
-        ({"tools": ["nvpmodel", "tegrastats", "jetson_clocks", "g++"]}, "tensorrt", "cmake"),
+        ({"nvcc": False}, "kernels", "nvcc"),
+        ({"tools": ["nvpmodel", "tegrastats", "jetson_clocks", "g++"]}, "kernels", "cmake"),
         ({"tools": ["cmake", "g++"]}, "measuring", "tegrastats is not on PATH"),
         ({"root": False}, "measuring", "sudo asks for a password"),
         ({"rails_w": {}}, "measuring", "no power rails"),
@@ -208,14 +208,20 @@ def test_what_is_missing_is_named_with_its_remedy(
     assert any(kind == needed_for and words in what for kind, what in found), found
     facts = dataclasses.replace(ORIN_NX, **changes)  # type: ignore[arg-type]
     runs = report("x", facts, examine(facts, LocalConnection("/store")))["runs"]
-    if needed_for == "tensorrt":
+    engines, board = ["tensorrt", "kernels"], LocalConnection("/store")
+    if needed_for in ("tensorrt", "kernels"):
         with pytest.raises(BoardError, match=r"cannot build engines yet: .*;") as error:
-            check_for_engines(facts, LocalConnection("/store"))
+            engine_for(["tensorrt"], facts, board)
         assert words in str(error.value)
+    if needed_for == "kernels":
+        with pytest.raises(BoardError, match=r"cannot build engines yet: .*;"):
+            engine_for(engines, facts, board)
     else:
-        check_for_engines(facts, LocalConnection("/store"))
+        chosen = engine_for(engines, facts, board)
+        assert chosen == ("kernels" if needed_for == "tensorrt" else "tensorrt")
     assert runs["tensorrt"] is (needed_for in ("measuring", "onnxruntime"))
-    assert runs["onnxruntime"] is (needed_for in ("measuring", "tensorrt"))
+    assert runs["kernels"] is (needed_for in ("measuring", "onnxruntime", "tensorrt"))
+    assert runs["onnxruntime"] is (needed_for in ("measuring", "tensorrt", "kernels"))
 
 
 def test_sms_follow_the_mask_of_the_power_mode(lab: Lab) -> None:

@@ -107,7 +107,7 @@ def test_lists() -> None:
     """Names and one line each, the same as JSON."""
     targets = {target["name"]: target for target in data("targets")}
     assert targets["orin-nx"]["board"]["memory_gb"] == 16
-    assert targets["host-cpu"]["runtime"] == "onnxruntime"
+    assert targets["host-cpu"]["engines"] == ["onnxruntime"]
     methods = {method["name"]: method for method in data("methods")}
     assert {"fp16", "edge-w8a8", "edge-w4a8", "ssdi8-w8a8", "ssdi8-w4a8"} <= set(methods)
     assert methods["edge-w4a8"]["linear"] == "w4"

@@ -526,7 +526,7 @@ def test_other_attributes_are_another_body() -> None:
     x = hidden, residual
     for rounding in roundings:
         norm(*x, eps=1e-5, scaling="dynamic", rounding=rounding)
-    model = graph.model("two")
+    model = graph.model()
     assert [node.domain for node in model.graph.node] == [DOMAIN, DOMAIN, f"{DOMAIN}.2"]
     assert [(f.domain, f.name) for f in model.functions] == [
         *((DOMAIN, norm.name), (f"{DOMAIN}.2", norm.name))

@@ -24,7 +24,7 @@ from tiny_model import one_thread
 from torch import Tensor
 
 from runtime.files import WEIGHTS
-from ssdi8_edge.compile.export import export_model
+from ssdi8_edge.compile.export import record_model
 from ssdi8_edge.compile.safetensors_writer import SafetensorsWriter
 from ssdi8_edge.ground.errors import CheckpointError, UsageError
 from ssdi8_edge.models.block import Block, States
@@ -33,6 +33,7 @@ from ssdi8_edge.models.kinds.attention import Attention
 from ssdi8_edge.models.kinds.mamba2 import Mamba2
 from ssdi8_edge.models.kinds.mlp import Mlp
 from ssdi8_edge.numerics import hadamard
+from ssdi8_edge.ops import OPS
 from ssdi8_edge.ops.kernel_limits import require_kernels, width_misfit
 from ssdi8_edge.recipes.presets import METHODS
 
@@ -119,10 +120,13 @@ def test_the_graph_computes_the_same_bits(
         for name, tensor in made.tensors.items():
             writer.add(name, tensor)
     model = made.model.description.with_context(64)
-    graph = export_model(tmp_path / WEIGHTS, model, made.recipe, "cpu")
+    recorded = record_model(tmp_path / WEIGHTS, model, made.recipe, "cpu")
+    graph = recorded.model()
     onnx.save(graph, tmp_path / "model.onnx")
     inputs = {value.name for value in graph.graph.input}
     opened = session(tmp_path / "model.onnx")
+    without = [call["op"] for call in recorded.program.data()["calls"] if not call["launch"]]
+    assert without and OPS[without[0]].kernel is None  # which a runtime then names
 
     specs = list(model.states(made.recipe))
     states = [tuple(s.zeros(2) for s in block.states(made.recipe)) for block in model.blocks]

@@ -868,7 +868,7 @@ def saturation_of(made: Quantized, tokens: int, samples: int) -> dict[str, float
 def test_saturation_of_the_demo(
     demo: Callable[[str], Quantized], name: str, tokens: int, samples: int
 ) -> None:
-    """Every site of every layer below 0.1 % saturated, in short and long texts (docs/method.md §11.4)."""
+    """Every site of every layer below 0.1 % saturated, at both lengths (docs/method.md §11.4)."""
     found = saturation_of(demo(name), tokens, samples)
     assert found.keys() == {f"layers.{i}.{site}" for i in range(8) for site in SITES[name]}
     above = {k: f"{v:.2%}" for k, v in found.items() if v >= SATURATION_LIMIT}

@@ -12,7 +12,7 @@ from ssdi8_edge.targets import load_target, target_names
 GOOD = """\
 name = "bench"
 about = "a board on the bench"
-runtime = "tensorrt"
+engines = ["tensorrt"]
 where = "board"
 
 [board]
@@ -47,7 +47,7 @@ def test_shipped_target(name: str) -> None:
     assert target.max_tokens == target.engine.tokens[2] >= 256
     if target.board is not None:
         assert target.board.compute_capability == "8.7"  # all Orin modules
-        assert target.runtime == "tensorrt"
+        assert target.engines == ["tensorrt", "kernels"]
     assert target.to_dict()["max_tokens"] == target.max_tokens
 
 
@@ -72,7 +72,7 @@ def test_a_target_cannot_be_changed() -> None:
         pytest.param(change("sms = 8\n", ""), ["board.sms"], id="missing key"),
         pytest.param(change("sms = 8", 'sms = "eight"'), ["board.sms"], id="wrong type"),
         pytest.param(change("sms = 8", "sms = 0"), ["board.sms"], id="out of range"),
-        pytest.param(change('"tensorrt"', '"abacus"'), ["runtime", "onnxruntime"], id="runtime"),
+        pytest.param(change('"tensorrt"', '"abacus"'), ["engines", "onnxruntime"], id="engines"),
         pytest.param(change('"bench"', '"Bench 1"'), ["name"], id="name with a space"),
         pytest.param(change("512, 2048", "4096, 2048"), ["tokens", "rise"], id="bad order"),
         pytest.param(change("[1, 512, 2048]", "[1, 2048]"), ["engine.tokens"], id="two numbers"),

@@ -12,8 +12,9 @@ import pytest
 
 from ssdi8_edge.ground.errors import Ssdi8Error
 from ssdi8_edge.numerics.formats import Gate, Rotation, Rounding, Scaling
-from ssdi8_edge.ops import OPS, kernel_library
+from ssdi8_edge.ops import OPS, baseline, kernel_library
 from ssdi8_edge.ops.kernel_header import abi_version, number_of, parameter_structs
+from ssdi8_edge.ops.op import Op
 
 CHOICES = {"gate": Gate, "rotation": Rotation, "rounding": Rounding, "scaling": Scaling}
 
@@ -30,13 +31,16 @@ def test_a_choice_that_the_header_lacks_is_an_error() -> None:
         number_of("rounding", "down")
 
 
-def test_structs_are_those_of_the_ops_with_a_plugin() -> None:
-    """Every attribute that a kernel needs is a field of the op's struct."""
+def test_structs_are_those_of_the_ops_with_a_kernel() -> None:
+    """Every attribute that a plugin's kernel needs is a field of the op's struct."""
     by_op = {struct.__name__[:-6]: struct for struct in parameter_structs().values()}
-    written = {name for name, op in OPS.items() if op.plugin and op.kernel}
-    assert by_op.keys() == written
-    for name, struct in by_op.items():
-        assert set(OPS[name].attributes) <= {field[0] for field in struct._fields_}
+    plugins = {name for name, op in OPS.items() if op.plugin and op.kernel}
+    others = {name for name, op in OPS.items() if op.kernel} - plugins
+    baseline_ops = {op.name for op in vars(baseline).values() if isinstance(op, Op)}
+    named = {f"Ssdi8{'Fp16' if name in baseline_ops else ''}{name}" for name in others}
+    assert by_op.keys() == plugins | named
+    for name in plugins:
+        assert set(OPS[name].attributes) <= {field[0] for field in by_op[name]._fields_}
 
 
 @pytest.fixture

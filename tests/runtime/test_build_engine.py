@@ -303,7 +303,7 @@ def test_a_bundle_for_a_cpu_has_no_engine(packed: Path, tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
     bundle.mkdir()
     shutil.copy(packed / "fp16" / "bundle" / "manifest.json", bundle)
-    edit_manifest(bundle, lambda m: m["target"].update(runtime="onnxruntime"))
+    edit_manifest(bundle, lambda m: m["target"].update(engines=["onnxruntime"]))
     with pytest.raises(BundleProblem, match=r"is for a CPU and has no TensorRT engine.*run_engine"):
         build.build(build.parse([], bundle))
 

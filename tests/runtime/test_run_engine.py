@@ -602,12 +602,12 @@ BAD_BUNDLES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         ["no manifest.json", "name a bundle"],
     ),
     "manifest cut short": (
-        lambda f: (f / "manifest.json").write_text('{"schema": 2,'),
+        lambda f: (f / "manifest.json").write_text('{"schema": 3,'),
         ["not the manifest of a bundle", "copy"],
     ),
     "another schema": (
         edit_manifest(lambda m: m.update(schema=1)),
-        ["schema 1", "schema 2", "pack the bundle again"],
+        ["schema 1", "schema 3", "pack the bundle again"],
     ),
     "no sizes": (
         edit_manifest(lambda m: m["interface"].pop("prompt_multiple")),
@@ -624,9 +624,9 @@ BAD_BUNDLES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         edit_manifest(lambda m: m["interface"]["states"][1].update(dtype="int4")),
         ["int4", "pack"],
     ),
-    "unknown runtime": (
-        edit_manifest(lambda m: m["target"].update(runtime="abacus")),
-        ["abacus", "onnxruntime and tensorrt"],
+    "unknown engine": (
+        edit_manifest(lambda m: m["target"].update(engines=["abacus"])),
+        ["abacus", "onnxruntime, tensorrt, kernels"],
     ),
     "pieces shorter than a chunk": (
         edit_manifest(lambda m: m["target"].update(max_tokens=3)),
@@ -735,7 +735,7 @@ def test_script_without_its_folder(tmp_path: Path) -> None:
 
 
 def test_bundle_for_tensorrt_says_so_and_runs_its_portable_graph_when_asked(copy: Path) -> None:
-    pack(copy, target={"name": "orin-nx", "runtime": "tensorrt", "max_tokens": MAX_TOKENS})
+    pack(copy, target={"name": "orin-nx", "engines": ["tensorrt"], "max_tokens": MAX_TOKENS})
     words = ["no TensorRT engine yet", "built on the board", "use --backend onnxruntime"]
     assert_one_sentence(run_engine(copy, "--prompt", CHAIN), words)
     with pytest.raises(BundleProblem, match="built on the board"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 from pathlib import Path
@@ -56,7 +57,7 @@ case "$*" in
     -S*) mkdir -p "$4" ;;
     --build*)
         [[ ! -f $(dirname "$0")/broken ]] || { echo "error: NvInfer.h"; exit 2; }
-        touch "$2/libssdi8_plugins.so"
+        touch "$2/lib$4.so"
         ;;
 esac
 """
@@ -244,7 +245,7 @@ def test_another_machine_is_not_sent_to_jetpack(jetson: Jetson) -> None:
 def test_a_bundle_for_a_cpu_needs_no_plugins(jetson: Jetson, arguments: tuple[str, ...]) -> None:
     """One sentence with what to do instead, whatever is installed; nothing is made."""
     (jetson.bundle / "manifest.json").write_text(
-        '{\n  "target": {\n    "name": "host-cpu",\n    "runtime": "onnxruntime"\n  }\n}\n'
+        json.dumps({"target": {"name": "host-cpu", "engines": ["onnxruntime"]}}, indent=2)
     )
     done = jetson.run(*arguments)
     assert done.returncode == 2 and done.stdout == ""
@@ -255,8 +256,27 @@ def test_a_bundle_for_a_cpu_needs_no_plugins(jetson: Jetson, arguments: tuple[st
     assert jetson.made() == {"manifest.json"} and jetson.calls("") == []
 
 
+def test_kernels_need_no_tensorrt(jetson: Jetson) -> None:
+    """A bundle that they can run: neither TensorRT nor pycuda is asked for."""
+    (jetson.bin / "modules" / "tensorrt").unlink()
+    target = {"target": {"engines": ["tensorrt", "kernels"]}}
+    (jetson.bundle / "manifest.json").write_text(json.dumps(target, indent=2))
+    (jetson.bundle / "plugins").mkdir()
+    done = jetson.run()
+    assert done.returncode == 0 and "our kernels run the bundle without it" in done.stdout
+    assert done.stdout.splitlines()[-1].endswith("run_engine.py --verify")
+    assert "--target ssdi8_kernels --parallel" in jetson.calls("cmake --build")[0]
+    assert (jetson.bundle / "build/libssdi8_kernels.so").is_file()
+    (pip,) = jetson.calls("pip install")
+    assert pip.endswith(" tokenizers") and "pycuda" not in pip
+    assert jetson.run("--check").returncode == 0
+    (jetson.bin / "modules" / "tensorrt").write_text("10.3.0\n")
+    assert jetson.run().returncode == 0  # both
+    assert (jetson.bundle / LIBRARY).is_file()
+
+
 def test_a_bundle_without_its_plugins(jetson: Jetson) -> None:
-    (jetson.bundle / "manifest.json").write_text('{"target": {"runtime": "tensorrt"}}')
+    (jetson.bundle / "manifest.json").write_text('{"target": {"engines": ["tensorrt"]}}')
     done = jetson.run()
     assert done.returncode == 2 and "copy the whole bundle" in done.stderr
     (jetson.bundle / "plugins").mkdir()

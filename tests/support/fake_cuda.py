@@ -1,8 +1,9 @@
 """Stand-ins for pycuda and libcuda.so.1, without a GPU: strict about the rules of CUDA.
 
-GPU memory is an address space of its own. What is put on a stream runs when the stream is waited
+What is put on a stream runs when the stream is waited
 for, so that a forgotten wait shows; what is put there while a graph is recorded does not run at
 all. Memory that is not there, or not any more, is an error, and so is a call without a context.
+Addresses on the GPU are those of host memory, so that emulated kernels can run on them.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ from typing import Any
 
 import numpy as np
 
-FIRST_ADDRESS = 1 << 20
+ALIGNMENT = 512  # of allocations
+HANDLES = 9000  # of events
 TOTAL_MEMORY = 8 << 30
 Work = Callable[[], None]
+# Results of the driver.
+OUT_OF_MEMORY, LOST = 2, 719
 
 
 class CudaMisuse(AssertionError):
@@ -47,7 +51,10 @@ class Cuda:
         self.refuse_stream = False
         self.refuse_pinned = False
         self.memory_limit = TOTAL_MEMORY
-        self._next = FIRST_ADDRESS
+        self.lost = False  # every wait fails from now on
+        self.largest_allocation = 0
+        self.events: dict[int, int] = {}  # handle -> the number of its last record
+        self.recorded_events = 0
 
     def require_context(self) -> None:
         if self.contexts != 1:
@@ -59,9 +66,11 @@ class Cuda:
             raise CudaError("invalid value")
         if self.used() + nbytes > self.memory_limit:
             raise CudaError("out of memory")
-        pointer = self._next
-        self._next += -(-nbytes // 512) * 512 + 512
-        self.allocations[pointer] = np.full(nbytes, 0xAB, np.uint8)  # never zero by luck
+        memory = np.full(nbytes + ALIGNMENT, 0xAB, np.uint8)  # never zero by luck
+        start = -memory.ctypes.data % ALIGNMENT
+        pointer = memory.ctypes.data + start
+        self.allocations[pointer] = memory[start : start + nbytes]
+        self.largest_allocation = max(self.largest_allocation, nbytes)
         return pointer
 
     def used(self) -> int:
@@ -82,6 +91,7 @@ class Cuda:
             "contexts": self.contexts,
             "retained": self.retained,
             "graphs": len(self.graphs),
+            "events": len(self.events),
         }
         return [f"{count} {what}" for what, count in held.items() if count]
 
@@ -107,6 +117,10 @@ class Stream:
         if self._cuda.interrupt_next_wait:
             self._cuda.interrupt_next_wait = False
             raise KeyboardInterrupt
+        self.flush()
+
+    def flush(self) -> None:
+        """Run what is waiting."""
         queue, self.queue = self.queue, []
         for work in queue:
             work()
@@ -305,10 +319,146 @@ class LibCuda:
         return 0
 
 
+class DriverMemory(LibCuda):
+    """With the functions of engine/driver.py: memory, the stream and its events."""
+
+    def __init__(self, cuda: Cuda) -> None:
+        super().__init__(cuda)
+        self._host: dict[int, Any] = {}  # address of page-locked memory -> what holds it
+
+    def _page_locked(self, pointer: Any, count: int) -> np.ndarray:
+        """The bytes there, which must be page-locked."""
+        for base, memory in self._host.items():
+            if base <= pointer.value and pointer.value + count <= base + len(memory):
+                return np.frombuffer(memory, np.uint8)[pointer.value - base :][:count]
+        raise CudaMisuse("an asynchronous copy needs page-locked memory")
+
+    def cuDevicePrimaryCtxRetain(self, context: Any, _: Any) -> int:
+        context._obj.value = 1
+        self._cuda.retained += 1
+        return 0
+
+    def cuDevicePrimaryCtxRelease_v2(self, _: Any) -> int:
+        self._cuda.retained -= 1
+        self._cuda.contexts = 0
+        return 0
+
+    def cuCtxSetCurrent(self, _: Any) -> int:
+        self._cuda.contexts = 1
+        return 0
+
+    def cuMemGetInfo_v2(self, free: Any, total: Any) -> int:
+        self._cuda.require_context()
+        free._obj.value = self._cuda.memory_limit - self._cuda.used()
+        total._obj.value = TOTAL_MEMORY
+        return 0
+
+    def cuStreamCreate(self, stream: Any, flags: Any) -> int:
+        self._cuda.require_context()
+        if self._cuda.refuse_stream:
+            return OUT_OF_MEMORY
+        stream._obj.value = Stream.handle
+        return 0
+
+    def cuStreamDestroy_v2(self, _: Any) -> int:
+        return 0
+
+    def cuStreamSynchronize(self, _: Any) -> int:
+        if self._cuda.lost:
+            return LOST
+        self._cuda.stream.synchronize()
+        return 0
+
+    def cuMemAlloc_v2(self, pointer: Any, nbytes: Any) -> int:
+        try:
+            pointer._obj.value = self._cuda.allocate(nbytes.value)
+        except CudaError:
+            return OUT_OF_MEMORY
+        return 0
+
+    def cuMemFree_v2(self, pointer: Any) -> int:
+        if self._cuda.allocations.pop(pointer.value, None) is None:
+            raise CudaMisuse("GPU memory freed twice")
+        return 0
+
+    def cuMemHostAlloc(self, pointer: Any, nbytes: Any, _: Any) -> int:
+        if self._cuda.refuse_pinned:
+            return OUT_OF_MEMORY
+        memory = (ctypes.c_char * nbytes.value)()
+        pointer._obj.value = ctypes.addressof(memory)
+        self._host[pointer._obj.value] = memory
+        self._cuda.pinned.add(pointer._obj.value)
+        return 0
+
+    def cuMemFreeHost(self, pointer: Any) -> int:
+        del self._host[pointer.value]
+        self._cuda.pinned.remove(pointer.value)
+        return 0
+
+    def cuMemcpyHtoDAsync_v2(self, target: Any, source: Any, count: Any, _: Any) -> int:
+        data = self._page_locked(source, count.value)
+
+        def copy() -> None:
+            self._cuda.view(target.value, count.value)[:] = data
+
+        self._cuda.stream.put(copy)
+        return 0
+
+    def cuMemcpyDtoHAsync_v2(self, target: Any, source: Any, count: Any, _: Any) -> int:
+        data = self._page_locked(target, count.value)
+
+        def copy() -> None:
+            data[:] = self._cuda.view(source.value, count.value)
+
+        self._cuda.stream.put(copy)
+        return 0
+
+    def cuMemcpyHtoD_v2(self, target: Any, source: Any, count: Any) -> int:
+        self._cuda.require_context()
+        data = ctypes.string_at(source.value, count.value)
+        self._cuda.view(target.value, count.value)[:] = np.frombuffer(data, np.uint8)
+        return 0
+
+    def cuMemcpyDtoH_v2(self, target: Any, source: Any, count: Any) -> int:
+        self._cuda.require_context()
+        data = self._cuda.view(source.value, count.value).tobytes()
+        ctypes.memmove(target.value, data, count.value)
+        return 0
+
+    def cuMemsetD8Async(self, target: Any, value: Any, count: Any, _: Any) -> int:
+        def fill() -> None:
+            self._cuda.view(target.value, count.value)[:] = value.value
+
+        self._cuda.stream.put(fill)
+        return 0
+
+    def cuEventCreate(self, event: Any, flags: Any) -> int:
+        event._obj.value = HANDLES + len(self._cuda.events)
+        self._cuda.events[event._obj.value] = 0
+        return 0
+
+    def cuEventDestroy_v2(self, event: Any) -> int:
+        del self._cuda.events[event.value]
+        return 0
+
+    def cuEventRecord(self, event: Any, _: Any) -> int:
+        def pass_by() -> None:
+            self._cuda.recorded_events += 1
+            self._cuda.events[event.value] = self._cuda.recorded_events
+
+        self._cuda.stream.put(pass_by)
+        return 0
+
+    def cuEventElapsedTime(self, passed: Any, first: Any, second: Any) -> int:
+        """A millisecond for each event between."""
+        passed._obj.value = self._cuda.events[second.value] - self._cuda.events[first.value]
+        return 0
+
+
 class FakeCtypes(types.SimpleNamespace):
     """ctypes, with libcuda.so.1 there."""
 
     def __init__(self, cuda: Cuda) -> None:
         super().__init__(**{n: getattr(ctypes, n) for n in dir(ctypes) if not n.startswith("_")})
-        self._libraries = LibCuda(cuda)
+        self._libraries = DriverMemory(cuda)
         self.CDLL = lambda name: self._libraries

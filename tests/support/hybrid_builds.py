@@ -94,7 +94,7 @@ def for_board(bundle: Path, folder: Path) -> Path:
     (folder / "build" / "libssdi8_plugins.so").write_bytes(b"fake plugins")
     manifest = json.loads((folder / "manifest.json").read_text())
     shapes = {"batch": [1, 1, 2], "tokens": [1, 16, 32], "workspace_mb": 1}
-    manifest["target"] |= {"runtime": "tensorrt", "engine": shapes, "max_tokens": 32}
+    manifest["target"] |= {"engines": ["tensorrt"], "engine": shapes, "max_tokens": 32}
     made = folder / "model.onnx"
     manifest["files"]["model.onnx"] = {"sha256": sha256(made), "bytes": made.stat().st_size}
     (folder / "manifest.json").write_text(json.dumps(manifest))

@@ -37,7 +37,7 @@ def run_body(op: Op, inputs: list[Tensor], attributes: dict[str, Any]) -> list[n
     for value, name, tensor in zip(outputs, op.outputs, reference, strict=True):
         shape = [None] * tensor.dim()
         graph.output(value, f"{name}_result", ELEMENT_TYPES[tensor.dtype], shape)  # type: ignore[arg-type]
-    built = graph.model("test")
+    built = graph.model()
     onnx.checker.check_model(built)
     feed = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
     return session(built).run(None, feed)

@@ -211,15 +211,16 @@ def pack(folder: Path, **changes: Any) -> None:
     """Write the manifest of what lies in `folder`; `changes` replace entries of its top level."""
     recipe = {"name": "edge-w8a8", "weights": "int8", "state_dtype": "fp32"}
     recipe = changes.get("recipe", recipe)
-    left_out = {"__pycache__", "build", "engine"}
-    files = sorted(f for f in folder.rglob("*") if f.is_file() and not left_out & {*f.parts})
+    built = [path for path in (folder / "build", folder / "engine") if path.is_dir()]
+    made = {f for path in (*built, *folder.rglob("__pycache__")) for f in path.rglob("*")}
+    files = sorted(f for f in folder.rglob("*") if f.is_file() and f not in made)
     manifest = {
-        "schema": 2,
+        "schema": 3,
         "name": "tiny--edge-w8a8--host-cpu",
         "model": SIZES,
         "interface": interface(str(recipe["state_dtype"])),
         "recipe": recipe,
-        "target": {"name": "host-cpu", "runtime": "onnxruntime", "max_tokens": MAX_TOKENS},
+        "target": {"name": "host-cpu", "engines": ["onnxruntime"], "max_tokens": MAX_TOKENS},
         "created": {"host": "bench", "versions": {"onnx": onnx.__version__}},
         "steps": [{"step": "export", "where": "bench", "seconds": 1.5}],
         "text": {"end_ids": [0]},
@@ -276,7 +277,12 @@ def make_board_bundle(folder: Path, *, plugins: bool = True) -> Path:
 
 def pack_for_board(folder: Path, plugins: bool = True, **target: Any) -> None:
     """A manifest for a board; `target` changes entries of the target."""
-    common = {"name": "orin-nx", "runtime": "tensorrt", "where": "board", "max_tokens": MAX_TOKENS}
+    common = {
+        "name": "orin-nx",
+        "engines": ["tensorrt"],
+        "where": "board",
+        "max_tokens": MAX_TOKENS,
+    }
     recipe = {"name": "edge-w8a8", "state_dtype": "fp32", "linear": "w8_row" if plugins else "fp16"}
     pack(folder, recipe=recipe, target={**common, "engine": SHAPES, **target})
 

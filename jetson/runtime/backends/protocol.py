@@ -24,6 +24,7 @@ class BackendOptions:
     engines: Path | None = None  # folder that build_engine.py wrote; None: engine/ in the bundle
     plugins: Path | None = None  # plugin library; None: where the engine's build log says
     profiling: bool = False  # collect `layer_times`
+    reason: str = ""  # why this backend was chosen, where the user did not name it
     hash_all: bool = False  # also of an engine that is large
 
 

@@ -14,14 +14,14 @@ rows of its tokens alone. An interrupted call is repeated at its position, and w
 
 from __future__ import annotations
 
-import math
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from runtime.backends.device_states import DeviceStates, layout
 from runtime.backends.protocol import BackendOptions, LayerTimes, States
 from runtime.backends.tensorrt_context import Context
 from runtime.bundle import HASHED_AT_LOAD, Bundle
@@ -42,7 +42,6 @@ from runtime.machine import this_machine
 from runtime.problems import BundleProblem, RunFailure
 
 PREFILL, DECODE = 0, 1  # optimization profiles
-ALIGNMENT = 256  # bytes, which TensorRT asks for
 
 
 class TensorRtBackend:
@@ -73,6 +72,8 @@ class TensorRtBackend:
             f"the engine was built for {text}; build one for this state with {REBUILD}"
             for text in differs
         ]
+        if options.reason:
+            self.notes.append(options.reason)
         self._batches, self._tokens = (built_for["shapes"][k] for k in ("batch", "tokens"))
         self._vocabulary = bundle.model.vocab_size
         self._shapes = bundle.model.state_shapes
@@ -127,12 +128,12 @@ class TensorRtBackend:
         self._ids = self._gpu.allocate(self._ids_host.nbytes)
         self._logits_host = self._gpu.pinned((batch * self._vocabulary,), np.float32)
         self._logits = self._gpu.allocate(self._logits_host.nbytes)
-        self._offsets, self._slot_bytes = _layout(
+        self._offsets, self._slot_bytes = layout(
             {n: s for n, s in self._shapes(batch).items() if n not in self._growing}, self._dtypes
         )
         self._slots = [self._gpu.allocate(self._slot_bytes) for _ in range(2)]
         if self._growing:
-            self._grown_offsets, self._grown_bytes = _layout(
+            self._grown_offsets, self._grown_bytes = layout(
                 {n: s for n, s in self._shapes(batch).items() if n in self._growing}, self._dtypes
             )
             self._grown = self._gpu.allocate(self._grown_bytes)
@@ -159,7 +160,7 @@ class TensorRtBackend:
         if self._growing:
             self._gpu.zero(self._grown, self._grown_bytes)
         self._generation += 1
-        return _DeviceStates(self, 0, self._generation)
+        return DeviceStates(self, 0, self._generation)
 
     def load_states(self, held: Mapping[str, np.ndarray]) -> States:
         """Copied into slot A; states given out before are gone."""
@@ -175,7 +176,7 @@ class TensorRtBackend:
 
         The logits lie in pinned memory, which the next call overwrites.
         """
-        assert isinstance(states, _DeviceStates) and keep == 1
+        assert isinstance(states, DeviceStates) and keep == 1
         slot = states.current_slot()
         batch, length = ids.shape
         low, _, high = self._tokens
@@ -200,7 +201,7 @@ class TensorRtBackend:
             self._times.append(context.take_times())
         self._generation += 1
         logits = self._logits_host[: batch * self._vocabulary].reshape(batch, 1, -1)
-        return logits, _DeviceStates(self, 1 - slot, self._generation)
+        return logits, DeviceStates(self, 1 - slot, self._generation)
 
     def _decode(self, context: Context, slot: int) -> None:
         """One token, by a graph from the second time on."""
@@ -286,42 +287,6 @@ class TensorRtBackend:
         self._contexts.clear()
         self._engine = None
         self._gpu.close()
-
-
-class _DeviceStates(Mapping[str, np.ndarray]):
-    """States in one slot; an entry is copied to the host when it is asked for."""
-
-    def __init__(self, backend: TensorRtBackend, slot: int, generation: int) -> None:
-        self._backend = backend
-        self._slot = slot
-        self._generation = generation
-
-    def current_slot(self) -> int:
-        """The slot, as long as no later call has taken it."""
-        if not self._backend.is_current(self._generation):
-            raise ValueError("these states are gone: go on with those of the last call")
-        return self._slot
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._backend.read_state(name, self.current_slot())
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._backend.state_names)
-
-    def __len__(self) -> int:
-        return len(self._backend.state_names)
-
-
-def _layout(
-    shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, np.dtype]
-) -> tuple[dict[str, int], int]:
-    """Where each state begins in a slot, and how many bytes a slot has."""
-    offsets, end = {}, 0
-    for name, shape in shapes.items():
-        offsets[name] = end
-        nbytes = math.prod(shape) * dtypes[name].itemsize
-        end += -(-nbytes // ALIGNMENT) * ALIGNMENT
-    return offsets, end
 
 
 def _plugin_library(bundle: Bundle, store: Path, named: Path | None) -> Path | None:

@@ -108,7 +108,7 @@ class _Job:
 def build(options: argparse.Namespace) -> int:
     """Build, or find that nothing is to be done; returns the exit code."""
     bundle = open_bundle(options.bundle)
-    if bundle.runtime != "tensorrt":
+    if "tensorrt" not in bundle.engines:
         raise BundleProblem(
             f"bundle {bundle.name} is for a CPU and has no TensorRT engine to build",
             "run it as it is with run_engine.py, or pack one for a Jetson: ssdi8-edge build"

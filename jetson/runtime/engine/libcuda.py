@@ -1,7 +1,7 @@
 """The CUDA driver library through ctypes: which GPU this is, and CUDA graphs.
 
-The builder asks for the GPU and has no pycuda; pycuda (2026.1) has no CUDA graphs. Both need a
-handful of functions whose C interface has not changed since CUDA 11.4.
+The builder asks for the GPU and has no pycuda; pycuda (2026.1) has no CUDA graphs; `engine.driver`
+has only this. All need functions whose C interface has not changed since CUDA 11.4.
 """
 
 from __future__ import annotations
@@ -30,32 +30,41 @@ class Gpu:
     cuda: str
 
 
+def driver_library() -> ctypes.CDLL:
+    """The driver itself.
+
+    Raises:
+        BundleProblem: it is not installed.
+    """
+    try:
+        return ctypes.CDLL(LIBRARY)
+    except OSError as error:
+        raise BundleProblem(
+            f"{LIBRARY} cannot be loaded ({error})",
+            "run this on the board, or where an NVIDIA driver is installed",
+        ) from error
+
+
 def this_gpu() -> Gpu:
     """Ask the driver.
 
     Raises:
         BundleProblem: there is no driver or no GPU.
     """
+    cuda = driver_library()
     try:
-        cuda = ctypes.CDLL(LIBRARY)
-    except OSError as error:
-        raise BundleProblem(
-            f"{LIBRARY} cannot be loaded ({error})",
-            "run this on the board, or where an NVIDIA driver is installed",
-        ) from error
-    try:
-        _check(cuda, cuda.cuInit(0), "cuInit")
+        check(cuda, cuda.cuInit(0), "cuInit")
         device = ctypes.c_int()
-        _check(cuda, cuda.cuDeviceGet(ctypes.byref(device), 0), "cuDeviceGet")
+        check(cuda, cuda.cuDeviceGet(ctypes.byref(device), 0), "cuDeviceGet")
         name = ctypes.create_string_buffer(NAME_BYTES)
-        _check(cuda, cuda.cuDeviceGetName(name, NAME_BYTES, device), "cuDeviceGetName")
+        check(cuda, cuda.cuDeviceGetName(name, NAME_BYTES, device), "cuDeviceGetName")
         version = ctypes.c_int()
-        _check(cuda, cuda.cuDriverGetVersion(ctypes.byref(version)), "cuDriverGetVersion")
+        check(cuda, cuda.cuDriverGetVersion(ctypes.byref(version)), "cuDriverGetVersion")
 
         def attribute(number: int) -> int:
             value = ctypes.c_int()
             result = cuda.cuDeviceGetAttribute(ctypes.byref(value), number, device)
-            _check(cuda, result, "cuDeviceGetAttribute")
+            check(cuda, result, "cuDeviceGetAttribute")
             return value.value
 
         major = attribute(COMPUTE_CAPABILITY_MAJOR)
@@ -79,11 +88,11 @@ class Graph:
 
     def __init__(self, stream: int) -> None:
         """Begin to record what is put on the stream with this handle."""
-        self._cuda = ctypes.CDLL(LIBRARY)
+        self._cuda = driver_library()
         self._stream = ctypes.c_void_p(stream)
         self._executable = ctypes.c_void_p()
         result = self._cuda.cuStreamBeginCapture_v2(self._stream, CAPTURE_THREAD_LOCAL)
-        _check(self._cuda, result, "cuStreamBeginCapture")
+        check(self._cuda, result, "cuStreamBeginCapture")
 
     def finish(self) -> None:
         """End the recording and make it ready to run.
@@ -96,7 +105,7 @@ class Graph:
             result = self._cuda.cuGraphInstantiateWithFlags(
                 ctypes.byref(self._executable), graph, ctypes.c_ulonglong(0)
             )
-            _check(self._cuda, result, "cuGraphInstantiate")
+            check(self._cuda, result, "cuGraphInstantiate")
         finally:
             self._cuda.cuGraphDestroy(graph)
 
@@ -111,13 +120,13 @@ class Graph:
     def _end_capture(self) -> ctypes.c_void_p:
         graph = ctypes.c_void_p()
         result = self._cuda.cuStreamEndCapture(self._stream, ctypes.byref(graph))
-        _check(self._cuda, result, "cuStreamEndCapture")
+        check(self._cuda, result, "cuStreamEndCapture")
         return graph
 
     def launch(self) -> None:
         """Put the recorded work on its stream once more."""
         result = self._cuda.cuGraphLaunch(self._executable, self._stream)
-        _check(self._cuda, result, "cuGraphLaunch")
+        check(self._cuda, result, "cuGraphLaunch")
 
     def free(self) -> None:
         """Drop it; may be called again."""
@@ -126,7 +135,8 @@ class Graph:
             self._executable = ctypes.c_void_p()
 
 
-def _check(cuda: ctypes.CDLL, result: int, function: str) -> None:
+def check(cuda: ctypes.CDLL, result: int, function: str) -> None:
+    """Raises RunFailure, which names `function`, unless its result is 0."""
     if result == 0:
         return
     text = ctypes.c_char_p()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -30,8 +31,8 @@ class Finding:
     """Something that is missing or in the way.
 
     Attributes:
-        needed_for: `everything`, `tensorrt` (engines), `onnxruntime` (host-cpu bundles) or
-            `measuring`.
+        needed_for: `everything`, `kernels` (compiling them, which TensorRT's plugins need, too),
+            `tensorrt` (engines), `onnxruntime` (host-cpu bundles) or `measuring`.
     """
 
     what: str
@@ -43,26 +44,46 @@ def examine(facts: BoardFacts, connection: Connection) -> list[Finding]:
     """What to install or change, most important first."""
     findings = _everywhere(facts, connection)
     if facts.is_jetson:
-        findings += [*_jetson(facts), *_measuring(facts)]
+        findings += [*_tensorrt(facts), *_compilers(facts), *_measuring(facts)]
     return findings
 
 
-def check_for_engines(facts: BoardFacts, connection: Connection) -> None:
-    """Before a bundle for TensorRT is brought.
+def engine_for(engines: Sequence[str], facts: BoardFacts, connection: Connection) -> str:
+    """Which of a bundle's engines can be built there, before it is brought: the first.
 
     Raises:
-        BoardError: engines cannot be built there; says what is missing first.
+        BoardError: none can; says what the first is missing first.
     """
+    refused = None
+    for engine in engines:
+        try:
+            if engine == "tensorrt":
+                _check_for_tensorrt(facts, connection)
+            elif engine == "kernels":
+                _require(_compilers(facts), "compile our kernels", connection)
+            return engine
+        except BoardError as error:
+            refused = refused or error
+    assert refused is not None
+    raise refused
+
+
+def _check_for_tensorrt(facts: BoardFacts, connection: Connection) -> None:
     if not facts.is_jetson and "tensorrt" not in facts.system_python.modules:
         raise BoardError(
             f"{connection.name} is no Jetson and has no TensorRT: engines cannot be built there;",
             "deploy a bundle that was built with --target host-cpu.",
         )
-    found = [each for each in examine(facts, connection) if each.needed_for == "tensorrt"]
+    needed = ("tensorrt", "kernels")
+    found = [each for each in examine(facts, connection) if each.needed_for in needed]
+    _require(found, "build engines", connection)
+
+
+def _require(found: Sequence[Finding], what: str, connection: Connection) -> None:
     if found:
         more = f" (and {len(found) - 1} more: ssdi8-edge doctor)" if len(found) > 1 else ""
         raise BoardError(
-            f"{connection.name} cannot build engines yet: {found[0].what}{more};",
+            f"{connection.name} cannot {what} yet: {found[0].what}{more};",
             f"{found[0].remedy}.",
         )
 
@@ -92,7 +113,7 @@ def _everywhere(facts: BoardFacts, connection: Connection) -> list[Finding]:
     return findings
 
 
-def _jetson(facts: BoardFacts) -> list[Finding]:
+def _tensorrt(facts: BoardFacts) -> list[Finding]:
     findings = []
 
     def missing(what: str, remedy: str) -> None:
@@ -106,15 +127,22 @@ def _jetson(facts: BoardFacts) -> list[Finding]:
         missing(f"TensorRT {facts.tensorrt} is older than 10.3", FLASH)
     elif not facts.tensorrt_headers:
         missing("TensorRT's headers are not installed", "sudo apt install libnvinfer-dev")
-    if not facts.nvcc:
-        missing("CUDA's compiler is not at /usr/local/cuda/bin/nvcc", JETPACK)
-    for tool, package in (("cmake", "cmake"), ("g++", "build-essential")):
-        if tool not in facts.tools:
-            missing(f"{tool} is not installed", f"sudo apt install {package}")
     if "tensorrt" not in facts.system_python.modules:
         missing(
             "python3 has no tensorrt module", "sudo apt install python3-libnvinfer (never by pip)"
         )
+    return findings
+
+
+def _compilers(facts: BoardFacts) -> list[Finding]:
+    findings = []
+    if not facts.nvcc:
+        what = "CUDA's compiler is not at /usr/local/cuda/bin/nvcc"
+        findings.append(Finding(what, JETPACK, "kernels"))
+    for tool, package in (("cmake", "cmake"), ("g++", "build-essential")):
+        if tool not in facts.tools:
+            remedy = f"sudo apt install {package}"
+            findings.append(Finding(f"{tool} is not installed", remedy, "kernels"))
     return findings
 
 
@@ -144,7 +172,8 @@ def report(host: str, facts: BoardFacts, findings: list[Finding]) -> dict[str, A
         "host": host,
         "simulated": facts.simulated,
         "runs": {
-            "tensorrt": facts.is_jetson and not {"everything", "tensorrt"} & lacking,
+            "tensorrt": facts.is_jetson and not {"everything", "tensorrt", "kernels"} & lacking,
+            "kernels": facts.is_jetson and not {"everything", "kernels"} & lacking,
             "onnxruntime": not {"everything", "onnxruntime"} & lacking,
         },
         **{key: value for key, value in asdict(facts).items() if key != "simulated"},
@@ -160,7 +189,7 @@ def profile_toml(facts: BoardFacts) -> str:
         lines = [
             f"name = {_toml(_slug(facts.cpu or facts.machine or 'board'))}",
             f"about = {_toml((facts.cpu or facts.machine or 'unknown machine') + simulated)}",
-            'runtime = "onnxruntime"',
+            'engines = ["onnxruntime"]',
             'where = "board"',
         ]
     else:
@@ -168,7 +197,7 @@ def profile_toml(facts: BoardFacts) -> str:
         lines = [
             f"name = {_toml(_jetson_name(facts))}",
             f"about = {_toml((facts.model or 'Jetson') + simulated)}",
-            'runtime = "tensorrt"',
+            'engines = ["tensorrt", "kernels"]',
             'where = "board"',
             f"context = {_context(_memory_gb(facts))}",
             "",

@@ -12,10 +12,10 @@ from typing import Any
 from runtime.bundle import Bundle
 from runtime.memory import least_memory, misfit
 from ssdi8_edge.boards.facts.board_facts import BoardFacts, read_facts
-from ssdi8_edge.boards.facts.doctor import check_for_engines
+from ssdi8_edge.boards.facts.doctor import engine_for
 from ssdi8_edge.boards.facts.interpreter import find_interpreter
 from ssdi8_edge.boards.link.connection import Connection, Say
-from ssdi8_edge.boards.store.engine import build_engine
+from ssdi8_edge.boards.store.engine import build_engine, build_kernels
 from ssdi8_edge.boards.store.upload import Cargo, OnBytes, Placed, upload
 from ssdi8_edge.ground.artifacts import whole_or_absent, write_json
 from ssdi8_edge.ground.board_runtime import open_checked_bundle
@@ -84,9 +84,10 @@ def deploy(
     cargo = Cargo.of(bundle.root, bundle.manifest)
     results = bundle.root.parent / BOARDS / re.sub(r"[^A-Za-z0-9._@-]+", "_", connection.name)
 
-    if bundle.runtime == "tensorrt":
+    chosen = "onnxruntime"
+    if bundle.engines[0] != chosen:
         facts = connection.patiently(lambda: read_facts(connection), say=say)
-        check_for_engines(facts, connection)
+        chosen = engine_for(bundle.engines, facts, connection)
         if not force:
             require_memory(connection.name, bundle, facts)
 
@@ -101,7 +102,9 @@ def deploy(
     else:
         say(f"{connection.name} has all files of {bundle.name} already")
     engine = None
-    if bundle.runtime == "tensorrt":
+    if chosen == "kernels":
+        python = build_kernels(connection, placed.folder, cargo.name, results, say, on_line)
+    elif chosen == "tensorrt":
         python, engine = build_engine(
             connection, placed.folder, cargo.name, results, say, on_line, force
         )

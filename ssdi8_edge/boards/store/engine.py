@@ -1,4 +1,5 @@
-"""The TensorRT engine of a bundle, built on its board by a job, and fetched for safe keeping."""
+"""What a bundle needs on its board, built there by a job: kernels, or a TensorRT engine, which is
+fetched for safe keeping."""
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ MISSING = "missing  "  # begins a line of setup.sh
 # Both tools do nothing where nothing is to be done, so that a second deploy runs them again.
 _BUILD = f'bash setup.sh && exec {PYTHON} build_engine.py --json --timing-cache "$@"'
 FORCED = "--no-memory-check"
+_SETUP = "exec bash setup.sh"
 
 
 def build_engine(
@@ -50,34 +52,8 @@ def build_engine(
         BoardError: the build failed; says where its log is.
     """
     cache = f"{PurePosixPath(folder).parent.parent}/{TIMING_CACHE}"
-    job = connection.patiently(
-        lambda: start_job(
-            connection,
-            f"build-{name}",
-            ["bash", "-c", _BUILD, "build", cache, *([FORCED] if force else [])],
-            folder=folder,
-            lock="board",
-        ),
-        say=say,
-    )
-    say(
-        f"{connection.name} {'is still building' if job.picked_up else 'checks or builds'} plugins "
-        f"and engine; the log is {connection.store}/jobs/{job.name}/log there"
-    )
-    lines: list[str] = []
-
-    def take(line: str) -> None:
-        lines.append(line)
-        on_line(line)
-
-    status = job.follow(take, say=say)
-    with whole_or_absent(results / "build.log") as scratch:
-        scratch.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    if status != 0:
-        raise BoardError(
-            f"plugins or engine could not be built on {connection.name}: {_last_words(lines)}",
-            f"all it printed is in {results / 'build.log'}.",
-        )
+    command = [_BUILD, "build", cache, *([FORCED] if force else [])]
+    lines = _run(connection, folder, name, command, results, say, on_line)
     report = _report(lines)
     if report is None:
         raise BoardError(
@@ -90,6 +66,66 @@ def build_engine(
         f"kept in {results}"
     )
     return f"{folder}/{PYTHON}", report
+
+
+def build_kernels(
+    connection: Connection,
+    folder: str,
+    name: str,
+    results: Path,
+    say: Say,
+    on_line: Callable[[str], None],
+) -> str:
+    """The same for a bundle that our kernels run: setup.sh alone.
+
+    Returns:
+        The interpreter for this bundle.
+
+    Raises:
+        BoardBusy, BoardError: as `build_engine`.
+    """
+    _run(connection, folder, name, [_SETUP], results, say, on_line)
+    return f"{folder}/{PYTHON}"
+
+
+def _run(
+    connection: Connection,
+    folder: str,
+    name: str,
+    command: list[str],
+    results: Path,
+    say: Say,
+    on_line: Callable[[str], None],
+) -> list[str]:
+    """What the job of `command`, a script for bash and its arguments, prints to its end."""
+    job = connection.patiently(
+        lambda: start_job(
+            connection,
+            f"build-{name}",
+            ["bash", "-c", *command],
+            folder=folder,
+            lock="board",
+        ),
+        say=say,
+    )
+    doing = "is still building" if job.picked_up else "checks or builds"
+    log = f"{connection.store}/jobs/{job.name}/log"
+    say(f"{connection.name} {doing} what the bundle needs there; the log is {log}")
+    lines: list[str] = []
+
+    def take(line: str) -> None:
+        lines.append(line)
+        on_line(line)
+
+    status = job.follow(take, say=say)
+    with whole_or_absent(results / "build.log") as scratch:
+        scratch.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if status != 0:
+        raise BoardError(
+            f"what the bundle needs could not be built on {connection.name}: {_last_words(lines)}",
+            f"all it printed is in {results / 'build.log'}.",
+        )
+    return lines
 
 
 def _last_words(lines: list[str]) -> str:

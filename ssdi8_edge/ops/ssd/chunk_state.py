@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ssdi8_edge.numerics.formats import Gate, Rounding, Scaling
 from ssdi8_edge.numerics.int8 import quantize_by_largest, round_to_int8
 from ssdi8_edge.ops import onnx_text as t
-from ssdi8_edge.ops.kernel_library import Call, launch
+from ssdi8_edge.ops.kernel_call import Call
 from ssdi8_edge.ops.op import Attributes, BodyForm, Op
 from ssdi8_edge.ops.ssd.chunking import chunks_of_decay, chunks_of_tokens, given, per_head
 from ssdi8_edge.ops.ssd.kernel_checks import (
@@ -187,16 +189,13 @@ def decay_lines(chunk: int | str, f: int) -> list[str]:
     ]
 
 
-def _kernel(call: Call) -> Tensor:
+def _kernel(call: Call) -> Any:
     require_tokens(call, "b_q")
     require_decay(call)
     require_scales(call, ("b_scale",), ("x_scale", "state_scale"))
-    call.states = torch.empty(
-        (call.batch, chunks(call), call.nheads, call.headdim, call.d_state),
-        dtype=state_type(call),
-        device=call.x.device,
-    )
-    launch("chunk_state", call, call.x.device)
+    shape = (call.batch, chunks(call), call.nheads, call.headdim, call.d_state)
+    call.states = call.empty(shape, state_type(call))
+    call.launch("chunk_state")
     return call.states
 
 

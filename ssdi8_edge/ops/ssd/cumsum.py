@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ssdi8_edge.ops import onnx_text as t
-from ssdi8_edge.ops.kernel_library import Call, launch, require
+from ssdi8_edge.ops.kernel_call import Call
 from ssdi8_edge.ops.op import Attributes, BodyForm, Op
 from ssdi8_edge.ops.ssd.chunking import pad_tokens
 
@@ -101,14 +103,14 @@ def _body(a: Attributes, form: BodyForm) -> str:
     )
 
 
-def _kernel(call: Call) -> tuple[Tensor, Tensor]:
+def _kernel(call: Call) -> Any:
     call.batch, call.length, call.row_stride = call.zxbcdt.shape
-    require(call, torch.float16, zxbcdt=(call.batch, call.length, call.row_stride))
-    require(call, torch.float32, dt_bias=(call.nheads,), A=(call.nheads,))
+    call.require(torch.float16, zxbcdt=(call.batch, call.length, call.row_stride))
+    call.require(torch.float32, dt_bias=(call.nheads,), A=(call.nheads,))
     shape = (call.batch, call.nheads, call.length)
-    call.dt = torch.empty(shape, dtype=torch.float32, device=call.zxbcdt.device)
-    call.a = torch.empty_like(call.dt)
-    launch("chunk_cumsum", call, call.zxbcdt.device)
+    call.dt = call.empty(shape, torch.float32)
+    call.a = call.empty(shape, torch.float32)
+    call.launch("chunk_cumsum")
     return call.dt, call.a
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ssdi8_edge.numerics.formats import Gate, Rounding, Scaling
 from ssdi8_edge.ops import onnx_text as t
-from ssdi8_edge.ops.kernel_library import Call, launch, require
+from ssdi8_edge.ops.kernel_call import Call
 from ssdi8_edge.ops.op import DOMAIN, Attributes, BodyForm, Op
 from ssdi8_edge.ops.ssd.chunk_state import CHUNK_STATE
 from ssdi8_edge.ops.ssd.chunking import per_head
@@ -269,15 +269,15 @@ def _step_lines(a: Attributes, form: BodyForm) -> str:
     return "\n".join(lines)
 
 
-def _kernel(call: Call) -> tuple[Tensor, Tensor]:
+def _kernel(call: Call) -> Any:
     require_tokens(call, "b_q", "c_q")
     call.row_stride = call.zxbcdt.shape[2]
-    require(call, torch.float16, zxbcdt=(call.batch, call.length, call.row_stride))
-    require(call, torch.float32, **{name: (call.nheads,) for name in ("dt_bias", "A", "D")})
+    call.require(torch.float16, zxbcdt=(call.batch, call.length, call.row_stride))
+    call.require(torch.float32, **{name: (call.nheads,) for name in ("dt_bias", "A", "D")})
     require_scales(call, GROUP_SCALES, ("x_scale", "state_scale"))
     require_state(call, call.batch, call.nheads, call.headdim, call.d_state)
-    call.y = torch.empty_like(call.x)
-    launch("ssd_scan", call, call.x.device)
+    call.y = call.empty(tuple(call.x.shape), torch.float16)
+    call.launch("ssd_scan")
     return call.y, call.ssm_state_out
 
 

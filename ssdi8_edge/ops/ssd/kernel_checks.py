@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from ssdi8_edge.ops.kernel_library import Call, next_state, require
+from ssdi8_edge.ops.kernel_call import Call
+from ssdi8_edge.ops.sizes import ceil_div
 
 GROUP_SCALES = ("b_scale", "c_scale", "cb_scale")
 
@@ -13,35 +16,35 @@ def require_tokens(call: Call, *int8: str) -> None:
     """x (B, L, H·P) FP16 and the named (B, L, G·N) INT8 tensors."""
     call.batch, call.length = call.x.shape[:2]
     tokens = (call.batch, call.length)
-    require(call, torch.float16, x=(*tokens, call.nheads * call.headdim))
+    call.require(torch.float16, x=(*tokens, call.nheads * call.headdim))
     columns = (*tokens, call.ngroups * call.d_state)
-    require(call, torch.int8, **{name: columns for name in int8})
+    call.require(torch.int8, **{name: columns for name in int8})
 
 
 def require_decay(call: Call) -> None:
     """dt and a (B, H, L) FP32."""
     decay = (call.batch, call.nheads, call.length)
-    require(call, torch.float32, dt=decay, a=decay)
+    call.require(torch.float32, dt=decay, a=decay)
 
 
 def require_scales(call: Call, per_group: tuple[str, ...], per_channel: tuple[str, ...]) -> None:
     """Those of channels are there with scaling "static" only."""
     channels = (call.nheads, call.headdim)
-    require(call, torch.float32, **{name: (call.ngroups,) for name in per_group})
+    call.require(torch.float32, **{name: (call.ngroups,) for name in per_group})
     present = [name for name in per_channel if getattr(call, name) is not None]
-    require(call, torch.float32, **{name: channels for name in present})
+    call.require(torch.float32, **{name: channels for name in present})
 
 
-def require_state(call: Call, *shape: int) -> None:
+def require_state(call: Call, *shape: Any) -> None:
     """The SSM state, in either type."""
     call.state_fp32 = int(call.ssm_state.dtype is torch.float32)
-    require(call, torch.float32 if call.state_fp32 else torch.float16, ssm_state=shape)
-    call.ssm_state_out = next_state(call.ssm_state)
+    call.require(torch.float32 if call.state_fp32 else torch.float16, ssm_state=shape)
+    call.ssm_state_out = call.next_state(call.ssm_state)
 
 
-def chunks(call: Call) -> int:
-    """How many chunks the tokens are."""
-    return -(-call.length // call.chunk_size)
+def chunks(call: Call) -> Any:
+    """How many chunks the tokens are, a size."""
+    return ceil_div(call.length, call.chunk_size)
 
 
 def state_type(call: Call) -> torch.dtype:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from ssdi8_edge.ground.errors import Ssdi8Error
 from ssdi8_edge.numerics.formats import Gate, Rounding, Scaling
 from ssdi8_edge.numerics.int8 import quantize_by_largest, round_to_int8, round_to_integer
 from ssdi8_edge.ops import onnx_text as t
-from ssdi8_edge.ops.kernel_library import Call, launch, require
+from ssdi8_edge.ops.kernel_call import Call
 from ssdi8_edge.ops.op import Attributes, BodyForm, Op
 from ssdi8_edge.ops.ssd.chunking import chunks_of_decay, given
 from ssdi8_edge.ops.ssd.kernel_checks import (
@@ -213,18 +215,18 @@ def scan_over_chunks(start: str, gamma: str, states: str, kind: str, decay: str)
     )
 
 
-def _kernel(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+def _kernel(call: Call) -> Any:
     call.batch, count, call.nheads, call.headdim, call.d_state = shape = tuple(call.states.shape)
     call.length = call.a.shape[2]
     if chunks(call) != count:
         raise Ssdi8Error(f"CUDA kernel: {call.length} tokens are not {count} chunks.")
-    require(call, state_type(call), states=shape)
-    require(call, torch.float32, a=(call.batch, call.nheads, call.length))
+    call.require(state_type(call), states=shape)
+    call.require(torch.float32, a=(call.batch, call.nheads, call.length))
     require_scales(call, (), ("state_scale",))
     require_state(call, call.batch, *shape[2:])
-    call.passed = torch.empty(shape, dtype=passed_type(call), device=call.states.device)
-    call.passed_scale = torch.empty(shape[:-1], dtype=torch.float32, device=call.states.device)
-    launch("state_passing", call, call.states.device)
+    call.passed = call.empty(shape, passed_type(call))
+    call.passed_scale = call.empty(shape[:-1], torch.float32)
+    call.launch("state_passing")
     return call.passed, call.passed_scale, call.ssm_state_out
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ssdi8_edge.numerics.formats import Rounding, Scaling
 from ssdi8_edge.numerics.int8 import round_to_int8
 from ssdi8_edge.ops import onnx_text as t
-from ssdi8_edge.ops.kernel_library import Call, launch, require
+from ssdi8_edge.ops.kernel_call import Call
 from ssdi8_edge.ops.op import Attributes, BodyForm, Op
 from ssdi8_edge.ops.ssd.chunk_state import decay_lines
 from ssdi8_edge.ops.ssd.chunking import chunks_of_decay, chunks_of_tokens, per_head
@@ -235,16 +237,16 @@ def _rounded_cb_lines(a: Attributes, form: BodyForm) -> list[str]:
     ]
 
 
-def _kernel(call: Call) -> Tensor:
+def _kernel(call: Call) -> Any:
     require_tokens(call, "b_q", "c_q")
     require_decay(call)
-    require(call, torch.float32, D=(call.nheads,))
+    call.require(torch.float32, D=(call.nheads,))
     rows = (call.batch, chunks(call), call.nheads, call.headdim)
-    require(call, passed_type(call), passed=(*rows, call.d_state))
-    require(call, torch.float32, passed_scale=rows)
+    call.require(passed_type(call), passed=(*rows, call.d_state))
+    call.require(torch.float32, passed_scale=rows)
     require_scales(call, GROUP_SCALES, ())
-    call.y = torch.empty_like(call.x)
-    launch("chunk_scan", call, call.x.device)
+    call.y = call.empty(tuple(call.x.shape), torch.float16)
+    call.launch("chunk_scan")
     return call.y
 
 

@@ -1,0 +1,1 @@
+"""The engine `kernels`: program.json, run by our CUDA kernels without an inference library."""

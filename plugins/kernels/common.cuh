@@ -36,6 +36,12 @@ int refuse_token_scaling(const char* op, int scaling, const float* scale);
 // constant.
 cudaError_t multiprocessors(int* count);
 
+// Grants `kernel` its dynamic shared memory; call before each launch.
+template <typename Kernel>
+cudaError_t grant_shared(Kernel* kernel, size_t bytes) {
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+}
+
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // ---------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@
 extern "C" {
 #endif
 
-#define SSDI8_ABI_VERSION 7
+#define SSDI8_ABI_VERSION 8
 
 enum { SSDI8_OK = 0, SSDI8_UNSUPPORTED = 1, SSDI8_CUDA_ERROR = 2 };
 
@@ -106,8 +106,15 @@ typedef struct Ssdi8LinearW4Params {
 int ssdi8_linear_w4(const Ssdi8LinearW4Params* params, void* stream);
 size_t ssdi8_sizeof_linear_w4(void);
 
-// Of B and C before they are quantized: ssdi8_edge/numerics/hadamard.py, rotate.
-enum { SSDI8_ROTATION_NONE = 0, SSDI8_ROTATION_HADAMARD = 1 };
+// Before a tensor is quantized: ssdi8_edge/numerics/hadamard.py. B and C: NONE or HADAMARD (`rotate` in
+// each group); the input of a linear layer: all others (`apply`).
+enum {
+  SSDI8_ROTATION_NONE = 0,
+  SSDI8_ROTATION_HADAMARD = 1,
+  SSDI8_ROTATION_FULL = 2,
+  SSDI8_ROTATION_BLOCKS = 3,
+  SSDI8_ROTATION_SIGNS = 4
+};
 
 // silu(bias + sum_w weight[:, w] * xBC[t - W + 1 + w]) over the x, B, C columns of zxbcdt.
 typedef struct Ssdi8CausalConv1dParams {
@@ -152,6 +159,44 @@ typedef struct Ssdi8RmsNormGatedParams {
 } Ssdi8RmsNormGatedParams;
 int ssdi8_rms_norm_gated(const Ssdi8RmsNormGatedParams* params, void* stream);
 size_t ssdi8_sizeof_rms_norm_gated(void);
+
+// quantized = Q(R . x / token_scale).
+typedef struct Ssdi8QuantizeParams {
+  const void* x;        // (T, width) FP16
+  const float* scale;   // (1), static only
+  int8_t* quantized;    // (T, width)
+  float* token_scale;   // (T)
+  int32_t tokens;       // T
+  int32_t width;        // a multiple of 8, at most 16384
+  int32_t rotation;     // R: not HADAMARD
+  int32_t rounding;
+  int32_t scaling;  // not NONE
+} Ssdi8QuantizeParams;
+int ssdi8_quantize(const Ssdi8QuantizeParams* params, void* stream);
+size_t ssdi8_sizeof_quantize(void);
+
+// max(x, 0)^2, or x * silu(gate).
+enum { SSDI8_ACTIVATION_RELU2 = 0, SSDI8_ACTIVATION_SILU_GATE = 1 };
+
+// quantized = Q(R . activation / token_scale).
+typedef struct Ssdi8ActivationParams {
+  const void* x;        // (T, x_stride) FP16; `width` columns from x_column on are read
+  const void* gate;     // (T, gate_stride) FP16; its first `width` columns, SILU_GATE only
+  const float* scale;   // (1), static only
+  int8_t* quantized;    // (T, width)
+  float* token_scale;   // (T)
+  int32_t tokens;       // T
+  int32_t width;        // a multiple of 8, at most 16384
+  int32_t x_column;
+  int32_t x_stride;     // elements from one token of x to the next
+  int32_t gate_stride;
+  int32_t activation;
+  int32_t rotation;     // R: not HADAMARD
+  int32_t rounding;
+  int32_t scaling;  // not NONE
+} Ssdi8ActivationParams;
+int ssdi8_activation(const Ssdi8ActivationParams* params, void* stream);
+size_t ssdi8_sizeof_activation(void);
 
 // ---------------------------------------------------------------------------------------------
 // SSD

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from ssdi8_edge.numerics import hadamard
@@ -15,7 +16,9 @@ from ssdi8_edge.numerics.formats import InputRotation, Rounding, Scaling
 from ssdi8_edge.numerics.int8 import quantize_tokens
 from ssdi8_edge.ops import onnx_text as t
 from ssdi8_edge.ops.causal_conv1d import silu, silu_lines
+from ssdi8_edge.ops.kernel_library import Call, launch, require
 from ssdi8_edge.ops.op import Attributes, BodyForm, Op
+from ssdi8_edge.ops.rms_norm import token_scale
 
 # max(x, 0)², or x · silu(gate).
 Activation = Literal["relu2", "silu_gate"]
@@ -97,11 +100,23 @@ def _fp16_body(a: Attributes, form: BodyForm) -> str:
     return "\n".join([*_activated_lines(a, form), t.cast("y", "value", t.FP16)])
 
 
+def _kernel(call: Call) -> tuple[Tensor, Tensor]:
+    (*rows, call.x_stride), call.gate_stride = call.x.shape, call.gate.shape[-1]
+    require(call, torch.float16, x=(*rows, call.x_stride), gate=(*rows, call.gate_stride))
+    shape = (*rows, call.width)
+    call.quantized = torch.empty(shape, dtype=torch.int8, device=call.x.device)
+    call.token_scale = token_scale(call, tuple(rows), call.x.device)
+    call.tokens = call.x[..., 0].numel()
+    launch("activation", call, call.x.device)
+    return call.quantized, call.token_scale
+
+
 ACTIVATION = Op(
     name="Ssdi8Activation",
     outputs=("quantized", "token_scale"),
     reference=activation_reference,
     body=_body,
+    kernel=_kernel,
 )
 ACTIVATION_FP16 = Op(
     name="Activation",

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ssdi8_edge.numerics import hadamard
 from ssdi8_edge.numerics.formats import InputRotation, Rounding, Scaling
 from ssdi8_edge.numerics.int8 import quantize_tokens
 from ssdi8_edge.ops import onnx_text as t
+from ssdi8_edge.ops.kernel_library import Call, launch, require
 from ssdi8_edge.ops.op import Attributes, BodyForm, Op
+from ssdi8_edge.ops.rms_norm import token_scale
 
 
 def quantize_reference(
@@ -44,9 +47,20 @@ def _body(a: Attributes, form: BodyForm) -> str:
     )
 
 
+def _kernel(call: Call) -> tuple[Tensor, Tensor]:
+    shape = (*call.x.shape[:-1], call.width)
+    require(call, torch.float16, x=shape)
+    call.quantized = torch.empty(shape, dtype=torch.int8, device=call.x.device)
+    call.token_scale = token_scale(call, shape[:-1], call.x.device)
+    call.tokens = call.x[..., 0].numel()
+    launch("quantize", call, call.x.device)
+    return call.quantized, call.token_scale
+
+
 QUANTIZE = Op(
     name="Ssdi8Quantize",
     outputs=("quantized", "token_scale"),
     reference=quantize_reference,
     body=_body,
+    kernel=_kernel,
 )

@@ -137,7 +137,7 @@ struct Workspace {
 };
 
 Workspace carve(const Shape& shape, void* base) {
-  ssd::Arena arena(base);
+  Arena arena(base);
   Workspace w;
   w.c_units = arena.take<uint4>(shape.group_chunks() * (shape.fp16 + 1) * shape.c_units() * 32);
   w.cb_units = arena.take<uint4>(shape.group_chunks() * shape.cb_units() * 32);
@@ -177,7 +177,7 @@ cudaError_t launch_chunk_scan(const Shape& shape, const Ssdi8ChunkScanParams& p,
   constexpr size_t kBytes = sizeof(Tables) + kWords * sizeof(uint4);
   static_assert(kBytes <= kMaxSharedBytes);
   auto* kernel = chunk_scan_kernel<P>;
-  if (cudaError_t error = ssd::grant_shared(kernel, kBytes)) return error;
+  if (cudaError_t error = grant_shared(kernel, kBytes)) return error;
   return launch(kernel, dim3(shape.lanes(), shape.chunks), P::kThreads, kBytes, stream, shape,
                 scan_of(p, w));
 }
@@ -191,7 +191,7 @@ cudaError_t launch_fp16_chunk_scan(const Shape& shape, const Ssdi8ChunkScanParam
       sizeof(ssd::Fp16Tables<P::kChunk>) + (2 * P::kRWords + P::kX16Words) * sizeof(uint4);
   static_assert(kBytes <= kMaxSharedBytes);
   auto* kernel = fp16_chunk_scan_kernel<P>;
-  if (cudaError_t error = ssd::grant_shared(kernel, kBytes)) return error;
+  if (cudaError_t error = grant_shared(kernel, kBytes)) return error;
   return launch(kernel, dim3(shape.lanes(), shape.chunks), P::kThreads, kBytes, stream, shape,
                 scan_of(p, w));
 }

@@ -150,7 +150,7 @@ cudaError_t launch_chunk_state(const Shape& shape, const Ssdi8ChunkStateParams& 
   scales.b_scale = p.b_scale;
   const size_t bytes = sizeof(Tables) + P::kXsWords * sizeof(uint4);
   auto* kernel = chunk_state_kernel<P>;
-  if (cudaError_t error = ssd::grant_shared(kernel, bytes)) return error;
+  if (cudaError_t error = grant_shared(kernel, bytes)) return error;
   return launch(kernel, dim3(shape.lanes(), shape.chunks), P::kThreads, bytes, stream, shape,
                 static_cast<const __half*>(p.x), p.dt, p.a, scales,
                 static_cast<const uint4*>(p.workspace), p.gate == SSDI8_GATE_Q0_7, p.states);
@@ -164,7 +164,7 @@ cudaError_t launch_fp16_chunk_state(const Shape& shape, const Ssdi8ChunkStatePar
   scales.b_scale = p.b_scale;
   const size_t bytes = sizeof(ssd::Fp16Tables<P::kChunk>) + P::kX16Words * sizeof(uint4);
   auto* kernel = fp16_chunk_state_kernel<P>;
-  if (cudaError_t error = ssd::grant_shared(kernel, bytes)) return error;
+  if (cudaError_t error = grant_shared(kernel, bytes)) return error;
   return launch(kernel, dim3(shape.lanes(), shape.chunks), P::kThreads, bytes, stream, shape,
                 static_cast<const __half*>(p.x), p.dt, p.a, scales,
                 static_cast<const uint4*>(p.workspace), static_cast<__half*>(p.states));

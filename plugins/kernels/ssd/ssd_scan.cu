@@ -166,7 +166,7 @@ struct Workspace {
 };
 
 Workspace carve(const Shape& shape, void* base) {
-  ssd::Arena arena(base);
+  Arena arena(base);
   const size_t heads = size_t(shape.batch) * shape.chunks * shape.nheads;
   Workspace w;
   w.tables.decay = arena.take<float>(heads * ssd::PreparedTables::decay_floats(shape.chunk));
@@ -218,7 +218,7 @@ cudaError_t launch_scan(const Shape& shape, const Ssdi8SsdScanParams& p, int pro
   if constexpr (P::kN == 128) {  // of all published models
     if (is_usual(shape, integer_gate)) kernel = scan_kernel<P, true>;
   }
-  if (cudaError_t error = ssd::grant_shared(kernel, kBytes)) return error;
+  if (cudaError_t error = grant_shared(kernel, kBytes)) return error;
   const dim3 grid = ssd::scan_grid(shape, 2 * processors);
   return launch(kernel, grid, P::kThreads, kBytes, stream, shape, scan);
 }

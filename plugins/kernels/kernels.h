@@ -141,7 +141,8 @@ typedef struct Ssdi8CausalConv1dParams {
 int ssdi8_causal_conv1d(const Ssdi8CausalConv1dParams* params, void* stream);
 size_t ssdi8_sizeof_causal_conv1d(void);
 
-// quantized = Q(H_E . r / token_scale), r = v / rms(v in its group) * weight, v = y * silu(z).
+// quantized = Q(R . r / token_scale), r = v / rms(v in its group) * weight, v = y * silu(z); R is
+// one Hadamard matrix of order E, or equal ones along the diagonal (hadamard.py, transform).
 typedef struct Ssdi8RmsNormGatedParams {
   const void* y;        // (T, E) FP16
   const void* zxbcdt;   // (T, R) FP16; z is its first E columns
@@ -150,7 +151,7 @@ typedef struct Ssdi8RmsNormGatedParams {
   int8_t* quantized;    // (T, E)
   float* token_scale;   // (T)
   int32_t tokens;       // T
-  int32_t d_inner;      // E = 2^k, 12 * 2^k or 20 * 2^k with k >= 3, at most 8192
+  int32_t d_inner;      // E, a multiple of 8, at most 16384
   int32_t row_stride;   // R, elements from one token of zxbcdt to the next
   int32_t ngroups;      // G; E / G must be a multiple of 8
   float eps;
@@ -159,6 +160,25 @@ typedef struct Ssdi8RmsNormGatedParams {
 } Ssdi8RmsNormGatedParams;
 int ssdi8_rms_norm_gated(const Ssdi8RmsNormGatedParams* params, void* stream);
 size_t ssdi8_sizeof_rms_norm_gated(void);
+
+// The same with r = y / rms(y in its group) * weight * silu(z).
+typedef struct Ssdi8NormThenGateParams {
+  const void* y;        // (T, E) FP16
+  const void* zxbcdt;   // (T, R) FP16; z is its first E columns
+  const float* weight;  // (E)
+  const float* scale;   // (1), static only
+  int8_t* quantized;    // (T, E)
+  float* token_scale;   // (T)
+  int32_t tokens;       // T
+  int32_t d_inner;      // E, a multiple of 8, at most 16384
+  int32_t row_stride;   // R, elements from one token of zxbcdt to the next
+  int32_t ngroups;      // G; E / G must be a multiple of 8
+  float eps;
+  int32_t rounding;
+  int32_t scaling;  // not NONE
+} Ssdi8NormThenGateParams;
+int ssdi8_norm_then_gate(const Ssdi8NormThenGateParams* params, void* stream);
+size_t ssdi8_sizeof_norm_then_gate(void);
 
 // quantized = Q(R . x / token_scale).
 typedef struct Ssdi8QuantizeParams {

@@ -6,6 +6,8 @@ their own.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -151,14 +153,14 @@ def _rotated_body(r_lines: list[str], a: Attributes, form: BodyForm) -> str:
     )
 
 
-def _kernel(call: Call) -> tuple[Tensor, Tensor]:
+def _kernel(name: str, call: Call) -> tuple[Tensor, Tensor]:
     *rows, row = call.zxbcdt.shape
     require(call, torch.float16, y=(*rows, call.d_inner), zxbcdt=(*rows, row))
     require(call, torch.float32, weight=(call.d_inner,))
     call.quantized = torch.empty(call.y.shape, dtype=torch.int8, device=call.y.device)
     call.token_scale = token_scale(call, tuple(rows), call.y.device)
     call.tokens, call.row_stride = call.y[..., 0].numel(), row
-    launch("rms_norm_gated", call, call.y.device)
+    launch(name, call, call.y.device)
     return call.quantized, call.token_scale
 
 
@@ -167,11 +169,12 @@ RMS_NORM_GATED = Op(
     outputs=("quantized", "token_scale"),
     reference=rms_norm_gated_reference,
     body=_body,
-    kernel=_kernel,
+    kernel=functools.partial(_kernel, "rms_norm_gated"),
 )
 NORM_THEN_GATE = Op(
     name="Ssdi8NormThenGate",
     outputs=("quantized", "token_scale"),
     reference=norm_then_gate_reference,
     body=_norm_then_gate_body,
+    kernel=functools.partial(_kernel, "norm_then_gate"),
 )

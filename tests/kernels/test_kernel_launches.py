@@ -156,9 +156,9 @@ def test_refusals(generator: torch.Generator) -> None:
     norm = {"eps": 1e-5, "rounding": "half_even", "scaling": "dynamic"}
     odd, even = normal(generator, 1, 2, 12), normal(generator, 1, 2, 64)
     refused("d_model 12", lambda: kernel_of("Ssdi8RmsNorm")(odd, odd.float(), **norm))
-    y, ones = normal(generator, 1, 2, 56), torch.ones(56, device=DEVICE)
-    gated = {**norm, "d_inner": 56, "ngroups": 1}
-    refused("d_inner 56", lambda: kernel_of("Ssdi8RmsNormGated")(y, y, ones, **gated))
+    y, ones = normal(generator, 1, 2, 60), torch.ones(60, device=DEVICE)
+    gated = {**norm, "d_inner": 60, "ngroups": 1}
+    refused("width 60", lambda: kernel_of("Ssdi8RmsNormGated")(y, y, ones, **gated))
     ones = torch.ones(64, device=DEVICE)
     gated = {**norm, "d_inner": 64, "ngroups": 1}
     for match, wrong in (

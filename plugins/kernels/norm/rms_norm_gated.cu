@@ -3,6 +3,7 @@
 //
 // y (T, E) FP16; z is the first E columns of zxbcdt (T, R) FP16; weight (E) FP32; q (T, E) INT8;
 // token_scale (T).
+// Of widths with a matrix H_E up to 8192; gated_norm.cu has the others.
 // H_E = base (x) Sylvester(2^k) / sqrt(E) with base order 1, 12 or 20 (hadamard.py), applied to a
 // row vector: element b * 2^k + s of the result sums base[b', b] * (+-1) * r over all b', s'.
 //
@@ -22,6 +23,7 @@
 
 #include "../common.cuh"
 #include "../rotation/hadamard.cuh"
+#include "gated_norm.cuh"
 
 namespace ssdi8 {
 namespace {
@@ -249,9 +251,7 @@ int ssdi8_rms_norm_gated(const Ssdi8RmsNormGatedParams* p, void* stream) {
   const Launch found =
       p->row_stride % kVector == 0 ? launch_of_any<true>(e) : launch_of_any<false>(e);
   if (found.kernel == nullptr) {
-    return refuse(
-        "rms_norm_gated: d_inner %d is not 2^k, 12 * 2^k or 20 * 2^k with k >= 3, up to %d", e,
-        kMaxInner);
+    return launch_gated_norm("rms_norm_gated", gated_norm_of(*p), GatePlace::kBeforeNorm, stream);
   }
   if (p->ngroups <= 0 || p->ngroups > kMaxGroups || e % (p->ngroups * kVector) != 0) {
     return refuse(

@@ -77,6 +77,13 @@ inline int make_rotation(const char* op, int width, int kind, TokenRotation* rot
   return SSDI8_OK;
 }
 
+template <typename Params>
+TokenOutput make_output(const Params& p) {
+  return {p.quantized, p.token_scale, p.scaling == SSDI8_SCALING_STATIC ? p.scale : nullptr,
+          p.rounding == SSDI8_ROUNDING_HALF_AWAY};
+}
+
+// Of the block that has a token.
 inline int token_threads(int width) {
   const int vectors = width / kVector;
   const int rounds = static_cast<int>(ceil_div(vectors, kTokenThreads));
@@ -265,16 +272,13 @@ int rotate_and_quantize(const char* op, const Source& source, const Params& p, v
   if (p.tokens < 0) return refuse("%s: tokens %d out of range", op, p.tokens);
   if (const int code = refuse_token_scaling(op, p.scaling, p.scale)) return code;
   if (p.tokens == 0) return SSDI8_OK;
-  const TokenOutput out = {p.quantized, p.token_scale,
-                           p.scaling == SSDI8_SCALING_STATIC ? p.scale : nullptr,
-                           p.rounding == SSDI8_ROUNDING_HALF_AWAY};
   auto* kernel = rotation.base == 20   ? rotate_and_quantize_kernel<20, Source>
                  : rotation.base == 12 ? rotate_and_quantize_kernel<12, Source>
                                        : rotate_and_quantize_kernel<1, Source>;
   const size_t bytes = rotation.shared_floats() * sizeof(float);
   if (const cudaError_t error = grant_shared(kernel, bytes)) return check(error, op);
   return check(launch(kernel, p.tokens, token_threads(p.width), bytes,
-                      static_cast<cudaStream_t>(stream), source, rotation, out),
+                      static_cast<cudaStream_t>(stream), source, rotation, make_output(p)),
                op);
 }
 

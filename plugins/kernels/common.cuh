@@ -105,6 +105,15 @@ __device__ __forceinline__ float warp_largest(float v) {
   return __uint_as_float(__reduce_max_sync(kAllLanes, __float_as_uint(v)));
 }
 
+// The largest magnitude.
+template <int kCount>
+__device__ __forceinline__ float largest(const float (&v)[kCount]) {
+  float top = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) top = fmaxf(top, fabsf(v[i]));
+  return top;
+}
+
 // 1 / sqrt(x) with the error of the approximate instruction removed by one Newton step.
 __device__ __forceinline__ float reciprocal_root(float x) {
   const float r = rsqrtf(x);

@@ -219,6 +219,40 @@ int ssdi8_activation(const Ssdi8ActivationParams* params, void* stream);
 size_t ssdi8_sizeof_activation(void);
 
 // ---------------------------------------------------------------------------------------------
+// Attention
+// ---------------------------------------------------------------------------------------------
+
+// o = softmax(q . k^T / sqrt(d), causal) . v over a cache that the call's tokens are appended to, of Q
+// query heads and KV heads of keys and values, d channels each: query head h reads KV head
+// h * KV / Q. Rows of k and v are INT8 in units of an FP16 scale, their largest value over 127.
+typedef struct Ssdi8AttentionParams {
+  const void* projected;    // (B, L, R) FP16; from first_column on q (Q * d), k and v (KV * d)
+  const int8_t* k_cache;    // (B, KV, T, d)
+  const void* k_scale;      // (B, KV, T) FP16
+  const int8_t* v_cache;    // (B, KV, T, d)
+  const void* v_scale;      // (B, KV, T) FP16
+  const int64_t* position;  // (1): tokens before this call. What passes T is not stored
+  void* o;                  // (B, L, Q * d) FP16
+  int8_t* k_cache_out;      // as the inputs, and may be them: else these are copied
+  void* k_scale_out;
+  int8_t* v_cache_out;
+  void* v_scale_out;
+  void* workspace;
+  int32_t batch;       // B
+  int32_t length;      // L
+  int32_t capacity;    // T
+  int32_t row_stride;  // R
+  int32_t n_heads;     // Q, a multiple of KV
+  int32_t n_kv_heads;  // KV
+  int32_t head_dim;    // d: 64, 80, 96 or 128
+  int32_t first_column;
+  float rope_theta;  // of rotary positions, T up to 131072; 0: none
+} Ssdi8AttentionParams;
+int ssdi8_attention(const Ssdi8AttentionParams* params, void* stream);
+size_t ssdi8_attention_workspace(const Ssdi8AttentionParams* params);
+size_t ssdi8_sizeof_attention(void);
+
+// ---------------------------------------------------------------------------------------------
 // SSD
 // ---------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ssdi8_edge.numerics.int8 import QMAX, quantize
 from ssdi8_edge.ops import onnx_text as t
+from ssdi8_edge.ops.kernel_library import Call, launch, next_state, require
 from ssdi8_edge.ops.op import Attributes, BodyForm, Op
 
 # Of the scales in the cache: the least that FP16 holds, for tokens whose values are all zero.
@@ -347,11 +348,29 @@ def _fp16_body(a: Attributes, form: BodyForm) -> str:
     return "\n".join([*lines, *_attend_lines("k_cache_out_seen", "v_cache_out_seen", a, form)])
 
 
+def _kernel(call: Call) -> tuple[Tensor, ...]:
+    call.batch, call.length, call.row_stride = call.projected.shape
+    call.capacity = call.k_cache.shape[2]
+    rows = (call.batch, call.n_kv_heads, call.capacity)
+    require(call, torch.float16, projected=tuple(call.projected.shape), k_scale=rows, v_scale=rows)
+    cache = (*rows, call.head_dim)
+    require(call, torch.int8, k_cache=cache, v_cache=cache)
+    require(call, torch.int64, position=())
+    for name in ("k_cache", "k_scale", "v_cache", "v_scale"):
+        setattr(call, f"{name}_out", next_state(getattr(call, name)))
+    shape = (call.batch, call.length, call.n_heads * call.head_dim)
+    device = call.projected.device
+    call.o = torch.empty(shape, dtype=torch.float16, device=device)
+    launch("attention", call, device)
+    return call.o, call.k_cache_out, call.k_scale_out, call.v_cache_out, call.v_scale_out
+
+
 ATTENTION = Op(
     name="Ssdi8Attention",
     outputs=("o", "k_cache_out", "k_scale_out", "v_cache_out", "v_scale_out"),
     reference=attention_reference,
     body=_body,
+    kernel=_kernel,
     part="attention",
 )
 ATTENTION_FP16 = Op(

@@ -64,14 +64,6 @@ __device__ __forceinline__ void transform8(float (&v)[kVector]) {
   }
 }
 
-template <int kCount>
-__device__ __forceinline__ float largest(const float (&v)[kCount]) {
-  float top = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) top = fmaxf(top, fabsf(v[i]));
-  return top;
-}
-
 // A column of base^T . x, where x[i] is value(i). Of four values each there are eight sums up to the
 // sign, which all rows share: 12 additions, and one a row.
 template <int kOrder, typename Value>

@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import normal, random_int8
+from kernel_cases import attention_case
 from kernel_compare import assert_close, guarded_allocations, kernel_of, reference, relative_error
-from kernel_fixtures import CUDA, DEVICE, needs_emulation, synchronize, threads_in_order
+from kernel_fixtures import CUDA, DEVICE, synchronize
 from torch import Tensor
 
 from ssdi8_edge.ground.errors import Ssdi8Error
-from ssdi8_edge.ops import OPS
 from ssdi8_edge.ops.kernel_library import states_in_place
 
 pytestmark = CUDA
@@ -28,43 +27,7 @@ OUTPUT_TOLERANCE = 1e-3
 # rounding boundary; without rotary the caches are the same bits.
 ROTARY_FRACTION = 2e-3
 
-BASE: dict[str, Any] = {
-    "n_heads": 4,
-    "n_kv_heads": 2,
-    "head_dim": 64,
-    "batch": 1,
-    "position": 0,
-    "length": 5,
-    "room": 3,  # behind the last token
-    "first_column": 0,
-    "rope_theta": 0.0,
-    "magnitude": 1.0,
-}
 DECODE = {"length": 1, "position": 200}
-
-
-def attention_case(
-    generator: torch.Generator, row: dict[str, Any]
-) -> tuple[list[Tensor], dict[str, Any]]:
-    case = BASE | row
-    heads, kv, d = (case[name] for name in ("n_heads", "n_kv_heads", "head_dim"))
-    batch, length, first = case["batch"], case["length"], case["first_column"]
-    capacity = case["position"] + length + case["room"]
-    columns = (heads + 2 * kv) * d
-    projected = torch.full(
-        (batch, length, first + columns + 3), torch.nan, dtype=torch.float16, device=DEVICE
-    )
-    projected[..., first : first + columns] = (
-        normal(generator, batch, length, columns) * 2 * case["magnitude"]
-    )
-    rows = (batch, kv, capacity)
-    caches = []
-    for _ in "kv":
-        scale = torch.rand(rows, generator=generator, device=DEVICE).half() / 40
-        scale[..., case["position"] :] = torch.nan
-        caches += [random_int8(generator, *rows, d), scale]
-    position = torch.tensor(case["position"], device=DEVICE)
-    return [projected, *caches, position], {name: case[name] for name in OPS[OP].attributes}
 
 
 def run(inputs: list[Tensor], attributes: dict[str, Any]) -> Any:
@@ -181,18 +144,6 @@ def test_a_prompt_in_pieces_fills_the_same_caches(generator: torch.Generator) ->
     assert relative_error(torch.cat(pieces, 1), whole) < OUTPUT_TOLERANCE
     for found, cache in zip(caches, wanted, strict=True):
         assert torch.equal(found.view(torch.int8), cache.view(torch.int8))
-
-
-@needs_emulation
-@pytest.mark.parametrize("row", [{"length": 70}, DECODE | {"room": 500}], ids=str)
-def test_order_of_threads_changes_nothing(generator: torch.Generator, row: dict[str, Any]) -> None:
-    """As it would where a barrier is missing."""
-    inputs, attributes = attention_case(generator, row)
-    first = run(inputs, attributes)
-    for seed in (1, 2):
-        with threads_in_order(seed):
-            again = run(inputs, attributes)
-        assert torch.equal(again[0], first[0])
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,15 @@ int splits_of(const Ssdi8AttentionParams& p) {
   return static_cast<int>(std::min(wanted, ceil_div(p.capacity, kTile)));
 }
 
+// Rows of partial results, at most. Grows with batch and length alone, so that what the largest call
+// needs is enough for all.
+size_t most_parts(const Ssdi8AttentionParams& p) {
+  int processors = 0;
+  if (multiprocessors(&processors) != cudaSuccess) return 0;
+  const int64_t tiles = ceil_div(std::min(rows_of(p), kMostDecodeRows), kRows);
+  return (2 * processors + tiles * p.n_kv_heads * p.batch) * kRows;
+}
+
 struct Scratch {
   __half* q;
   float* partial;
@@ -46,11 +55,10 @@ struct Scratch {
   size_t bytes;
 };
 
-Scratch carve(const Ssdi8AttentionParams& p, int splits) {
+Scratch carve(const Ssdi8AttentionParams& p) {
   Arena arena(p.workspace);
   Scratch s;
-  const size_t rows = static_cast<size_t>(p.batch) * p.length * p.n_heads;
-  const size_t parts = splits > 1 ? splits * rows : 0;
+  const size_t rows = static_cast<size_t>(p.batch) * p.length * p.n_heads, parts = most_parts(p);
   s.q = arena.take<__half>(rows * p.head_dim);
   s.partial = arena.take<float>(parts * p.head_dim);
   s.maxima = arena.take<float2>(parts);
@@ -105,7 +113,7 @@ cudaError_t copy_caches(const Ssdi8AttentionParams& p, cudaStream_t stream) {
 template <int kHeadDim>
 cudaError_t run(const Ssdi8AttentionParams& p, cudaStream_t stream) {
   const int splits = splits_of(p);
-  const Scratch scratch = carve(p, splits);
+  const Scratch scratch = carve(p);
   if (const cudaError_t error = copy_caches(p, stream)) return error;
 
   const Append append = {static_cast<const __half*>(p.projected) + p.first_column,
@@ -168,7 +176,7 @@ int ssdi8_attention(const Ssdi8AttentionParams* p, void* stream) {
 
 size_t ssdi8_attention_workspace(const Ssdi8AttentionParams* p) {
   using namespace ssdi8::attention;
-  return carve(*p, splits_of(*p)).bytes;
+  return carve(*p).bytes;
 }
 
 size_t ssdi8_sizeof_attention(void) { return sizeof(Ssdi8AttentionParams); }

@@ -257,7 +257,7 @@ size_t ssdi8_sizeof_attention(void);
 // ---------------------------------------------------------------------------------------------
 
 // Heads h share group h * G / H. The chunk is 64, 128 or 256; C = ceil(L / chunk) chunks. headdim P
-// is 64 or 128, d_state N 64, 128 or 256. Heads and groups as such are not bounded.
+// is 32, 64, 80 or 128, d_state N 64, 128 or 256. Heads and groups as such are not bounded.
 
 // How the state travels from chunk to chunk: ops/state_passing.py.
 enum { SSDI8_GATE_FP32 = 0, SSDI8_GATE_Q0_7 = 1 };

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from ssdi8_edge.ground.errors import UsageError
 
 SIZES = {
-    "headdim": (64, 128),
+    "headdim": (32, 64, 80, 128),
     "d_state": (64, 128, 256),
     "chunk_size": (64, 128, 256),
     "d_conv": (2, 3, 4),

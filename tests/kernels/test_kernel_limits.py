@@ -36,7 +36,7 @@ pytestmark = CUDA
 
 # Each differs in one size from a model that the kernels fit.
 LIMITS: list[dict[str, int]] = [
-    *({"headdim": n} for n in (32, 64, 128, 256)),
+    *({"headdim": n, "d_model": 2 * n} for n in (16, 32, 64, 80, 96, 128, 256)),
     *({"d_state": n} for n in (32, 64, 128, 256, 512)),
     *({"chunk_size": n} for n in (32, 64, 256, 512)),
     *({"d_conv": n} for n in (1, 2, 4, 5)),

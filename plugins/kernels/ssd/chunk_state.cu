@@ -66,6 +66,7 @@ __global__ __launch_bounds__(P::kThreads, P::kBlocksPerSm) void chunk_state_kern
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int p = P::channel(row) + r;
+        if (p >= shape.channels(it.pt)) continue;
         const size_t index = state_index<P>(shape, it, p, step);
         const float multiplier = tables.state_multiplier[p];
         float v[8];
@@ -118,6 +119,7 @@ __global__ __launch_bounds__(P::kThreads, ssd::kFp16Resident<P>) void fp16_chunk
     for (int step = 0; step < P::kSteps; ++step) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
+        if (P::channel(row) + r >= shape.channels(it.pt)) continue;
         float v[8];
 #pragma unroll
         for (int i = 0; i < 8; ++i) {

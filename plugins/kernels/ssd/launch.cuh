@@ -21,7 +21,9 @@ inline int make_shape(const char* op, int batch, int length, int nheads, int hea
     return refuse("%s: batch %d, length %d, %d heads in %d groups", op, batch, length, nheads,
                   ngroups);
   }
-  if (headdim != 64 && headdim != 128) return refuse("%s: headdim %d, not 64 or 128", op, headdim);
+  if (headdim != 32 && headdim != 64 && headdim != 80 && headdim != 128) {
+    return refuse("%s: headdim %d, not 32, 64, 80 or 128", op, headdim);
+  }
   if (d_state != 64 && d_state != 128 && d_state != 256) {
     return refuse("%s: d_state %d, not 64, 128 or 256", op, d_state);
   }

@@ -60,8 +60,8 @@ __global__ __launch_bounds__(ssd::kThreads) void prepare_kernel(
   const int h = head_tile / shape.p_tiles(), pt = head_tile % shape.p_tiles();
   if (shape.dynamic || h >= shape.nheads) return;
   for (int p = threadIdx.x % 32; p < ssd::kTileP; p += 32) {
-    ssd::fill_channel<true>(shape, h * shape.headdim + pt * ssd::kTileP + p,
-                            h / (shape.nheads / shape.ngroups), scales, integer_gate,
+    const int hp = h * shape.headdim + pt * ssd::kTileP + min(p, shape.channels(pt) - 1);
+    ssd::fill_channel<true>(shape, hp, h / (shape.nheads / shape.ngroups), scales, integer_gate,
                             tables.channels_of(shape, h, pt) + p);
   }
 }

@@ -36,6 +36,12 @@ int refuse_token_scaling(const char* op, int scaling, const float* scale);
 // constant.
 cudaError_t multiprocessors(int* count);
 
+// Grants `kernel` its dynamic shared memory; call before each launch.
+template <typename Kernel>
+cudaError_t grant_shared(Kernel* kernel, size_t bytes) {
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+}
+
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // ---------------------------------------------------------------------------------------------
@@ -97,6 +103,15 @@ __device__ __forceinline__ float warp_sum(float v) {
 // Of values that are not negative: as integers their bits are in the same order.
 __device__ __forceinline__ float warp_largest(float v) {
   return __uint_as_float(__reduce_max_sync(kAllLanes, __float_as_uint(v)));
+}
+
+// The largest magnitude.
+template <int kCount>
+__device__ __forceinline__ float largest(const float (&v)[kCount]) {
+  float top = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) top = fmaxf(top, fabsf(v[i]));
+  return top;
 }
 
 // 1 / sqrt(x) with the error of the approximate instruction removed by one Newton step.

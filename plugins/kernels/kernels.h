@@ -106,8 +106,15 @@ typedef struct Ssdi8LinearW4Params {
 int ssdi8_linear_w4(const Ssdi8LinearW4Params* params, void* stream);
 size_t ssdi8_sizeof_linear_w4(void);
 
-// Of B and C before they are quantized: ssdi8_edge/numerics/hadamard.py, rotate.
-enum { SSDI8_ROTATION_NONE = 0, SSDI8_ROTATION_HADAMARD = 1 };
+// Before a tensor is quantized: ssdi8_edge/numerics/hadamard.py. B and C: NONE or HADAMARD (`rotate` in
+// each group); the input of a linear layer: all others (`apply`).
+enum {
+  SSDI8_ROTATION_NONE = 0,
+  SSDI8_ROTATION_HADAMARD = 1,
+  SSDI8_ROTATION_FULL = 2,
+  SSDI8_ROTATION_BLOCKS = 3,
+  SSDI8_ROTATION_SIGNS = 4
+};
 
 // silu(bias + sum_w weight[:, w] * xBC[t - W + 1 + w]) over the x, B, C columns of zxbcdt.
 typedef struct Ssdi8CausalConv1dParams {
@@ -134,7 +141,8 @@ typedef struct Ssdi8CausalConv1dParams {
 int ssdi8_causal_conv1d(const Ssdi8CausalConv1dParams* params, void* stream);
 size_t ssdi8_sizeof_causal_conv1d(void);
 
-// quantized = Q(H_E . r / token_scale), r = v / rms(v in its group) * weight, v = y * silu(z).
+// quantized = Q(R . r / token_scale), r = v / rms(v in its group) * weight, v = y * silu(z); R is
+// one Hadamard matrix of order E, or equal ones along the diagonal (hadamard.py, transform).
 typedef struct Ssdi8RmsNormGatedParams {
   const void* y;        // (T, E) FP16
   const void* zxbcdt;   // (T, R) FP16; z is its first E columns
@@ -143,7 +151,7 @@ typedef struct Ssdi8RmsNormGatedParams {
   int8_t* quantized;    // (T, E)
   float* token_scale;   // (T)
   int32_t tokens;       // T
-  int32_t d_inner;      // E = 2^k, 12 * 2^k or 20 * 2^k with k >= 3, at most 8192
+  int32_t d_inner;      // E, a multiple of 8, at most 16384
   int32_t row_stride;   // R, elements from one token of zxbcdt to the next
   int32_t ngroups;      // G; E / G must be a multiple of 8
   float eps;
@@ -153,12 +161,103 @@ typedef struct Ssdi8RmsNormGatedParams {
 int ssdi8_rms_norm_gated(const Ssdi8RmsNormGatedParams* params, void* stream);
 size_t ssdi8_sizeof_rms_norm_gated(void);
 
+// The same with r = y / rms(y in its group) * weight * silu(z).
+typedef struct Ssdi8NormThenGateParams {
+  const void* y;        // (T, E) FP16
+  const void* zxbcdt;   // (T, R) FP16; z is its first E columns
+  const float* weight;  // (E)
+  const float* scale;   // (1), static only
+  int8_t* quantized;    // (T, E)
+  float* token_scale;   // (T)
+  int32_t tokens;       // T
+  int32_t d_inner;      // E, a multiple of 8, at most 16384
+  int32_t row_stride;   // R, elements from one token of zxbcdt to the next
+  int32_t ngroups;      // G; E / G must be a multiple of 8
+  float eps;
+  int32_t rounding;
+  int32_t scaling;  // not NONE
+} Ssdi8NormThenGateParams;
+int ssdi8_norm_then_gate(const Ssdi8NormThenGateParams* params, void* stream);
+size_t ssdi8_sizeof_norm_then_gate(void);
+
+// quantized = Q(R . x / token_scale).
+typedef struct Ssdi8QuantizeParams {
+  const void* x;        // (T, width) FP16
+  const float* scale;   // (1), static only
+  int8_t* quantized;    // (T, width)
+  float* token_scale;   // (T)
+  int32_t tokens;       // T
+  int32_t width;        // a multiple of 8, at most 16384
+  int32_t rotation;     // R: not HADAMARD
+  int32_t rounding;
+  int32_t scaling;  // not NONE
+} Ssdi8QuantizeParams;
+int ssdi8_quantize(const Ssdi8QuantizeParams* params, void* stream);
+size_t ssdi8_sizeof_quantize(void);
+
+// max(x, 0)^2, or x * silu(gate).
+enum { SSDI8_ACTIVATION_RELU2 = 0, SSDI8_ACTIVATION_SILU_GATE = 1 };
+
+// quantized = Q(R . activation / token_scale).
+typedef struct Ssdi8ActivationParams {
+  const void* x;        // (T, x_stride) FP16; `width` columns from x_column on are read
+  const void* gate;     // (T, gate_stride) FP16; its first `width` columns, SILU_GATE only
+  const float* scale;   // (1), static only
+  int8_t* quantized;    // (T, width)
+  float* token_scale;   // (T)
+  int32_t tokens;       // T
+  int32_t width;        // a multiple of 8, at most 16384
+  int32_t x_column;
+  int32_t x_stride;     // elements from one token of x to the next
+  int32_t gate_stride;
+  int32_t activation;
+  int32_t rotation;     // R: not HADAMARD
+  int32_t rounding;
+  int32_t scaling;  // not NONE
+} Ssdi8ActivationParams;
+int ssdi8_activation(const Ssdi8ActivationParams* params, void* stream);
+size_t ssdi8_sizeof_activation(void);
+
+// ---------------------------------------------------------------------------------------------
+// Attention
+// ---------------------------------------------------------------------------------------------
+
+// o = softmax(q . k^T / sqrt(d), causal) . v over a cache that the call's tokens are appended to, of Q
+// query heads and KV heads of keys and values, d channels each: query head h reads KV head
+// h * KV / Q. Rows of k and v are INT8 in units of an FP16 scale, their largest value over 127.
+typedef struct Ssdi8AttentionParams {
+  const void* projected;    // (B, L, R) FP16; from first_column on q (Q * d), k and v (KV * d)
+  const int8_t* k_cache;    // (B, KV, T, d)
+  const void* k_scale;      // (B, KV, T) FP16
+  const int8_t* v_cache;    // (B, KV, T, d)
+  const void* v_scale;      // (B, KV, T) FP16
+  const int64_t* position;  // (1): tokens before this call. What passes T is not stored
+  void* o;                  // (B, L, Q * d) FP16
+  int8_t* k_cache_out;      // as the inputs, and may be them: else these are copied
+  void* k_scale_out;
+  int8_t* v_cache_out;
+  void* v_scale_out;
+  void* workspace;
+  int32_t batch;       // B
+  int32_t length;      // L
+  int32_t capacity;    // T
+  int32_t row_stride;  // R
+  int32_t n_heads;     // Q, a multiple of KV
+  int32_t n_kv_heads;  // KV
+  int32_t head_dim;    // d: 64, 80, 96 or 128
+  int32_t first_column;
+  float rope_theta;  // of rotary positions, T up to 131072; 0: none
+} Ssdi8AttentionParams;
+int ssdi8_attention(const Ssdi8AttentionParams* params, void* stream);
+size_t ssdi8_attention_workspace(const Ssdi8AttentionParams* params);
+size_t ssdi8_sizeof_attention(void);
+
 // ---------------------------------------------------------------------------------------------
 // SSD
 // ---------------------------------------------------------------------------------------------
 
 // Heads h share group h * G / H. The chunk is 64, 128 or 256; C = ceil(L / chunk) chunks. headdim P
-// is 64 or 128, d_state N 64, 128 or 256. Heads and groups as such are not bounded.
+// is 32, 64, 80 or 128, d_state N 64, 128 or 256. Heads and groups as such are not bounded.
 
 // How the state travels from chunk to chunk: ops/state_passing.py.
 enum { SSDI8_GATE_FP32 = 0, SSDI8_GATE_Q0_7 = 1 };

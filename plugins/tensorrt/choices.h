@@ -12,6 +12,11 @@ inline const Choices kRoundings = {{"half_even", SSDI8_ROUNDING_HALF_EVEN},
                                    {"half_away", SSDI8_ROUNDING_HALF_AWAY}};
 inline const Choices kRotations = {{"none", SSDI8_ROTATION_NONE},
                                    {"hadamard", SSDI8_ROTATION_HADAMARD}};
+// Of the input of a linear layer.
+inline const Choices kInputRotations = {{"none", SSDI8_ROTATION_NONE},
+                                        {"full", SSDI8_ROTATION_FULL},
+                                        {"blocks", SSDI8_ROTATION_BLOCKS},
+                                        {"signs", SSDI8_ROTATION_SIGNS}};
 inline const Choices kGates = {{"fp32", SSDI8_GATE_FP32}, {"q0.7", SSDI8_GATE_Q0_7}};
 inline const Choices kScalings = {{"static", SSDI8_SCALING_STATIC},
                                   {"dynamic", SSDI8_SCALING_DYNAMIC},

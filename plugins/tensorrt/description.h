@@ -25,6 +25,7 @@ using nvinfer1::DataType;
 constexpr DataType kInt8 = DataType::kINT8;
 constexpr DataType kHalf = DataType::kHALF;
 constexpr DataType kFloat = DataType::kFLOAT;
+constexpr DataType kInt64 = DataType::kINT64;
 
 // The type of a tensor: fixed, following from attributes, or one of two. Of two, the graph chooses
 // at an input, a flag of the params struct says which, and an output with the same flag follows.
@@ -60,6 +61,7 @@ class TypeOf {
 inline const char* type_name(DataType type) {
   if (type == kInt8) return "INT8";
   if (type == kHalf) return "FP16";
+  if (type == kInt64) return "INT64";
   return type == kFloat ? "FP32" : "of another type";
 }
 

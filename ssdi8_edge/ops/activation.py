@@ -6,8 +6,10 @@ no norm. The result is rotated in blocks and becomes the INT8 input of out_proj.
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from ssdi8_edge.numerics import hadamard
@@ -15,7 +17,9 @@ from ssdi8_edge.numerics.formats import InputRotation, Rounding, Scaling
 from ssdi8_edge.numerics.int8 import quantize_tokens
 from ssdi8_edge.ops import onnx_text as t
 from ssdi8_edge.ops.causal_conv1d import silu, silu_lines
+from ssdi8_edge.ops.kernel_call import Call
 from ssdi8_edge.ops.op import Attributes, BodyForm, Op
+from ssdi8_edge.ops.rms_norm import token_scale
 
 # max(x, 0)², or x · silu(gate).
 Activation = Literal["relu2", "silu_gate"]
@@ -97,11 +101,22 @@ def _fp16_body(a: Attributes, form: BodyForm) -> str:
     return "\n".join([*_activated_lines(a, form), t.cast("y", "value", t.FP16)])
 
 
+def _kernel(call: Call) -> Any:
+    (*rows, call.x_stride), call.gate_stride = call.x.shape, call.gate.shape[-1]
+    call.require(torch.float16, x=(*rows, call.x_stride), gate=(*rows, call.gate_stride))
+    call.quantized = call.empty((*rows, call.width), torch.int8)
+    call.token_scale = token_scale(call, tuple(rows))
+    call.tokens = math.prod(rows)
+    call.launch("activation")
+    return call.quantized, call.token_scale
+
+
 ACTIVATION = Op(
     name="Ssdi8Activation",
     outputs=("quantized", "token_scale"),
     reference=activation_reference,
     body=_body,
+    kernel=_kernel,
 )
 ACTIVATION_FP16 = Op(
     name="Activation",

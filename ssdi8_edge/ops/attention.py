@@ -8,11 +8,14 @@ Source: docs/method.md §12.2.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ssdi8_edge.numerics.int8 import QMAX, quantize
 from ssdi8_edge.ops import onnx_text as t
+from ssdi8_edge.ops.kernel_call import Call
 from ssdi8_edge.ops.op import Attributes, BodyForm, Op
 
 # Of the scales in the cache: the least that FP16 holds, for tokens whose values are all zero.
@@ -347,11 +350,28 @@ def _fp16_body(a: Attributes, form: BodyForm) -> str:
     return "\n".join([*lines, *_attend_lines("k_cache_out_seen", "v_cache_out_seen", a, form)])
 
 
+def _kernel(call: Call) -> Any:
+    call.batch, call.length, call.row_stride = call.projected.shape
+    call.capacity = call.k_cache.shape[2]
+    rows = (call.batch, call.n_kv_heads, call.capacity)
+    call.require(torch.float16, projected=tuple(call.projected.shape), k_scale=rows, v_scale=rows)
+    cache = (*rows, call.head_dim)
+    call.require(torch.int8, k_cache=cache, v_cache=cache)
+    call.require(torch.int64, position=())
+    for name in ("k_cache", "k_scale", "v_cache", "v_scale"):
+        setattr(call, f"{name}_out", call.next_state(getattr(call, name)))
+    shape = (call.batch, call.length, call.n_heads * call.head_dim)
+    call.o = call.empty(shape, torch.float16)
+    call.launch("attention")
+    return call.o, call.k_cache_out, call.k_scale_out, call.v_cache_out, call.v_scale_out
+
+
 ATTENTION = Op(
     name="Ssdi8Attention",
     outputs=("o", "k_cache_out", "k_scale_out", "v_cache_out", "v_scale_out"),
     reference=attention_reference,
     body=_body,
+    kernel=_kernel,
     part="attention",
 )
 ATTENTION_FP16 = Op(

@@ -8,15 +8,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ssdi8_edge.ground.errors import UsageError
-from ssdi8_edge.numerics import hadamard
 
 SIZES = {
-    "headdim": (64, 128),
+    "headdim": (32, 64, 80, 128),
     "d_state": (64, 128, 256),
     "chunk_size": (64, 128, 256),
     "d_conv": (2, 3, 4),
+    "head_dim": (64, 80, 96, 128),
 }
-WIDTH_STEP, MOST_WIDTH = 32, 8192
+# Of widths that are normalized with the residual stream, and of those that become out_proj's input.
+WIDTH_STEP, MOST_WIDTH, MOST_INNER_WIDTH = 32, 8192, 16384
 MOST_GROUPS = 64
 
 
@@ -30,18 +31,16 @@ def size_misfit(sizes: Mapping[str, int]) -> str | None:
     return None
 
 
-def width_misfit(name: str, width: int) -> str | None:
+def width_misfit(name: str, width: int, most: int = MOST_WIDTH) -> str | None:
     """The same of a width that is normalized."""
-    if width % WIDTH_STEP or width > MOST_WIDTH:
-        return _found(name, width, f"multiples of {WIDTH_STEP} up to {MOST_WIDTH}")
+    if width % WIDTH_STEP or width > most:
+        return _found(name, width, f"multiples of {WIDTH_STEP} up to {most}")
     return None
 
 
-def rotated_width_misfit(name: str, width: int) -> str | None:
-    """The same of a width that a kernel rotates, which none does in blocks."""
-    if width_misfit(name, width) is None and not hadamard.exists(width):
-        return _found(name, width, "2^k, 12·2^k or 20·2^k")
-    return width_misfit(name, width)
+def inner_width_misfit(name: str, width: int) -> str | None:
+    """The same of a width that is rotated, in blocks or whole, and quantized for out_proj."""
+    return width_misfit(name, width, MOST_INNER_WIDTH)
 
 
 def _found(name: str, size: int, kernels: str) -> str:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from ssdi8_edge.numerics import hadamard
 from ssdi8_edge.numerics.formats import InputRotation, Rounding, Scaling
 from ssdi8_edge.numerics.int8 import quantize_tokens
 from ssdi8_edge.ops import onnx_text as t
+from ssdi8_edge.ops.kernel_call import Call
 from ssdi8_edge.ops.op import Attributes, BodyForm, Op
+from ssdi8_edge.ops.rms_norm import token_scale
 
 
 def quantize_reference(
@@ -44,9 +50,21 @@ def _body(a: Attributes, form: BodyForm) -> str:
     )
 
 
+def _kernel(call: Call) -> Any:
+    *rows, _ = call.x.shape
+    shape = (*rows, call.width)
+    call.require(torch.float16, x=shape)
+    call.quantized = call.empty(shape, torch.int8)
+    call.token_scale = token_scale(call, tuple(rows))
+    call.tokens = math.prod(rows)
+    call.launch("quantize")
+    return call.quantized, call.token_scale
+
+
 QUANTIZE = Op(
     name="Ssdi8Quantize",
     outputs=("quantized", "token_scale"),
     reference=quantize_reference,
     body=_body,
+    kernel=_kernel,
 )

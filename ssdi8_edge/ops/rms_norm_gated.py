@@ -6,6 +6,7 @@ their own.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -154,14 +155,14 @@ def _rotated_body(r_lines: list[str], a: Attributes, form: BodyForm) -> str:
     )
 
 
-def _kernel(call: Call) -> Any:
+def _kernel(name: str, call: Call) -> Any:
     *rows, row = call.zxbcdt.shape
     call.require(torch.float16, y=(*rows, call.d_inner), zxbcdt=(*rows, row))
     call.require(torch.float32, weight=(call.d_inner,))
     call.quantized = call.empty(tuple(call.y.shape), torch.int8)
     call.token_scale = token_scale(call, tuple(rows))
     call.tokens, call.row_stride = math.prod(rows), row
-    call.launch("rms_norm_gated")
+    call.launch(name)
     return call.quantized, call.token_scale
 
 
@@ -170,11 +171,12 @@ RMS_NORM_GATED = Op(
     outputs=("quantized", "token_scale"),
     reference=rms_norm_gated_reference,
     body=_body,
-    kernel=_kernel,
+    kernel=functools.partial(_kernel, "rms_norm_gated"),
 )
 NORM_THEN_GATE = Op(
     name="Ssdi8NormThenGate",
     outputs=("quantized", "token_scale"),
     reference=norm_then_gate_reference,
     body=_norm_then_gate_body,
+    kernel=functools.partial(_kernel, "norm_then_gate"),
 )

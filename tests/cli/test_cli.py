@@ -435,8 +435,12 @@ CASES: dict[str, tuple[Case, list[str]]] = {
         ["72 input columns", "8-bit method"],
     ),
     "no kernels for the heads": (
-        build_of(lambda _, place: write_model(place / "odd", headdim=32), "--target=orin-nx"),
-        ["the model's headdim is 32", "kernels for 64, 128 on orin-nx", "--target host-cpu"],
+        build_of(lambda _, place: write_model(place / "odd", headdim=16), "--target=orin-nx"),
+        [
+            "the model's headdim is 16",
+            "kernels for 32, 64, 80, 128 on orin-nx",
+            "--target host-cpu",
+        ],
     ),
     "run: no bundle": (on_bundle("run", "/nowhere", *GO), ["/nowhere is not a bundle"]),
     "run: no manifest": (

@@ -431,7 +431,7 @@ def test_device_that_torch_does_not_have(model: Path, monkeypatch: pytest.Monkey
         open_subject(str(model), device="cuda:2")
 
 
-@pytest.mark.parametrize(("headdim", "engine"), [(32, "torch reference"), (64, "CUDA kernels")])
+@pytest.mark.parametrize(("headdim", "engine"), [(16, "torch reference"), (64, "CUDA kernels")])
 def test_sizes_without_kernels(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, headdim: int, engine: str
 ) -> None:
@@ -453,9 +453,9 @@ def test_sizes_without_kernels(
     found = open_subject(str(out), device="cuda")
     found.forward(torch.zeros(1, 1, dtype=torch.int64), 1, nullcontext)
     assert found.engine == f"{engine}, cuda" and allowed == [headdim == 64]
-    assert found.counts_saturation == (headdim == 32)
-    if headdim == 32:
-        with pytest.raises(UsageError, match=r"headdim is 32, but .* on cuda; use --device cpu"):
+    assert found.counts_saturation == (headdim == 16)
+    if headdim == 16:
+        with pytest.raises(UsageError, match=r"headdim is 16, but .* on cuda; use --device cpu"):
             GpuBackend(quantized)
 
 

@@ -16,6 +16,7 @@ from tiny_hybrids import (
     FAMILIES,
     GRANITE,
     NEMOTRON,
+    SSM,
     hybrid,
     quantized,
     with_biases,
@@ -32,6 +33,7 @@ from ssdi8_edge.models.float import FloatModel
 from ssdi8_edge.models.kinds.attention import Attention
 from ssdi8_edge.models.kinds.mamba2 import Mamba2
 from ssdi8_edge.models.kinds.mlp import Mlp
+from ssdi8_edge.models.kinds.parallel import Parallel
 from ssdi8_edge.numerics import hadamard
 from ssdi8_edge.ops import OPS
 from ssdi8_edge.ops.kernel_limits import require_kernels, width_misfit
@@ -243,16 +245,44 @@ def test_sizes_that_do_not_fit(kind: type[Block], sizes: dict[str, Any], message
         kind(**sizes)
 
 
-def test_blocks_without_a_kernel_are_named() -> None:
-    """In the sentence that a build for a board ends with; the widths of kernels stay theirs."""
-    said = {block.kind: block.misfit() for model in FAMILIES.values() for block in model.blocks}
-    words = {"mlp": "MLP blocks", "attention": "attention blocks", "parallel": "beside attention"}
-    for kind, part in words.items():
-        with pytest.raises(UsageError, match=rf"has .*{part}.* no INT8 kernel yet on a board; go"):
-            require_kernels(said[kind], "a board", "go on.")
-    fitting = {"headdim": 64, "d_state": 128}
-    assert Mamba2(d_inner=1536, **fitting).misfit() is None
-    assert "2^k" in str(Mamba2(d_inner=64 * 45, **fitting).misfit())
-    assert "no INT8 kernel" in str(Mamba2(d_inner=1536, gate_norm="none", **fitting).misfit())
+def test_sizes_without_a_kernel_are_named() -> None:
+    """In the sentence that a build for a board ends with."""
+    mamba = {"headdim": 64, "d_state": 128}
+    heads = {"n_heads": 40, "n_kv_heads": 8}
+    parallel = Parallel(Mamba2(d_inner=1536, **mamba), Attention(head_dim=64, **heads))
+    for misfit, words in (
+        (Mlp(hidden=144).misfit(), "hidden is 144, .* multiples of 32 up to 16384"),
+        (Mlp(hidden=20480).misfit(), "hidden is 20480, .*"),
+        (Attention(head_dim=256, **heads).misfit(), "head_dim is 256, .* 64, 80, 96, 128"),
+        (Mamba2(d_inner=20480, **mamba).misfit(), "d_inner is 20480, .*"),
+        (
+            dataclasses.replace(parallel, mamba=Mamba2(d_inner=64, **SSM)).misfit(),
+            "d_state is 16, .*",
+        ),
+        (
+            dataclasses.replace(parallel, mamba=Mamba2(d_inner=15360, **mamba)).misfit(),
+            "attention together is 17920, .*",
+        ),
+    ):
+        with pytest.raises(UsageError, match=rf"the model's .*{words} on a board; go"):
+            require_kernels(misfit, "a board", "go on.")
+
+
+def test_sizes_of_the_families_have_kernels() -> None:
+    """Of every published model; the three gates stand for each other."""
+    blocks: list[Block] = [
+        *(Mlp(hidden=n) for n in (12544, 15680)),
+        *(Mlp(hidden=n, activation="swiglu") for n in (2048, 3072, 4096, 4608, 6144, 8192)),
+        *(
+            Attention(n_heads=heads, n_kv_heads=kv, head_dim=d)
+            for heads, kv, d in ((40, 8, 128), (12, 4, 64), (32, 8, 64), (6, 2, 128))
+        ),
+        *(
+            Mamba2(d_inner=n, headdim=p, d_state=128, gate_norm=gate, ngroups=8)
+            for n, p in ((1536, 32), (3072, 64), (4096, 128), (7680, 80), (10240, 80))
+            for gate in ("grouped", "norm_first", "none")
+        ),
+    ]
+    assert [block for block in blocks if block.misfit()] == []
     # A norm alone rotates nothing.
-    assert width_misfit("d_model", 3136) is None
+    assert all(width_misfit("d_model", n) is None for n in (768, 3136, 4480))

@@ -11,18 +11,25 @@ import kernel_emulator
 import pytest
 
 from ssdi8_edge.ground.errors import Ssdi8Error
-from ssdi8_edge.numerics.formats import Gate, Rotation, Rounding, Scaling
+from ssdi8_edge.numerics.formats import Gate, InputRotation, Rotation, Rounding, Scaling
 from ssdi8_edge.ops import OPS, baseline, kernel_library
+from ssdi8_edge.ops.activation import Activation
 from ssdi8_edge.ops.kernel_header import abi_version, number_of, parameter_structs
 from ssdi8_edge.ops.op import Op
 
-CHOICES = {"gate": Gate, "rotation": Rotation, "rounding": Rounding, "scaling": Scaling}
+CHOICES = [
+    ("gate", get_args(Gate)),
+    ("rotation", {*get_args(Rotation), *get_args(InputRotation)}),
+    ("rounding", get_args(Rounding)),
+    ("scaling", get_args(Scaling)),
+    ("activation", get_args(Activation)),
+]
 
 
-@pytest.mark.parametrize(("field", "choices"), CHOICES.items(), ids=CHOICES.keys())
+@pytest.mark.parametrize(("field", "choices"), CHOICES)
 def test_every_choice_has_a_number_of_its_own(field: str, choices: Any) -> None:
     """An op hands over the choice by name; the numbers are the enum's."""
-    numbers = [number_of(field, choice) for choice in get_args(choices)]
+    numbers = [number_of(field, choice) for choice in choices]
     assert sorted(numbers) == list(range(len(numbers)))
 
 

@@ -10,6 +10,7 @@ import torch
 from kernel_cases import (
     NONE,
     STATIC,
+    attention_case,
     conv_case,
     normal,
     ones_of_tokens,
@@ -47,6 +48,7 @@ def calls(generator: torch.Generator, length: int) -> dict[str, tuple[Tensor, Ca
     conv_inputs, conv_attributes = conv_case(generator, 1, length, 1536, 1, 128)
     y, z = normal(generator, 1, length, 1536), normal(generator, 1, length, 3352)
     ones = torch.ones(1536, device=DEVICE)
+    attention_inputs, attention = attention_case(generator, {"length": length, "position": 70})
     ssd = ssd_case(generator, {"length": length})
     ssd_inputs = ssd_arguments("Ssdi8SsdScan", ssd["inputs"])
     fp16 = ssd_case(generator, NONE | {"length": length})
@@ -54,7 +56,9 @@ def calls(generator: torch.Generator, length: int) -> dict[str, tuple[Tensor, Ca
     static = ssd_case(generator, STATIC | {"length": length})
     static_inputs = ssd_arguments("Ssdi8SsdScan", static["inputs"])
     of_tokens = scale_of_tokens(generator, x)
-    norm = {"eps": 1e-5, "rounding": "half_even", "scaling": "dynamic"}
+    quantized = {"rounding": "half_even", "scaling": "dynamic"}
+    norm = {"eps": 1e-5, **quantized}
+    gate = {"activation": "silu_gate", "width": 1536, "x_column": 1536}
     return {
         "rms_norm": (hidden, lambda: kernel_of("Ssdi8RmsNorm")(hidden, residual, **norm)),
         "linear": (x, lambda: (kernel_of("Ssdi8Linear")(x, of_tokens, weight, scale, bias),)),
@@ -73,6 +77,22 @@ def calls(generator: torch.Generator, length: int) -> dict[str, tuple[Tensor, Ca
         "rms_norm_gated": (
             y,
             lambda: kernel_of("Ssdi8RmsNormGated")(y, z, ones, d_inner=1536, ngroups=1, **norm),
+        ),
+        "norm_then_gate": (
+            y,
+            lambda: kernel_of("Ssdi8NormThenGate")(y, z, ones, d_inner=1536, ngroups=1, **norm),
+        ),
+        "quantize": (
+            y,
+            lambda: kernel_of("Ssdi8Quantize")(y, width=1536, rotation="full", **quantized),
+        ),
+        "activation": (
+            z,
+            lambda: kernel_of("Ssdi8Activation")(z, z, **gate, rotation="blocks", **quantized),
+        ),
+        "attention": (
+            attention_inputs[0],
+            lambda: kernel_of("Ssdi8Attention")(*attention_inputs, **attention)[:2],
         ),
         "ssd_scan": (
             ssd_inputs[0],
@@ -95,6 +115,10 @@ CALLED = [
     "linear_w4",
     "causal_conv1d",
     "rms_norm_gated",
+    "norm_then_gate",
+    "quantize",
+    "activation",
+    "attention",
     "ssd_scan",
     "ssd_scan none",
     "ssd_scan static",
@@ -156,9 +180,9 @@ def test_refusals(generator: torch.Generator) -> None:
     norm = {"eps": 1e-5, "rounding": "half_even", "scaling": "dynamic"}
     odd, even = normal(generator, 1, 2, 12), normal(generator, 1, 2, 64)
     refused("d_model 12", lambda: kernel_of("Ssdi8RmsNorm")(odd, odd.float(), **norm))
-    y, ones = normal(generator, 1, 2, 56), torch.ones(56, device=DEVICE)
-    gated = {**norm, "d_inner": 56, "ngroups": 1}
-    refused("d_inner 56", lambda: kernel_of("Ssdi8RmsNormGated")(y, y, ones, **gated))
+    y, ones = normal(generator, 1, 2, 60), torch.ones(60, device=DEVICE)
+    gated = {**norm, "d_inner": 60, "ngroups": 1}
+    refused("width 60", lambda: kernel_of("Ssdi8RmsNormGated")(y, y, ones, **gated))
     ones = torch.ones(64, device=DEVICE)
     gated = {**norm, "d_inner": 64, "ngroups": 1}
     for match, wrong in (

@@ -56,6 +56,7 @@ def test_no_local_memory_and_little_shared_memory(compiled, name: str) -> None: 
     [
         ("fp16/fp16_linear.cu", "", FP16),
         ("linear/linear.cu", "", INT8),
+        ("attention/attention.cu", "13attend_kernel", FP16),
         ("ssd/chunk_state.cu", "18chunk_state_kernel", INT8),
         ("ssd/chunk_state.cu", "23fp16_chunk_state_kernel", FP16),
         ("ssd/chunk_scan.cu", "17chunk_scan_kernel", INT8),

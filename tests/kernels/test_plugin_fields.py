@@ -13,7 +13,9 @@ from plugin_harness import Harness, Value, open_plugins
 from ssdi8_edge.ops import OPS
 
 # Their output is the input of a linear layer, which is always INT8.
-NORMS = ("Ssdi8RmsNorm", "Ssdi8RmsNormGated")
+INPUTS = tuple(
+    f"Ssdi8{name}" for name in ("RmsNorm", "RmsNormGated", "NormThenGate", "Activation", "Quantize")
+)
 FIELD_CASES = [(op, name) for op in PLUGIN_OPS for name in OPS[op].attributes]
 
 
@@ -56,8 +58,8 @@ def test_serialized_fields_make_the_same_plugin(harness: Harness, op: str) -> No
 @pytest.mark.parametrize(
     ("op", "change"),
     [
-        *((op, {"scaling": scaling}) for op in NORMS for scaling in ("static", "dynamic")),
-        *((op, {"rounding": "half_away"}) for op in (*NORMS, "Ssdi8SsdScan")),
+        *((op, {"scaling": scaling}) for op in INPUTS for scaling in ("static", "dynamic")),
+        *((op, {"rounding": "half_away"}) for op in (*INPUTS, "Ssdi8SsdScan")),
         ("Ssdi8SsdScan", {"gate": "q0.7", "scaling": "static"}),
         ("Ssdi8SsdScan", {"scaling": "static"}),
         ("Ssdi8SsdScan", {"scaling": "none"}),
@@ -112,14 +114,14 @@ def test_values_out_of_range(harness: Harness, op: str, name: str) -> None:
     bad: list[Value]
     if isinstance(value, str):
         bad = ["", "half", value.upper(), f"{value} ", f"{value}\0\0", "x" * 5000, "%s%n", "\0"]
-        bad += ["none"] if name == "scaling" and op in NORMS else []
+        bad += ["none"] if name == "scaling" and op in INPUTS else []
     elif isinstance(value, float):
         bad = [float("nan"), -1.0, float("-inf")]
         bad += [2.0, float("inf")] if name == "eps" else []
         bad += [float("inf")] if name == "dt_min" else []
     else:
         bad = [-1, -(2**31), 2**31 - 1, 2**24 + 1]
-        bad += [] if name == "dt_column" else [0]
+        bad += [] if name.endswith("column") else [0]
         bad += [1] if name == "d_conv" else []
     for v in bad:
         refused(harness, op, spoiled(harness, op, name, v), f"field {name} ", "not")
@@ -132,6 +134,8 @@ def test_values_out_of_range(harness: Harness, op: str, name: str) -> None:
         ("Ssdi8CausalConv1d", {"conv_dim": 1537}, "conv_dim 1537"),
         ("Ssdi8CausalConv1d", {"ngroups": 3}, "ngroups 3"),
         ("Ssdi8RmsNormGated", {"ngroups": 7}, "not a multiple of ngroups 7"),
+        ("Ssdi8NormThenGate", {"ngroups": 7}, "not a multiple of ngroups 7"),
+        ("Ssdi8Attention", {"n_kv_heads": 5}, "n_heads 12 is not a multiple of n_kv_heads 5"),
         ("Ssdi8ChunkCumsum", {"dt_min": 1.0, "dt_max": 0.5}, "dt_min 1 is above dt_max 0.5"),
         ("Ssdi8ChunkState", {"ngroups": 7}, "nheads 24 is not a multiple of ngroups 7"),
         ("Ssdi8ChunkState", {"gate": "q0.7"}, "gate q0.7 needs scaling static"),

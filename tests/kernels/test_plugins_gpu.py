@@ -6,7 +6,7 @@ The inputs, and what may differ and by how much, are those of the kernels' own t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from kernel_cases import (
     RELEASED,
     SSD_STAGES,
     STATIC,
+    attention_case,
     conv_case,
     integer_scales,
     normal,
@@ -56,6 +57,7 @@ IN_PLACE = {
     "residual_out": "residual",
     "conv_state_out": "conv_state",
     "ssm_state_out": "ssm_state",
+    **{f"{name}_out": name for name in ("k_cache", "k_scale", "v_cache", "v_scale")},
 }
 
 Check = Callable[[Tensor, Tensor], None]
@@ -121,6 +123,33 @@ def rms_norm_gated(g: torch.Generator, batch: int, length: int, scaling: str) ->
     return Case("Ssdi8RmsNormGated", inputs, attributes, checks)
 
 
+def norm_then_gate(g: torch.Generator, batch: int, length: int) -> Case:
+    case = rms_norm_gated(g, batch, length, "dynamic")
+    return replace(case, op="Ssdi8NormThenGate")
+
+
+def quantize(g: torch.Generator, batch: int, length: int) -> Case:
+    attributes = {"width": 5120, "rotation": "none", "rounding": "half_even", "scaling": "dynamic"}
+    checks = [steps_in(f) for f in NORM_FRACTIONS[1:]]
+    return Case("Ssdi8Quantize", [normal(g, batch, length, 5120)], attributes, checks)
+
+
+def activation(g: torch.Generator, batch: int, length: int, scaling: str) -> Case:
+    x = normal(g, batch, length, 4608)
+    attributes = {"activation": "silu_gate", "width": 2304, "x_column": 2304}
+    choices = {"rotation": "blocks", "rounding": "half_even", "scaling": scaling}
+    checks = [steps_in(f) for f in NORM_FRACTIONS[1:]]
+    inputs = [x, x, *token_scaling(scaling, 0.03)]
+    return Case("Ssdi8Activation", inputs, {**attributes, **choices}, checks)
+
+
+def attention(g: torch.Generator, batch: int, length: int) -> Case:
+    row = {"n_heads": 12, "n_kv_heads": 4, "position": 70, "room": 0}
+    inputs, attributes = attention_case(g, {**row, "batch": batch, "length": length})
+    checks = [within(1e-3), *[steps_in(0.0)] * 4]
+    return Case("Ssdi8Attention", inputs, attributes, checks)
+
+
 def ssd(op: str, g: torch.Generator, batch: int, length: int, **row: Any) -> Case:
     """An SSD op on the outputs of the references before it."""
     case = ssd_case(g, {"batch": batch, "length": length, **row})
@@ -156,6 +185,11 @@ CASES: dict[str, Callable[[torch.Generator, int, int], Case]] = {
     "causal_conv1d": causal_conv1d,
     "rms_norm_gated": partial(rms_norm_gated, scaling="dynamic"),
     "rms_norm_gated static": partial(rms_norm_gated, scaling="static"),
+    "norm_then_gate": norm_then_gate,
+    "quantize": quantize,
+    "activation": partial(activation, scaling="dynamic"),
+    "activation static": partial(activation, scaling="static"),
+    "attention": attention,
     **{
         f"{name}{suffix}": partial(ssd, op, **row)
         for name, op in (
@@ -267,6 +301,7 @@ def test_replay_of_a_captured_call(
     [
         "rms_norm",
         "causal_conv1d",
+        "attention",
         "state_passing",
         "state_passing fp16",
         "ssd_scan",

@@ -1,4 +1,4 @@
-"""The CUDA kernel of the gated norm and its rotation against its reference."""
+"""The CUDA kernels of the gated norms and their rotation against their references."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from kernel_fixtures import (
 )
 
 pytestmark = CUDA
+scalings = pytest.mark.parametrize("scaling", ["dynamic", "static"])
 
 
 @pytest.mark.parametrize(
@@ -38,6 +39,10 @@ pytestmark = CUDA
         {"d_inner": 5120, "length": 257},
         {"d_inner": 5120, "ngroups": 8},
         *({"heads": heads} for heads in (3, 6, 12)),  # rows not aligned
+        # in blocks, of each base matrix; wider than a kernel of its own takes
+        *({"d_inner": n, "ngroups": 8} for n in (7680, 10240, 14336)),
+        *({"d_inner": n} for n in (56, 720, 1600, 9 * 192, 2880)),
+        {"d_inner": 2880, "ngroups": 3, "heads": 3},
         {"magnitude": 0.0},
         {"magnitude": 100.0},
         {"scale": 1e-3},  # saturates
@@ -46,8 +51,30 @@ pytestmark = CUDA
     ],
     ids=str,
 )
-@pytest.mark.parametrize("scaling", ["dynamic", "static"])
+@scalings
 def test_rms_norm_gated(generator: torch.Generator, row: dict[str, Any], scaling: str) -> None:
+    compare_gated("Ssdi8RmsNormGated", generator, row, scaling)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {},
+        {"ngroups": 8, "batch": 2},
+        {"d_inner": 7680, "ngroups": 8},
+        *({"d_inner": n} for n in (8, 40, 192, 720, 2048, 2560)),
+        {"heads": 3, "rounding": "half_away", "scale": 1e-3},
+        {"magnitude": 0.0},
+        {"magnitude": 100.0},
+    ],
+    ids=str,
+)
+@scalings
+def test_norm_then_gate(generator: torch.Generator, row: dict[str, Any], scaling: str) -> None:
+    compare_gated("Ssdi8NormThenGate", generator, row, scaling)
+
+
+def compare_gated(op: str, generator: torch.Generator, row: dict[str, Any], scaling: str) -> None:
     base = {"batch": 1, "length": 5, "d_inner": 1536, "ngroups": 1, "magnitude": 1.0}
     case = {**base, "heads": 64, "scale": 0.03, "rounding": "half_even", **row}
     batch, length, d_inner = case["batch"], case["length"], case["d_inner"]
@@ -57,7 +84,7 @@ def test_rms_norm_gated(generator: torch.Generator, row: dict[str, Any], scaling
     zxbcdt[..., :d_inner] = normal(generator, batch, length, d_inner) * max(case["magnitude"], 1)
     weight = torch.rand(d_inner, generator=generator, device=DEVICE) + 0.5
     compare(
-        "Ssdi8RmsNormGated",
+        op,
         y,
         zxbcdt,
         weight,

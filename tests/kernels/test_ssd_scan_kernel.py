@@ -69,7 +69,9 @@ def test_ssd_scan_with_more_heads_than_the_chip_holds(
 
 @pytest.mark.parametrize("state", [torch.float16, torch.float32])
 @pytest.mark.parametrize("batch", [1, 8])
-@pytest.mark.parametrize(("headdim", "d_state"), [(64, 128), (128, 64), (64, 256)])
+@pytest.mark.parametrize(
+    ("headdim", "d_state"), [(64, 128), (128, 64), (64, 256), (80, 64), (80, 128), (32, 256)]
+)
 def test_ssd_step(
     generator: torch.Generator, batch: int, headdim: int, d_state: int, state: torch.dtype
 ) -> None:

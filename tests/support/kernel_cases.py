@@ -102,6 +102,47 @@ def conv_case(
     return inputs, attributes
 
 
+ATTENTION_BASE: dict[str, Any] = {
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "head_dim": 64,
+    "batch": 1,
+    "position": 0,
+    "length": 5,
+    "room": 3,  # behind the last token
+    "first_column": 0,
+    "rope_theta": 0.0,
+    "magnitude": 1.0,
+}
+
+
+def attention_case(
+    generator: torch.Generator, row: dict[str, Any]
+) -> tuple[list[Tensor], dict[str, Any]]:
+    """Caches hold something everywhere, NaN among the scales behind the tokens."""
+    case = ATTENTION_BASE | row
+    heads, kv, d = (case[name] for name in ("n_heads", "n_kv_heads", "head_dim"))
+    batch, length, first = case["batch"], case["length"], case["first_column"]
+    capacity = case["position"] + length + case["room"]
+    columns = (heads + 2 * kv) * d
+    projected = torch.full(
+        (batch, length, first + columns + 3), torch.nan, dtype=torch.float16, device=DEVICE
+    )
+    projected[..., first : first + columns] = (
+        normal(generator, batch, length, columns) * 2 * case["magnitude"]
+    )
+    rows = (batch, kv, capacity)
+    caches = []
+    for _ in "kv":
+        scale = torch.rand(rows, generator=generator, device=DEVICE).half() / 40
+        scale[..., case["position"] :] = torch.nan
+        caches += [random_int8(generator, *rows, d), scale]
+    position = torch.tensor(case["position"], device=DEVICE)
+    return [projected, *caches, position], {
+        name: case[name] for name in OPS["Ssdi8Attention"].attributes
+    }
+
+
 SSD_BASE = {
     "batch": 1,
     "length": 515,
@@ -130,6 +171,13 @@ SSD_ROWS: list[dict[str, Any]] = [
     {"length": 700, "nheads": 8, "d_state": 64, "chunk_size": 128},
     *({"ngroups": n, "nheads": 8} for n in (2, 8)),
     {"headdim": 128},
+    # heads that do not fill 64 channels, or two times 64
+    *({"headdim": p, "length": 300, "batch": 2} for p in (32, 80)),
+    *(STATIC | {"headdim": p, "length": 100} for p in (32, 80)),
+    *(RELEASED | {"headdim": p, "length": 100} for p in (32, 80)),
+    {"headdim": 80, "d_state": 64, "length": 100},
+    {"headdim": 80, "d_state": 256, "length": 100, "chunk_size": 64},
+    {"headdim": 80, "ngroups": 2, "chunk_size": 128, "length": 200, "rounding": "half_away"},
     {"d_state": 64},
     {"d_state": 256},
     {"d_state": 256, "chunk_size": 128, "headdim": 128, "batch": 2},
@@ -170,6 +218,8 @@ FP16_ROWS: list[dict[str, Any]] = [
         {"length": 2048, "nheads": 80, "d_state": 64},
         *({"ngroups": n, "nheads": 8} for n in (2, 8)),
         {"headdim": 128},
+        *({"headdim": p, "length": 100, "batch": 2} for p in (32, 80)),
+        {"headdim": 80, "d_state": 256, "length": 100, "chunk_size": 64},
         {"d_state": 64},
         {"d_state": 256, "headdim": 128, "batch": 2},
         *({"chunk_size": n} for n in (64, 128)),

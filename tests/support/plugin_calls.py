@@ -8,26 +8,31 @@ from typing import Any
 
 import onnx
 import pytest
-from case_table import apply_recipe, random_ids, tiny_recipe, write_checkpoint
+from case_table import random_ids
 from conftest import make_config
 from plugin_harness import Form, Harness, Plugin, Value, forms
+from tiny_hybrids import GATES, NEMOTRON, hybrid, quantized
 
 from runtime.files import WEIGHTS
 from ssdi8_edge.compile import lowering
 from ssdi8_edge.compile.export import export_model
 from ssdi8_edge.compile.safetensors_writer import SafetensorsWriter
+from ssdi8_edge.models.description import Description
 from ssdi8_edge.ops import OPS
 from ssdi8_edge.ops.op import Op
 
 PLUGIN_OPS = sorted(name for name, op in OPS.items() if op.plugin and op.kernel)
 
-# Recipes that between them have every op, and every choice that an attribute or a type states.
-MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
-    "edge-w8a8": ("edge-w8a8", 1, {}),
-    "modular": ("edge-w8a8", 2, {"ssd_ops": "modular", "state_dtype": "fp32"}),
-    "released": ("ssdi8-w8a8", 1, {"ssd_ops": "modular"}),
-    "fp16 ssd": ("edge-w8a8", 1, {"ssd_ops": "modular", "scaling": "none"}),
-    "w4": ("edge-w4a8", 1, {}),
+# Models and recipes that between them have every op, and every choice that an attribute or a type
+# states.
+MODELS: dict[str, tuple[Description, str, dict[str, Any]]] = {
+    "edge-w8a8": (make_config(), "edge-w8a8", {}),
+    "modular": (make_config(2), "edge-w8a8", {"ssd_ops": "modular", "state_dtype": "fp32"}),
+    "released": (make_config(), "ssdi8-w8a8", {"ssd_ops": "modular"}),
+    "fp16 ssd": (make_config(), "edge-w8a8", {"ssd_ops": "modular", "scaling": "none"}),
+    "w4": (make_config(), "edge-w4a8", {}),
+    "nemotron": (NEMOTRON, "edge-w8a8", {}),
+    "gates": (GATES, "ssdi8-w8a8", {}),
 }
 BATCH, LENGTH = 2, 19  # more than a chunk of 16
 
@@ -42,9 +47,11 @@ class Call:
     outputs: list[Form]
 
 
-def record_calls(folder: Path, name: str, ngroups: int, changes: dict[str, Any]) -> list[Call]:
-    checkpoint, _ = write_checkpoint(folder / "source", make_config(ngroups))
-    made = apply_recipe(checkpoint, tiny_recipe(name, **changes), random_ids(8, 48))
+def record_calls(
+    folder: Path, description: Description, method: str, changes: dict[str, Any]
+) -> list[Call]:
+    made = quantized(hybrid(description.with_context(LENGTH)), method, **changes)
+    folder.mkdir(parents=True, exist_ok=True)
     writer = SafetensorsWriter(folder / WEIGHTS)
     for key, tensor in made.tensors.items():
         writer.add(key, tensor)
@@ -113,11 +120,23 @@ OTHER_FIELDS: dict[str, Value] = {
     "conv_dim": 1792,
     "d_conv": 4,
     "ngroups": 1,
+    "width": 1536,
+    "activation": "silu_gate",
+    "x_column": 1536,
+    "n_heads": 12,
+    "n_kv_heads": 4,
+    "head_dim": 64,
+    "first_column": 0,
+    "rope_theta": 1e4,
 }
+# Of the input of a linear layer, where an op has several.
+INPUT_FIELDS = OTHER_FIELDS | {"rotation": "signs"}
 
 
 def valid_fields(op: str) -> dict[str, Value]:
-    values = SSD_FIELDS if op.startswith(("Ssdi8Chunk", "Ssdi8S")) else OTHER_FIELDS
+    values = INPUT_FIELDS if op in ("Ssdi8Activation", "Ssdi8Quantize") else OTHER_FIELDS
+    if op.startswith(("Ssdi8Chunk", "Ssdi8S")):
+        values = SSD_FIELDS
     return {name: values[name] for name in OPS[op].attributes}
 
 

@@ -197,6 +197,7 @@ int32_t harness_number(const char* name) {
       {"FP32", int32_t(DataType::kFLOAT)},
       {"FP16", int32_t(DataType::kHALF)},
       {"INT8", int32_t(DataType::kINT8)},
+      {"INT64", int32_t(DataType::kINT64)},
       {"data types", EnumMax<DataType>()},
       {"linear", int32_t(TensorFormat::kLINEAR)},
       {"formats", EnumMax<TensorFormat>()},

@@ -30,7 +30,12 @@ MAX_FIELDS = 32
 
 Value = int | float | str | bytes
 Form = tuple[str, tuple[int, ...]]  # type name and shape of a tensor
-TYPE_NAMES = {torch.float32: "FP32", torch.float16: "FP16", torch.int8: "INT8"}
+TYPE_NAMES = {
+    torch.float32: "FP32",
+    torch.float16: "FP16",
+    torch.int8: "INT8",
+    torch.int64: "INT64",
+}
 TORCH_TYPES = {name: dtype for dtype, name in TYPE_NAMES.items()}
 
 

@@ -3,6 +3,7 @@
 //
 // y (T, E) FP16; z is the first E columns of zxbcdt (T, R) FP16; weight (E) FP32; q (T, E) INT8;
 // token_scale (T).
+// Of widths with a matrix H_E up to 8192; gated_norm.cu has the others.
 // H_E = base (x) Sylvester(2^k) / sqrt(E) with base order 1, 12 or 20 (hadamard.py), applied to a
 // row vector: element b * 2^k + s of the result sums base[b', b] * (+-1) * r over all b', s'.
 //
@@ -21,6 +22,8 @@
 #include <math.h>
 
 #include "../common.cuh"
+#include "../rotation/hadamard.cuh"
+#include "gated_norm.cuh"
 
 namespace ssdi8 {
 namespace {
@@ -29,65 +32,12 @@ namespace {
 // device code
 // ---------------------------------------------------------------------------------------------
 
-constexpr int kVector = 8;  // values per thread, and per 16-byte load of FP16
 constexpr int kMaxInner = 8192;
 constexpr int kMaxGroups = 64;
-
-// Shared memory has 8 unused words after every 64, so that the strided passes meet no bank twice.
-__host__ __device__ constexpr int padded(int e) { return e + ((e >> 6) << 3); }
-
-// Paley's first construction, as in hadamard.py: order q + 1 for the prime q = 3 (mod 4).
-template <int kOrder>
-__host__ __device__ constexpr bool base_is_negative(int row, int column) {
-  if (row == 0) return false;
-  if (column == 0) return true;
-  const int q = kOrder - 1;
-  const int residue = (column - row + q) % q;
-  if (residue == 0) return false;
-  for (int i = 1; i < q; ++i) {
-    if (i * i % q == residue) return false;
-  }
-  return true;
-}
-
-template <int kOrder>
-struct BaseMatrix {
-  bool negative[kOrder][kOrder] = {};
-  constexpr BaseMatrix() {
-    for (int i = 0; i < kOrder; ++i) {
-      for (int j = 0; j < kOrder; ++j) negative[i][j] = base_is_negative<kOrder>(i, j);
-    }
-  }
-};
 
 // z * sigmoid(z) to about 1e-6, which is far below a step of INT8; a third of the instructions.
 __device__ __forceinline__ float approximate_silu(float z) {
   return z * rcp_approx(1.0f + ex2_approx(z * -1.4426950408889634f));
-}
-
-// 8 values of a row that may begin at any value.
-__device__ __forceinline__ uint4 load_unaligned(const __half* row) {
-  uint32_t pairs[kVector / 2];
-#pragma unroll
-  for (int i = 0; i < kVector / 2; ++i) {
-    const __half2 pair = __halves2half2(row[2 * i], row[2 * i + 1]);
-    pairs[i] = reinterpret_cast<const uint32_t&>(pair);
-  }
-  return make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
-}
-
-// Walsh-Hadamard transform of the 8 values of an array.
-__device__ __forceinline__ void transform8(float (&v)[kVector]) {
-#pragma unroll
-  for (int step = 1; step < kVector; step *= 2) {
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      if (i & step) continue;
-      const float a = v[i], b = v[i + step];
-      v[i] = a + b;
-      v[i + step] = a - b;
-    }
-  }
 }
 
 // One butterfly level over the lane bit `mask`.
@@ -97,42 +47,6 @@ __device__ __forceinline__ void transform_lanes(float (&v)[kVector], int mask) {
   for (int i = 0; i < kVector; ++i) {
     v[i] = fmaf(v[i], sign, __shfl_xor_sync(kAllLanes, v[i], mask));
   }
-}
-
-// A column of base^T . x, the values of which lie kPower apart from `own` on. Of four values each
-// there are eight sums up to the sign, which all rows share: 12 additions, and one a row.
-template <int kOrder, int kPower>
-__device__ __forceinline__ void base_product(const float* own, float (&sums)[kOrder]) {
-  static_assert(kOrder % 4 == 0);
-  constexpr BaseMatrix<kOrder> kBase;
-#pragma unroll
-  for (int b = 0; b < kOrder; b += 4) {
-    float x[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) x[i] = own[padded((b + i) * kPower)];
-    const float first[2] = {x[0] + x[1], x[0] - x[1]}, second[2] = {x[2] + x[3], x[2] - x[3]};
-    float of_four[2][2][2];  // by whether the sign of the second, third, fourth is not the first's
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int s1 = i & 1, s2 = i / 2 & 1, s3 = i / 4;
-      of_four[s1][s2][s3] = s2 ? first[s1] - second[s2 != s3] : first[s1] + second[s2 != s3];
-    }
-#pragma unroll
-    for (int row = 0; row < kOrder; ++row) {
-      const bool s0 = kBase.negative[b][row];
-      const float v = of_four[kBase.negative[b + 1][row] != s0][kBase.negative[b + 2][row] != s0]
-                             [kBase.negative[b + 3][row] != s0];
-      sums[row] = s0 ? sums[row] - v : sums[row] + v;
-    }
-  }
-}
-
-template <int kCount>
-__device__ __forceinline__ float largest(const float (&v)[kCount]) {
-  float top = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) top = fmaxf(top, fabsf(v[i]));
-  return top;
 }
 
 // E = kOrder * 2^kPowerBits; kOrder of the base matrix: 1, 12 or 20.
@@ -286,7 +200,9 @@ __global__ void __launch_bounds__(Width<kOrder, kPowerBits>::kThreads,
     constexpr int kPower = 1 << kPowerBits;  // less than threads
     const int column = threadIdx.x;
     float sums[kOrder] = {};
-    if (column < kPower) base_product<kOrder, kPower>(shared + padded(column), sums);
+    const float* own = shared + padded(column);
+    const auto value = [&](int i) { return own[padded(i * kPower)]; };
+    if (column < kPower) base_product(value, sums);
     const Steps by = steps(largest(sums));
     if (column >= kPower) return;
 #pragma unroll
@@ -335,9 +251,7 @@ int ssdi8_rms_norm_gated(const Ssdi8RmsNormGatedParams* p, void* stream) {
   const Launch found =
       p->row_stride % kVector == 0 ? launch_of_any<true>(e) : launch_of_any<false>(e);
   if (found.kernel == nullptr) {
-    return refuse(
-        "rms_norm_gated: d_inner %d is not 2^k, 12 * 2^k or 20 * 2^k with k >= 3, up to %d", e,
-        kMaxInner);
+    return launch_gated_norm("rms_norm_gated", gated_norm_of(*p), GatePlace::kBeforeNorm, stream);
   }
   if (p->ngroups <= 0 || p->ngroups > kMaxGroups || e % (p->ngroups * kVector) != 0) {
     return refuse(

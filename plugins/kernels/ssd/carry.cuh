@@ -47,13 +47,21 @@ struct CarrySlot {
         (size_t(it.b) * shape.nheads + it.h) * shape.headdim + it.pt * kTileP + channel;
     return row * P::kN + P::column(step);
   }
+  __device__ __forceinline__ bool exists(int channel) const {
+    return shape.headdim % kTileP == 0 || channel < shape.channels(it.pt);
+  }
   __device__ __forceinline__ uint4* own(int run) const {
     return slot + run * 2 * P::kStateThreads + threadIdx.x;
   }
 
   __device__ __forceinline__ void load(int run, int channel, int step, float (&v)[8]) const {
     if (it.c == 0) {
-      load_state8(p.ssm_state, index(channel, step), p.state_fp32, v);
+      if (exists(channel)) {
+        load_state8(p.ssm_state, index(channel, step), p.state_fp32, v);
+        return;
+      }
+#pragma unroll
+      for (int i = 0; i < 8; ++i) v[i] = 0.0f;
       return;
     }
     const uint4 low = __ldcg(own(run)), high = __ldcg(own(run) + P::kStateThreads);
@@ -64,7 +72,9 @@ struct CarrySlot {
 
   __device__ __forceinline__ void store(int run, int channel, int step, const float (&v)[8]) const {
     if (it.c + 1 == shape.chunks) {
-      store_state8(p.ssm_state_out, index(channel, step), p.state_fp32, v);
+      if (exists(channel)) {
+        store_state8(p.ssm_state_out, index(channel, step), p.state_fp32, v);
+      }
       return;
     }
     const uint32_t* bits = reinterpret_cast<const uint32_t*>(v);

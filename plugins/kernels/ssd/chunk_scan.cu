@@ -27,13 +27,20 @@ __global__ __launch_bounds__(ssd::kThreads) void cb_kernel(Shape shape, ssd::Pre
   ssd::prepare_group<kN, kFp16>(shape, params, index / jobs, index % jobs);
 }
 
-// The state entering the chunk, (64, N) INT8 rows, as B operand of Scan1.
+// The first of two channels of a lane. Where a tile has fewer than 64, the last two stand in for the
+// others, of which nothing is stored.
+__device__ __forceinline__ int passed_channel(int pair, int channels) {
+  const int g = threadIdx.x % 32 / 4;
+  return min(8 * (g / 2 + 4 * (g % 2)) + 2 * pair, channels - 2);
+}
+
+// The state entering the chunk, (channels, N) INT8 rows, as B operand of Scan1.
 template <typename P>
-__device__ __forceinline__ void load_passed(const int8_t* passed, uint4* r_units) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+__device__ __forceinline__ void load_passed(const int8_t* passed, int channels, uint4* r_units) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, t = lane % 4;
   for (int job = warp; job < P::kN / 16; job += P::kWarps) {
     const int n64 = job / 4, pair = job % 4;
-    const int8_t* row = passed + (8 * (g / 2 + 4 * (g % 2)) + 2 * pair) * P::kN + 64 * n64 + 16 * t;
+    const int8_t* row = passed + passed_channel(pair, channels) * P::kN + 64 * n64 + 16 * t;
     const uint4 r0 = ssd::load16_global(row), r1 = ssd::load16_global(row + P::kN);
     uint4* unit = r_units + (n64 * 8 + pair) * 32 + lane;
     unit[0] = make_uint4(r0.x, r0.y, r1.x, r1.y);
@@ -43,12 +50,12 @@ __device__ __forceinline__ void load_passed(const int8_t* passed, uint4* r_units
 
 // The same in FP16: the units that fp16_pass writes.
 template <typename P>
-__device__ __forceinline__ void load_passed(const __half* passed, uint4* r16) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+__device__ __forceinline__ void load_passed(const __half* passed, int channels, uint4* r16) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, t = lane % 4;
   for (int job = warp; job < P::kN / 8; job += P::kWarps) {
     const int run = job / 4, pair = job % 4;
-    const __half* row = passed + (8 * (g / 2 + 4 * (g % 2)) + 2 * pair) * P::kN + 64 * (run / 2) +
-                        16 * t + 8 * (run % 2);
+    const __half* row = passed + passed_channel(pair, channels) * P::kN + 64 * (run / 2) + 16 * t +
+                        8 * (run % 2);
     const uint4 r0 = ssd::load16_global(row), r1 = ssd::load16_global(row + P::kN);
     uint4* unit = r16 + (run * 8 + pair) * 32 + lane;
     unit[0] = make_uint4(r0.x, r0.y, r1.x, r1.y);
@@ -87,11 +94,13 @@ __global__ __launch_bounds__(P::kThreads, P::kBlocksPerSm) void chunk_scan_kerne
     uint4 raw[P::kRowTiles][4];
     ssd::load_x<P>(shape, it, p.x, raw);
     const size_t state = passed_row(shape, it);
-    load_passed<P>(static_cast<const int8_t*>(p.passed) + state * P::kN, r_units);
+    const int channels = shape.channels(it.pt);
+    load_passed<P>(static_cast<const int8_t*>(p.passed) + state * P::kN, channels, r_units);
     ssd::fill_tables<P, false, true>(shape, it, p.dt, p.a, p.scales, false, tables);
     if (threadIdx.x < ssd::kTileP) {
       tables.scan1_scale[threadIdx.x] =
-          __fmul_rn(p.scales.c_scale[it.group], p.passed_scale[state + threadIdx.x]);
+          __fmul_rn(p.scales.c_scale[it.group],
+                    p.passed_scale[state + min(static_cast<int>(threadIdx.x), channels - 1)]);
     }
     ssd::copy_x<P>(raw, x16);
   }
@@ -117,7 +126,8 @@ __global__ __launch_bounds__(P::kThreads,
     const Item it = ssd::make_item(shape, ssd::lane_of_work(), ssd::chunk_of_work());
     uint4 raw[P::kRowTiles][4];
     ssd::load_x<P>(shape, it, p.x, raw);
-    load_passed<P>(static_cast<const __half*>(p.passed) + passed_row(shape, it) * P::kN, r16);
+    load_passed<P>(static_cast<const __half*>(p.passed) + passed_row(shape, it) * P::kN,
+                   shape.channels(it.pt), r16);
     ssd::fill_fp16_tables<P, false, true>(shape, it, p.dt, p.a, p.scales, tables);
     ssd::copy_x<P>(raw, x16);
   }
@@ -137,7 +147,7 @@ struct Workspace {
 };
 
 Workspace carve(const Shape& shape, void* base) {
-  ssd::Arena arena(base);
+  Arena arena(base);
   Workspace w;
   w.c_units = arena.take<uint4>(shape.group_chunks() * (shape.fp16 + 1) * shape.c_units() * 32);
   w.cb_units = arena.take<uint4>(shape.group_chunks() * shape.cb_units() * 32);
@@ -177,7 +187,7 @@ cudaError_t launch_chunk_scan(const Shape& shape, const Ssdi8ChunkScanParams& p,
   constexpr size_t kBytes = sizeof(Tables) + kWords * sizeof(uint4);
   static_assert(kBytes <= kMaxSharedBytes);
   auto* kernel = chunk_scan_kernel<P>;
-  if (cudaError_t error = ssd::grant_shared(kernel, kBytes)) return error;
+  if (cudaError_t error = grant_shared(kernel, kBytes)) return error;
   return launch(kernel, dim3(shape.lanes(), shape.chunks), P::kThreads, kBytes, stream, shape,
                 scan_of(p, w));
 }
@@ -191,7 +201,7 @@ cudaError_t launch_fp16_chunk_scan(const Shape& shape, const Ssdi8ChunkScanParam
       sizeof(ssd::Fp16Tables<P::kChunk>) + (2 * P::kRWords + P::kX16Words) * sizeof(uint4);
   static_assert(kBytes <= kMaxSharedBytes);
   auto* kernel = fp16_chunk_scan_kernel<P>;
-  if (cudaError_t error = ssd::grant_shared(kernel, kBytes)) return error;
+  if (cudaError_t error = grant_shared(kernel, kBytes)) return error;
   return launch(kernel, dim3(shape.lanes(), shape.chunks), P::kThreads, kBytes, stream, shape,
                 scan_of(p, w));
 }

@@ -66,6 +66,7 @@ __global__ __launch_bounds__(P::kThreads, P::kBlocksPerSm) void chunk_state_kern
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int p = P::channel(row) + r;
+        if (p >= shape.channels(it.pt)) continue;
         const size_t index = state_index<P>(shape, it, p, step);
         const float multiplier = tables.state_multiplier[p];
         float v[8];
@@ -118,6 +119,7 @@ __global__ __launch_bounds__(P::kThreads, ssd::kFp16Resident<P>) void fp16_chunk
     for (int step = 0; step < P::kSteps; ++step) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
+        if (P::channel(row) + r >= shape.channels(it.pt)) continue;
         float v[8];
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
@@ -150,7 +152,7 @@ cudaError_t launch_chunk_state(const Shape& shape, const Ssdi8ChunkStateParams& 
   scales.b_scale = p.b_scale;
   const size_t bytes = sizeof(Tables) + P::kXsWords * sizeof(uint4);
   auto* kernel = chunk_state_kernel<P>;
-  if (cudaError_t error = ssd::grant_shared(kernel, bytes)) return error;
+  if (cudaError_t error = grant_shared(kernel, bytes)) return error;
   return launch(kernel, dim3(shape.lanes(), shape.chunks), P::kThreads, bytes, stream, shape,
                 static_cast<const __half*>(p.x), p.dt, p.a, scales,
                 static_cast<const uint4*>(p.workspace), p.gate == SSDI8_GATE_Q0_7, p.states);
@@ -164,7 +166,7 @@ cudaError_t launch_fp16_chunk_state(const Shape& shape, const Ssdi8ChunkStatePar
   scales.b_scale = p.b_scale;
   const size_t bytes = sizeof(ssd::Fp16Tables<P::kChunk>) + P::kX16Words * sizeof(uint4);
   auto* kernel = fp16_chunk_state_kernel<P>;
-  if (cudaError_t error = ssd::grant_shared(kernel, bytes)) return error;
+  if (cudaError_t error = grant_shared(kernel, bytes)) return error;
   return launch(kernel, dim3(shape.lanes(), shape.chunks), P::kThreads, bytes, stream, shape,
                 static_cast<const __half*>(p.x), p.dt, p.a, scales,
                 static_cast<const uint4*>(p.workspace), static_cast<__half*>(p.states));

@@ -47,7 +47,7 @@ struct Int8Carry : CarrySlot<P> {
 
   __device__ __forceinline__ void store(int run, int channel, int step, float (&v)[8]) const {
     if (kInteger && it.c + 1 == shape.chunks) {
-      const float scale = state_scale[it.p0 + channel];
+      const float scale = Slot::exists(channel) ? state_scale[it.p0 + channel] : 0.0f;
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const int q = saturate(__float_as_int(v[i]), shape.away);

@@ -5,6 +5,7 @@
 
 #include <stddef.h>
 
+#include "../arena.cuh"
 #include "../common.cuh"
 #include "../kernels.h"
 #include "cumsum.cuh"
@@ -20,7 +21,9 @@ inline int make_shape(const char* op, int batch, int length, int nheads, int hea
     return refuse("%s: batch %d, length %d, %d heads in %d groups", op, batch, length, nheads,
                   ngroups);
   }
-  if (headdim != 64 && headdim != 128) return refuse("%s: headdim %d, not 64 or 128", op, headdim);
+  if (headdim != 32 && headdim != 64 && headdim != 80 && headdim != 128) {
+    return refuse("%s: headdim %d, not 32, 64, 80 or 128", op, headdim);
+  }
   if (d_state != 64 && d_state != 128 && d_state != 256) {
     return refuse("%s: d_state %d, not 64, 128 or 256", op, d_state);
   }
@@ -62,12 +65,6 @@ inline int check_scale(const char* op, const Shape& shape, const char* name, con
   return refuse("%s: scaling static needs %s", op, name);
 }
 
-// Grants `kernel` its dynamic shared memory; call before each launch.
-template <typename Kernel>
-cudaError_t grant_shared(Kernel* kernel, size_t bytes) {
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
-}
-
 // What an op with its own dt takes it from.
 template <typename Params>
 Cumsum cumsum_of(const Params& p) {
@@ -88,23 +85,6 @@ inline dim3 scan_grid(const Shape& shape, int slots) {
   const int together = static_cast<int>(ceil_div(shape.lanes(), rounds));
   return dim3(together, shape.chunks, ceil_div(shape.lanes(), together));
 }
-
-// Bytes of scratch memory, handed out in 256-byte steps.
-class Arena {
- public:
-  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
-  template <typename T>
-  T* take(size_t count) {
-    T* p = reinterpret_cast<T*>(base_ + used_);
-    used_ += (count * sizeof(T) + 255) / 256 * 256;
-    return p;
-  }
-  size_t used() const { return used_; }
-
- private:
-  char* base_;
-  size_t used_ = 0;
-};
 
 }  // namespace ssd
 }  // namespace ssdi8

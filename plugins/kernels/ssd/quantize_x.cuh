@@ -20,13 +20,17 @@ __device__ __forceinline__ void load_x(const Shape& shape, const Item& it, const
                                        uint4 (&raw)[P::kRowTiles][4]) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int pitch = shape.nheads * shape.headdim, last = it.valid - 1;
-  const __half* first =
-      x + (size_t(it.b) * shape.length + it.start) * pitch + it.p0 + 8 * (g / 2 + 4 * (g % 2));
+  const int channel = 8 * (g / 2 + 4 * (g % 2));
+  const bool exists = shape.headdim % kTileP == 0 || channel < shape.channels(it.pt);
+  const __half* first = x + (size_t(it.b) * shape.length + it.start) * pitch + it.p0 + channel;
 #pragma unroll
   for (int j = 0; j < P::kRowTiles; ++j) {
     const int row = 16 * (P::kRowTiles * warp + j) + 4 * t;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) raw[j][i] = load16_global(first + min(row + i, last) * pitch);
+    for (int i = 0; i < 4; ++i) {
+      raw[j][i] = make_uint4(0, 0, 0, 0);
+      if (exists) raw[j][i] = load16_global(first + min(row + i, last) * pitch);
+    }
   }
 }
 

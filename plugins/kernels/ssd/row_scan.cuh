@@ -47,7 +47,7 @@ __device__ __forceinline__ int lane_asked_again() { return read_tid_x() % 32; }
 
 // Rows first .. first + 15 of y, as the accumulators have them; `out` is that of row 0.
 __device__ __forceinline__ void store_rows(const float (&y)[8][4], int first, int valid, int pitch,
-                                           __half* out) {
+                                           int channels, __half* out) {
   const int lane = lane_asked_again(), g = lane / 4, t = lane % 4;
   out += (first + g) * pitch + 8 * t;
 #pragma unroll
@@ -55,6 +55,7 @@ __device__ __forceinline__ void store_rows(const float (&y)[8][4], int first, in
     if (first + g + 8 * half >= valid) continue;
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
+      if (channels < kTileP && 8 * t + 32 * e >= channels) continue;
       uint4 word;
 #pragma unroll
       for (int pair = 0; pair < 4; ++pair) {
@@ -175,7 +176,7 @@ struct RowScan {
       accumulate(scan_weights<true>(diagonal, *less, a0, a1, 4 * t - g, tables.d_skip));
 
       store_rows(y, 16 * tile_of(m), place.valid, shape.nheads * shape.headdim,
-                 y_out + place.y_offset);
+                 channels_of_work(shape), y_out + place.y_offset);
     }
   }
 };

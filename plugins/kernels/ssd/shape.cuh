@@ -31,7 +31,11 @@ struct Shape {
   int dynamic;  // scaling "dynamic"
   int fp16;     // scaling "none"
 
-  __host__ __device__ int p_tiles() const { return headdim / kTileP; }
+  __host__ __device__ int p_tiles() const { return (headdim + kTileP - 1) / kTileP; }
+  // Of the tile `pt` of a head: the last may have fewer, and works on zeros in place of the others.
+  __host__ __device__ int channels(int pt) const {
+    return headdim % kTileP == 0 || (pt + 1) * kTileP < headdim ? kTileP : headdim % kTileP;
+  }
   __host__ __device__ int lanes() const { return batch * nheads * p_tiles(); }  // (b, h, P tile)
   // Units per (batch, chunk, group).
   __host__ __device__ size_t b_units() const { return size_t(chunk / 32) * (d_state / 16); }
@@ -103,10 +107,14 @@ __device__ __forceinline__ int lane_of_work() {
 }
 __device__ __forceinline__ int chunk_of_work() { return read_ctaid_y(); }
 
+__device__ __forceinline__ int channels_of_work(const Shape& s) {
+  return s.channels(s.p_tiles() == 1 ? 0 : lane_of_work() % 2);
+}
+
 __device__ __forceinline__ Item make_item(const Shape& s, int lane_index, int c) {
   Item it;
-  const int bh = s.headdim == kTileP ? lane_index : lane_index / 2;
-  it.pt = s.headdim == kTileP ? 0 : lane_index % 2;
+  const int bh = s.p_tiles() == 1 ? lane_index : lane_index / 2;
+  it.pt = s.p_tiles() == 1 ? 0 : lane_index % 2;
   it.b = s.batch == 1 ? 0 : bh / s.nheads;
   it.h = bh - it.b * s.nheads;
   it.c = c;

@@ -60,8 +60,8 @@ __global__ __launch_bounds__(ssd::kThreads) void prepare_kernel(
   const int h = head_tile / shape.p_tiles(), pt = head_tile % shape.p_tiles();
   if (shape.dynamic || h >= shape.nheads) return;
   for (int p = threadIdx.x % 32; p < ssd::kTileP; p += 32) {
-    ssd::fill_channel<true>(shape, h * shape.headdim + pt * ssd::kTileP + p,
-                            h / (shape.nheads / shape.ngroups), scales, integer_gate,
+    const int hp = h * shape.headdim + pt * ssd::kTileP + min(p, shape.channels(pt) - 1);
+    ssd::fill_channel<true>(shape, hp, h / (shape.nheads / shape.ngroups), scales, integer_gate,
                             tables.channels_of(shape, h, pt) + p);
   }
 }
@@ -166,7 +166,7 @@ struct Workspace {
 };
 
 Workspace carve(const Shape& shape, void* base) {
-  ssd::Arena arena(base);
+  Arena arena(base);
   const size_t heads = size_t(shape.batch) * shape.chunks * shape.nheads;
   Workspace w;
   w.tables.decay = arena.take<float>(heads * ssd::PreparedTables::decay_floats(shape.chunk));
@@ -218,7 +218,7 @@ cudaError_t launch_scan(const Shape& shape, const Ssdi8SsdScanParams& p, int pro
   if constexpr (P::kN == 128) {  // of all published models
     if (is_usual(shape, integer_gate)) kernel = scan_kernel<P, true>;
   }
-  if (cudaError_t error = ssd::grant_shared(kernel, kBytes)) return error;
+  if (cudaError_t error = grant_shared(kernel, kBytes)) return error;
   const dim3 grid = ssd::scan_grid(shape, 2 * processors);
   return launch(kernel, grid, P::kThreads, kBytes, stream, shape, scan);
 }

@@ -110,12 +110,12 @@ struct Workspace {
 };
 
 template <int kChunk>
-void* take_tables(ssd::Arena& arena, size_t count) {
+void* take_tables(Arena& arena, size_t count) {
   return arena.take<ssd::Fp16Tables<kChunk>>(count);
 }
 
 Workspace carve(const Shape& shape, void* base) {
-  ssd::Arena arena(base);
+  Arena arena(base);
   auto* take = shape.chunk == 128 ? take_tables<128> : take_tables<256>;
   Workspace w;
   w.tables = take(arena, size_t(shape.batch) * shape.chunks * shape.nheads);
@@ -155,7 +155,7 @@ cudaError_t launch_scan(const Shape& shape, const Ssdi8SsdScanParams& p, int pro
       sizeof(Tables) + (P::kX16Words + size_t(P::kN) * ssd::kTileP / 8) * sizeof(uint4);
   static_assert(kBytes <= kMaxSharedBytes);
   auto* kernel = scan_kernel<P>;
-  if (cudaError_t error = ssd::grant_shared(kernel, kBytes)) return error;
+  if (cudaError_t error = grant_shared(kernel, kBytes)) return error;
   const dim3 grid = ssd::scan_grid(shape, ssd::kFp16Resident<P> * processors);
   return launch(kernel, grid, P::kThreads, kBytes, stream, shape, static_cast<const __half*>(p.x),
                 static_cast<const Tables*>(w.tables), {w.b_units, w.c_units, w.cb_units},

@@ -208,7 +208,7 @@ __global__ __launch_bounds__(kBlock) void state_passing_kernel(Passing p) {
 template <Kind kKind, int kN>
 cudaError_t launch_kernel(const ssd::Shape& shape, const Passing& passing, cudaStream_t stream) {
   constexpr int kBlockValues = kBlock * kValuesOf<kKind, kN>;
-  static_assert(ssd::kTileP * kN % kBlockValues == 0, "no thread is left over");
+  static_assert(16 * kN % kBlockValues == 0, "no thread is left over");
   const dim3 grid(shape.headdim * kN / kBlockValues, shape.batch * shape.nheads);
   return launch(state_passing_kernel<kKind, kN>, grid, kBlock, 0, stream, passing);
 }

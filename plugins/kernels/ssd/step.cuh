@@ -113,11 +113,13 @@ cudaError_t launch_step(const Ssdi8SsdScanParams& p, cudaStream_t stream) {
                      p.dt_column,
                      p.dt_min,
                      p.dt_max};
-  constexpr int kRows = 2;
-  constexpr int kBlockRows = kStepThreads / 32 * (32 / (kN / 8)) * kRows;
-  static_assert(64 % kBlockRows == 0, "a block stays inside one head");
-  const int blocks = p.batch * p.nheads * (p.headdim / kBlockRows);
-  auto* kernel = p.state_fp32 ? step_kernel<kN, kRows, true> : step_kernel<kN, kRows, false>;
+  // A block stays inside one head.
+  constexpr int kOnce = kStepThreads / 32 * (32 / (kN / 8));
+  static_assert(16 % kOnce == 0 && 64 % (2 * kOnce) == 0);
+  const int rows = p.headdim % (2 * kOnce) == 0 ? 2 : 1;
+  auto* kernel = rows == 2 ? (p.state_fp32 ? step_kernel<kN, 2, true> : step_kernel<kN, 2, false>)
+                           : (p.state_fp32 ? step_kernel<kN, 1, true> : step_kernel<kN, 1, false>);
+  const int blocks = p.batch * p.nheads * (p.headdim / (kOnce * rows));
   return launch(kernel, blocks, kStepThreads, 0, stream, step);
 }
 

@@ -101,7 +101,8 @@ __device__ __forceinline__ void fill_tables(const Shape& shape, const Item& it, 
   const int p = threadIdx.x - (P::kThreads - kTileP);
   if (p < 0) return;
   if (kState && !shape.dynamic) {
-    fill_channel<kScan>(shape, it.p0 + p, it.group, scales, integer_gate, tables.x_inverse + p);
+    const int hp = it.p0 + min(p, shape.channels(it.pt) - 1);
+    fill_channel<kScan>(shape, hp, it.group, scales, integer_gate, tables.x_inverse + p);
   }
   if (p > 0) return;
   if (kState) tables.b_scale = scales.b_scale[it.group];

@@ -30,6 +30,7 @@ from ssdi8_edge.models.block import (
 from ssdi8_edge.numerics.formats import InputRotation
 from ssdi8_edge.numerics.fp16_range import see
 from ssdi8_edge.ops.attention import ATTENTION, ATTENTION_FP16
+from ssdi8_edge.ops.kernel_limits import inner_width_misfit, size_misfit
 from ssdi8_edge.ops.quantize import QUANTIZE
 from ssdi8_edge.recipes.recipe import QuantConfig
 
@@ -119,8 +120,9 @@ class Attention(Block):
         return 2 * self.width * pairs
 
     def misfit(self) -> str | None:
-        """There is no INT8 kernel of it yet."""
-        return "the model has attention blocks, for which there is no INT8 kernel yet"
+        """head_dim or the width of all heads, if it has no INT8 kernel."""
+        found = size_misfit({"head_dim": self.head_dim})
+        return found or inner_width_misfit("attention width", self.width)
 
     def inner(
         self, p: Parameters, context: Context, projected: Any, states: States

@@ -23,6 +23,7 @@ from ssdi8_edge.models.block import (
 )
 from ssdi8_edge.numerics.formats import InputRotation
 from ssdi8_edge.ops.activation import ACTIVATION, ACTIVATION_FP16
+from ssdi8_edge.ops.kernel_limits import inner_width_misfit
 
 Activation = Literal["relu2", "swiglu"]
 
@@ -71,8 +72,8 @@ class Mlp(Block):
         return "signs" if self.activation == "relu2" else "blocks"
 
     def misfit(self) -> str | None:
-        """There is no INT8 kernel of it yet."""
-        return "the model has MLP blocks, for which there is no INT8 kernel yet"
+        """The width, if it has no INT8 kernel."""
+        return inner_width_misfit("hidden", self.hidden)
 
     def check_widths(self, check: Callable[[str, int], Any]) -> None:
         """hidden."""

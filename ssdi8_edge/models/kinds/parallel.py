@@ -34,6 +34,7 @@ from ssdi8_edge.models.observers import Observers
 from ssdi8_edge.numerics.formats import InputRotation
 from ssdi8_edge.numerics.fp16_range import see
 from ssdi8_edge.ops.glue import SIDE_BY_SIDE
+from ssdi8_edge.ops.kernel_limits import inner_width_misfit
 from ssdi8_edge.ops.quantize import QUANTIZE
 from ssdi8_edge.recipes.recipe import QuantConfig
 
@@ -127,8 +128,9 @@ class Parallel(Block):
         return sum(block.inner_products(tokens, before) for block in both)
 
     def misfit(self) -> str | None:
-        """There is no INT8 kernel of it yet."""
-        return "the model has Mamba-2 beside attention, for which there is no INT8 kernel yet"
+        """Mamba-2's, attention's, or the two widths together."""
+        found = self.mamba.misfit() or self.attention.misfit()
+        return found or inner_width_misfit("width of Mamba-2 and attention together", self.width)
 
     def check_widths(self, check: Callable[[str, int], Any]) -> None:
         """d_inner and attention's width together."""

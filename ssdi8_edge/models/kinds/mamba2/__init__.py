@@ -39,7 +39,7 @@ from ssdi8_edge.numerics.fp16_range import IN_FP32, see
 from ssdi8_edge.ops import baseline
 from ssdi8_edge.ops.activation import ACTIVATION, ACTIVATION_FP16
 from ssdi8_edge.ops.causal_conv1d import CAUSAL_CONV1D
-from ssdi8_edge.ops.kernel_limits import rotated_width_misfit, size_misfit
+from ssdi8_edge.ops.kernel_limits import inner_width_misfit, size_misfit
 from ssdi8_edge.ops.rms_norm_gated import NORM_THEN_GATE, RMS_NORM_GATED
 from ssdi8_edge.ops.ssd.fused import SSD_SCAN, ssd_modules
 from ssdi8_edge.recipes.presets import METHODS
@@ -189,11 +189,9 @@ class Mamba2(Block):
 
     def misfit(self) -> str | None:
         """The first size that has no INT8 kernel, and those that have; None: all have."""
-        if self.gate_norm != "grouped":
-            return "the model's gate has no norm behind it, for which there is no INT8 kernel yet"
         names = ("headdim", "d_state", "chunk_size", "d_conv", "ngroups")
         sizes = {name: getattr(self, name) for name in names}
-        return size_misfit(sizes) or rotated_width_misfit("d_inner", self.d_inner)
+        return size_misfit(sizes) or inner_width_misfit("d_inner", self.d_inner)
 
     def check_widths(self, check: Callable[[str, int], Any]) -> None:
         """d_inner."""

@@ -1,4 +1,4 @@
-// Ssdi8RmsNormGated: gate, grouped RMSNorm, Hadamard transform, quantize.
+// Ssdi8RmsNormGated and Ssdi8NormThenGate: gate, grouped RMSNorm, Hadamard transform, quantize.
 
 #include "choices.h"
 #include "plugin.h"
@@ -6,20 +6,22 @@
 namespace ssdi8::plugin {
 namespace {
 
-using P = Ssdi8RmsNormGatedParams;
-using S = Size<P>;
+constexpr char kGateFirst[] = "Ssdi8RmsNormGated";
+constexpr char kNormFirst[] = "Ssdi8NormThenGate";
 
+template <typename P, const char* kName>
 bool consistent(const P& p) {
   if (p.d_inner % p.ngroups == 0) return true;
-  return log_error("Ssdi8RmsNormGated: d_inner %d is not a multiple of ngroups %d", p.d_inner,
-                   p.ngroups);
+  return log_error("%s: d_inner %d is not a multiple of ngroups %d", kName, p.d_inner, p.ngroups);
 }
 
+template <typename P, const char* kName, int (*kLaunch)(const P*, void*)>
 Description<P> describe() {
+  using S = Size<P>;
   Description<P> op;
-  op.name = "Ssdi8RmsNormGated";
-  op.launch = ssdi8_rms_norm_gated;
-  op.set_sizes = as_rows;
+  op.name = kName;
+  op.launch = kLaunch;
+  op.set_sizes = as_rows<P>;
   op.fields = {
       real_field("eps", &P::eps, 0.0, 1.0),
       size_field("d_inner", &P::d_inner),
@@ -27,7 +29,7 @@ Description<P> describe() {
       choice_field("rounding", &P::rounding, kRoundings),
       choice_field("scaling", &P::scaling, kTokenScalings),
   };
-  op.consistent = consistent;
+  op.consistent = consistent<P, kName>;
   op.inputs = {
       {"y", kHalf, bind<&P::y>, {S::kBatch, S::kLength, &P::d_inner}},
       {"zxbcdt", kHalf, bind<&P::zxbcdt>, {S::kBatch, S::kLength, &P::row_stride}},
@@ -42,7 +44,10 @@ Description<P> describe() {
   return op;
 }
 
-const Registration registration(creator<describe>);
+const Registration gate_first(
+    creator<describe<Ssdi8RmsNormGatedParams, kGateFirst, ssdi8_rms_norm_gated>>);
+const Registration norm_first(
+    creator<describe<Ssdi8NormThenGateParams, kNormFirst, ssdi8_norm_then_gate>>);
 
 }  // namespace
 }  // namespace ssdi8::plugin

@@ -150,6 +150,53 @@ def test_sixteen_clients_at_once_get_what_one_alone_gets(served: Served, packed:
         assert answer == alone(packed, prompts[number], 24, seed=number, **HOT)
 
 
+def test_every_reply_under_load_is_right_and_accounted_for(packed: Path) -> None:
+    """Forty clients on three slots; some are refused and ask again, some leave in the middle."""
+    known = {seed: alone(packed, SENTENCE, 16, seed=seed, **HOT) for seed in range(5)}
+    counted = {"right": 0, "refused": 0, "left": 0}
+
+    async def ask(client: openai.AsyncOpenAI, model: str, number: int) -> None:
+        endless = {"max_tokens": 4000, "temperature": 0}
+        short = {"max_tokens": 16, "seed": number % 5, **HOT}
+        asked: dict[str, Any] = endless if number % 8 == 0 else short
+        while True:
+            try:
+                stream = await client.completions.create(
+                    model=model, prompt=SENTENCE, stream=True, **asked
+                )
+                break
+            except openai.RateLimitError:
+                counted["refused"] += 1
+                await asyncio.sleep(0.1)
+        if number % 8 == 0:
+            await anext(stream)
+            await stream.close()
+            counted["left"] += 1
+        else:
+            said = "".join([chunk.choices[0].text async for chunk in stream])
+            assert said == known[number % 5]
+            counted["right"] += 1
+
+    async def all_of_them(server: Served) -> None:
+        async with openai.AsyncOpenAI(
+            base_url=f"{server.url}/v1", api_key="any", max_retries=0
+        ) as client:
+            await asyncio.gather(*(ask(client, server.model, number) for number in range(40)))
+
+    with Served(packed, "--parallel=3", "--queue=20") as server:
+        asyncio.run(all_of_them(server))
+        assert counted["right"] == 35 and counted["left"] == 5 and counted["refused"]
+        wait_until(lambda: server.metric("ssdi8_cancelled_requests_total") == 5)
+        wait_until(lambda: server.metric("ssdi8_active_sequences") == 0)
+        assert server.metric("ssdi8_waiting_sequences") == 0
+        told = server.ask("/metrics")[1]
+        for status, count in ((200, 40), (429, counted["refused"])):
+            line = f'ssdi8_requests_total{{path="/v1/completions",status="{status}"}} {count}.0'
+            assert line in told.splitlines()
+    assert sum(", first after" in line for line in server.said) == 35
+    assert not [line for line in server.said if SENTENCE[:9] in line]
+
+
 def test_curl_without_buffering(served: Served, packed: Path) -> None:
     body = json.dumps({"prompt": "a", "max_tokens": 5, "stream": True, "temperature": 0})
     done = subprocess.run(

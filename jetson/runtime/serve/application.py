@@ -68,6 +68,7 @@ class Service:
     metrics: Metrics
     names: TokenNames
     facts: dict[str, Any]  # of the bundle, for /v1/models
+    log: Callable[[str], None]
     inside: int = 0  # requests that are being answered or wait
 
 
@@ -268,6 +269,7 @@ class _Run:
         if piece.ended is not None:
             self.ended.append(piece.ended)
             self._service.metrics.ended(piece.ended)
+            self._service.log(piece.ended.describe())
         return piece
 
     @property

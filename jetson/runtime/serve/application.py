@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -323,8 +324,11 @@ class _Stream(StreamingResponse):
         super().__init__(self._events(first), media_type="text/event-stream", headers=headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # A client that does not read what it asked for keeps its place no longer than others.
+        patience = self._service.limits.seconds + BODY_S
         try:
-            await super().__call__(scope, receive, send)
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(super().__call__(scope, receive, send), patience)
         finally:  # also where the client was gone before the first event
             self._service.inside -= 1
             if not self._run.complete:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -346,25 +347,30 @@ def test_body_prompt_and_time_have_limits(strict: Served) -> None:
 
 def test_a_full_queue_says_when_to_come_again(packed: Path) -> None:
     """And a client that goes away makes room, streamed or not."""
-    with Served(packed, "--parallel=1", "--queue=1", "--max-answer-tokens=1000000") as server:
+    with Served(packed, "--parallel=1", "--queue=2", "--max-answer-tokens=1000000") as server:
         endless = {"prompt": "a", "max_tokens": 1_000_000, "temperature": 0}
         hanging = []
-        for stream in (True, False):
+        for stream in (True, False, True):
             sock = socket.create_connection(tuple(server.host.split(":")))  # type: ignore[arg-type]
             body = json.dumps({**endless, "stream": stream}).encode()
             head = f"POST /v1/completions HTTP/1.1\r\nHost: {server.host}\r\n"
             sock.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
             hanging.append(sock)
             wait_until(lambda: server.metric("ssdi8_active_sequences") == 1)
-        wait_until(lambda: server.metric("ssdi8_waiting_sequences") == 1)
+        wait_until(lambda: server.metric("ssdi8_waiting_sequences") == 2)
         status, answer, headers = server.ask("/v1/completions", {"prompt": "a"})
         assert status == 429 and answer["error"]["code"] == "queue_full"
         assert int(headers["retry-after"]) >= 1
-        for sock in hanging:
+        # Those that wait first: they leave their places, too.
+        for count, sock in enumerate(reversed(hanging), start=1):
             sock.close()
+            wait_until(partial(gone, server, count))
         wait_until(lambda: server.metric("ssdi8_active_sequences") == 0)
         assert completion(server, prompt="a", max_tokens=2)
-        wait_until(lambda: server.metric("ssdi8_cancelled_requests_total") == 2)
+
+
+def gone(server: Served, count: int) -> bool:
+    return server.metric("ssdi8_cancelled_requests_total") == count
 
 
 def wait_until(true: Any, seconds: float = 20) -> None:

@@ -50,12 +50,7 @@ CHATTING: Options = {
     "--think": {"action": "store_true", "help": "thoughts before an answer"},
     "--no-think": {"action": "store_true", "help": "no thoughts before an answer"},
 }
-REMEMBERING: Options = {
-    "--save-state": {
-        "metavar": "FILE",
-        "help": "at the end write the state that prompt and answer led to",
-    },
-    "--load-state": {"metavar": "FILE", "help": "go on from such a state"},
+HOLDING: Options = {
     "--state-dir": {
         "metavar": "DIR",
         "help": "keep states of what was read and said here, for later runs as well",
@@ -67,19 +62,30 @@ REMEMBERING: Options = {
         "help": "that states held may take (default: 256)",
     },
 }
+REMEMBERING: Options = {
+    "--save-state": {
+        "metavar": "FILE",
+        "help": "at the end write the state that prompt and answer led to",
+    },
+    "--load-state": {"metavar": "FILE", "help": "go on from such a state"},
+    **HOLDING,
+}
 # Of prompts and chats: title -> what stands under it in --help.
 PROMPTING: Mapping[str, Options] = {
     "with --prompt and --interactive": GENERATING,
     "with --interactive, where the bundle has a chat template": CHATTING,
     "what is remembered, with --prompt and --interactive": REMEMBERING,
 }
-RUNNING: Options = {
+OPENING: Options = {
     "--threads": {
         "type": number(int, 1, 1024),
         "metavar": "N",
         "help": "of the CPU (default: one per core)",
     },
     "--force": {"action": "store_true", "help": "run though memory seems too small"},
+}
+RUNNING: Options = {
+    **OPENING,
     "--json": {"action": "store_true", "help": "JSON on stdout"},
 }
 LISTENING: Options = {

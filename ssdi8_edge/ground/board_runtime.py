@@ -130,16 +130,15 @@ def parse_serve(words: Sequence[str]) -> ServeRequest:
     add("--accept-new-host-key", action="store_true", help="store the key of an unknown host")
     add("--store", metavar="DIR", help="folder on the board for bundles and jobs")
     add("--python", metavar="FILE", help="interpreter on the board for portable bundles")
-    shared.add(parser.add_argument_group("the server"), {**shared.LISTENING, **shared.SERVING})
-    where = parser.add_argument_group("where and how it runs")
+    passed_on = {**shared.LISTENING, **shared.SERVING, **shared.HOLDING, **shared.OPENING}
+    shared.add(parser.add_argument_group("the server"), passed_on)
+    where = parser.add_argument_group("on this machine")
     where.add_argument("--device", default="cpu", help="cpu, cuda or cuda:INDEX (default: cpu)")
-    threads = {"--threads": shared.RUNNING["--threads"]}
-    shared.add(where, threads)
     try:
         asked = parser.parse_args(words)
     except BundleProblem as problem:
         raise UsageError(f"{problem.message};", f"{problem.hint}.") from problem
-    flags = {*shared.LISTENING, *shared.SERVING, *threads} - {KEY_FILE}
+    flags = [flag for flag in passed_on if flag != KEY_FILE]
     given = vars(asked) | {"key_file": asked.api_key_file, "arguments": _written(flags, asked)}
     return ServeRequest(**{name.name: given[name.name] for name in fields(ServeRequest)})
 

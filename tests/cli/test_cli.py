@@ -78,6 +78,7 @@ def test_help_of_every_command() -> None:
         "verify": "help",
         "targets": "json",
         "methods": "json",
+        "serve": "host listen port api-key-file parallel queue state-dir stop status detach",
     }
     overview = ssdi8("--help")
     assert overview.returncode == 0
@@ -92,8 +93,8 @@ def test_commands_stand_in_the_order_of_their_use() -> None:
     """As --help lists them."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", ssdi8("--help").stdout)
     shown = re.findall(r"(?m)^\W{1,3}([a-z]+) ", text.partition("Commands")[2])
-    order = "build run verify evaluate inspect targets methods doctor deploy sweep profile report"
-    assert shown == order.split()
+    order = "build run serve verify evaluate inspect targets methods doctor deploy sweep profile"
+    assert shown == [*order.split(), "report"]
 
 
 @pytest.mark.parametrize("module", ["torch", "onnx", "onnxruntime", "numpy", "rich.progress"])

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,53 @@ def test_sixteen_clients_at_once_get_what_one_alone_gets(served: Served, packed:
     assert len(set(answers)) == 16
     for number, answer in enumerate(answers):
         assert answer == alone(packed, prompts[number], 24, seed=number, **HOT)
+
+
+def test_every_reply_under_load_is_right_and_accounted_for(packed: Path) -> None:
+    """Forty clients on three slots; some are refused and ask again, some leave in the middle."""
+    known = {seed: alone(packed, SENTENCE, 16, seed=seed, **HOT) for seed in range(5)}
+    counted = {"right": 0, "refused": 0, "left": 0}
+
+    async def ask(client: openai.AsyncOpenAI, model: str, number: int) -> None:
+        endless = {"max_tokens": 4000, "temperature": 0}
+        short = {"max_tokens": 16, "seed": number % 5, **HOT}
+        asked: dict[str, Any] = endless if number % 8 == 0 else short
+        while True:
+            try:
+                stream = await client.completions.create(
+                    model=model, prompt=SENTENCE, stream=True, **asked
+                )
+                break
+            except openai.RateLimitError:
+                counted["refused"] += 1
+                await asyncio.sleep(0.1)
+        if number % 8 == 0:
+            await anext(stream)
+            await stream.close()
+            counted["left"] += 1
+        else:
+            said = "".join([chunk.choices[0].text async for chunk in stream])
+            assert said == known[number % 5]
+            counted["right"] += 1
+
+    async def all_of_them(server: Served) -> None:
+        async with openai.AsyncOpenAI(
+            base_url=f"{server.url}/v1", api_key="any", max_retries=0
+        ) as client:
+            await asyncio.gather(*(ask(client, server.model, number) for number in range(40)))
+
+    with Served(packed, "--parallel=3", "--queue=20") as server:
+        asyncio.run(all_of_them(server))
+        assert counted["right"] == 35 and counted["left"] == 5 and counted["refused"]
+        wait_until(lambda: server.metric("ssdi8_cancelled_requests_total") == 5)
+        wait_until(lambda: server.metric("ssdi8_active_sequences") == 0)
+        assert server.metric("ssdi8_waiting_sequences") == 0
+        told = server.ask("/metrics")[1]
+        for status, count in ((200, 40), (429, counted["refused"])):
+            line = f'ssdi8_requests_total{{path="/v1/completions",status="{status}"}} {count}.0'
+            assert line in told.splitlines()
+    assert sum(", first after" in line for line in server.said) == 35
+    assert not [line for line in server.said if SENTENCE[:9] in line]
 
 
 def test_curl_without_buffering(served: Served, packed: Path) -> None:
@@ -299,25 +347,30 @@ def test_body_prompt_and_time_have_limits(strict: Served) -> None:
 
 def test_a_full_queue_says_when_to_come_again(packed: Path) -> None:
     """And a client that goes away makes room, streamed or not."""
-    with Served(packed, "--parallel=1", "--queue=1", "--max-answer-tokens=1000000") as server:
+    with Served(packed, "--parallel=1", "--queue=2", "--max-answer-tokens=1000000") as server:
         endless = {"prompt": "a", "max_tokens": 1_000_000, "temperature": 0}
         hanging = []
-        for stream in (True, False):
+        for stream in (True, False, True):
             sock = socket.create_connection(tuple(server.host.split(":")))  # type: ignore[arg-type]
             body = json.dumps({**endless, "stream": stream}).encode()
             head = f"POST /v1/completions HTTP/1.1\r\nHost: {server.host}\r\n"
             sock.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
             hanging.append(sock)
             wait_until(lambda: server.metric("ssdi8_active_sequences") == 1)
-        wait_until(lambda: server.metric("ssdi8_waiting_sequences") == 1)
+        wait_until(lambda: server.metric("ssdi8_waiting_sequences") == 2)
         status, answer, headers = server.ask("/v1/completions", {"prompt": "a"})
         assert status == 429 and answer["error"]["code"] == "queue_full"
         assert int(headers["retry-after"]) >= 1
-        for sock in hanging:
+        # Those that wait first: they leave their places, too.
+        for count, sock in enumerate(reversed(hanging), start=1):
             sock.close()
+            wait_until(partial(gone, server, count))
         wait_until(lambda: server.metric("ssdi8_active_sequences") == 0)
         assert completion(server, prompt="a", max_tokens=2)
-        wait_until(lambda: server.metric("ssdi8_cancelled_requests_total") == 2)
+
+
+def gone(server: Served, count: int) -> bool:
+    return server.metric("ssdi8_cancelled_requests_total") == count
 
 
 def wait_until(true: Any, seconds: float = 20) -> None:

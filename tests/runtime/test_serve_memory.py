@@ -20,11 +20,13 @@ from tiny_bundle import SENTENCE, make_bundle, pack
 from runtime.backends.onnxruntime import OnnxRuntimeBackend
 from runtime.backends.protocol import BackendOptions, States
 from runtime.bundle import Bundle, open_bundle
+from runtime.dialogue import ChatPrompt
 from runtime.sampling import Sampler
 from runtime.serve.fields import RequestProblem
 from runtime.serve.generation import Generation, Piece
+from runtime.serve.limits import Limits
 from runtime.serve.named_states import NamedStates
-from runtime.serve.order import Order
+from runtime.serve.order import Order, Reader
 from runtime.serve.scheduler import Scheduler
 from runtime.session import Session
 from runtime.states.prefix_cache import PrefixCache
@@ -267,6 +269,24 @@ def test_named_states_have_room_for_so_much(packed: Path) -> None:
         named.delete("a")
         named.save("c", snapshot)
         assert [each["id"] for each in named.listed()] == ["b", "c"]
+
+
+def test_prompt_and_answer_fit_into_the_context(packed: Path) -> None:
+    """Of a model that has one; an answer without a length takes what is left."""
+    codec = TextCodec(open_bundle(packed))
+    limits = Limits(4, 4, 1 << 20, 1000, 500, 60.0)
+    reader = Reader(codec, "it", limits, 30, True, lambda schema: lambda: None, render)
+    assert reader.completion({"prompt": [1] * 20, "max_tokens": 10}).new_tokens == 10
+    with pytest.raises(RequestProblem, match="30 tokens") as caught:
+        reader.completion({"prompt": [1] * 20, "max_tokens": 11})
+    assert caught.value.code == "context_length_exceeded"
+    assert reader.chat({"messages": [{"role": "user", "content": "a"}]}).new_tokens == 12
+    with pytest.raises(RequestProblem, match="30 tokens"):
+        reader.chat({"messages": [{"role": "user", "content": "a"}], "max_tokens": 13})
+
+
+def render(messages: Any, think: bool | None, answers: bool) -> ChatPrompt:
+    return ChatPrompt("a", [1] * 18)
 
 
 class OneAtATime(OnnxRuntimeBackend):

@@ -261,7 +261,7 @@ def test_a_defect_of_the_library_is_a_sentence(
     tokenizer = saved(sentencepiece_like(), tmp_path / "tokenizer.json")
 
     class Broken:
-        def decode(self, ids: list[int]) -> str:
+        def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
             raise panic("index out of bounds")
 
         encode = decode

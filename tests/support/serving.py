@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 class Served:
     """run_engine.py --serve; as a context manager it is killed at the end."""
 
-    def __init__(self, bundle: Path, *options: str, script: Path | None = None) -> None:
-        command = [sys.executable, str(script or bundle / "run_engine.py"), str(bundle), "--serve"]
+    def __init__(self, bundle: Path, *options: str, command: Sequence[str] = ()) -> None:
+        """`command`: another one than the bundle's own script."""
+        if not command:
+            command = [sys.executable, str(bundle / "run_engine.py"), str(bundle), "--serve"]
         self.process = subprocess.Popen(
             [*command, "--port=0", "--threads=1", *options],
             stdout=subprocess.PIPE,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -68,6 +69,7 @@ class Service:
     metrics: Metrics
     names: TokenNames
     facts: dict[str, Any]  # of the bundle, for /v1/models
+    log: Callable[[str], None]
     inside: int = 0  # requests that are being answered or wait
 
 
@@ -174,7 +176,7 @@ async def _answer(
         if not order.stream:
             return JSONResponse(writer.answer(await _whole(run, request)))
         # A problem before the first piece still has a status of its own.
-        first = await run.next()
+        first = await _while_there(request, run.next())
         streams = True
         return _Stream(service, run, writer, first)
     finally:
@@ -242,7 +244,8 @@ class _Run:
         loop = asyncio.get_running_loop()
 
         def deliver(piece: Piece) -> None:
-            loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
 
         self._open = [
             Generation(order, index, service.codec, deadline, deliver)
@@ -268,6 +271,7 @@ class _Run:
         if piece.ended is not None:
             self.ended.append(piece.ended)
             self._service.metrics.ended(piece.ended)
+            self._service.log(piece.ended.describe())
         return piece
 
     @property
@@ -290,19 +294,26 @@ async def _whole(run: _Run, request: Request) -> list[Answer]:
             piece = await run.next()
             answers[piece.index].add(piece)
 
-    collecting = asyncio.ensure_future(collect())
-    listening = asyncio.ensure_future(_gone(request))
     try:
-        await asyncio.wait({collecting, listening}, return_when=asyncio.FIRST_COMPLETED)
-        if not collecting.done():
-            raise ClientDisconnect
-        collecting.result()
+        await _while_there(request, collect())
     finally:
-        for task in (collecting, listening):
-            task.cancel()
         if not run.complete:
             run.cancel()
     return answers
+
+
+async def _while_there(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """What `work` gives; raises ClientDisconnect when the client hangs up before."""
+    working = asyncio.ensure_future(work)
+    listening = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait({working, listening}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        working.cancel()
+        listening.cancel()
 
 
 async def _gone(request: Request) -> None:
@@ -321,8 +332,11 @@ class _Stream(StreamingResponse):
         super().__init__(self._events(first), media_type="text/event-stream", headers=headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # A client that does not read what it asked for keeps its place no longer than others.
+        patience = self._service.limits.seconds + BODY_S
         try:
-            await super().__call__(scope, receive, send)
+            with suppress(asyncio.TimeoutError, ClientDisconnect):
+                await asyncio.wait_for(super().__call__(scope, receive, send), patience)
         finally:  # also where the client was gone before the first event
             self._service.inside -= 1
             if not self._run.complete:

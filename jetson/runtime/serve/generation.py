@@ -38,6 +38,21 @@ class Ended:
     prompt_s: float
     decode_s: float
 
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Of the tokens after the first, which comes with the prompt."""
+        later = self.new_tokens - 1
+        return later / self.decode_s if later > 0 and self.decode_s else None
+
+    def describe(self) -> str:
+        """For a log: numbers, and nothing of what was said."""
+        rate = self.tokens_per_s
+        return (
+            f"{self.prompt_tokens} prompt tokens ({self.cached_tokens} from a state),"
+            f" {self.new_tokens} new, {self.finish}, first after {self.prompt_s:.2f} s"
+            + (f", {rate:.1f} tokens/s" if rate else "")
+        )
+
 
 @dataclass(frozen=True)
 class Piece:

@@ -19,7 +19,7 @@ from runtime.serve.fields import RequestProblem
 from runtime.serve.generation import Generation
 from runtime.serve.named_states import NamedStates
 from runtime.serve.steps import Seat, Steps
-from runtime.session import Session, prefill_pieces
+from runtime.session import Session, held_marks, prefill_pieces
 from runtime.states.prefix_cache import PrefixCache
 
 T = TypeVar("T")
@@ -175,6 +175,8 @@ class Scheduler:
             )
             generation.begin(seat, ids)
             multiple, marks = self._session.bundle.model.prompt_multiple, generation.order.marks
+            if self._holds(generation):
+                marks |= held_marks(len(ids), multiple)
             pieces = prefill_pieces(len(ids), self._piece, multiple, generation.cached, marks)
             self._reading.append(_Reading(generation, pieces))
 
@@ -195,9 +197,7 @@ class Scheduler:
                     param="state",
                 )
             return seat, prompt
-        found = None
-        if order.cache and not generation.scores_prompt:
-            found = self.cache.longest(prompt)
+        found = self.cache.longest(prompt) if self._holds(generation) else None
         return (Seat() if found is None else Seat.on(found)), prompt
 
     def _read_a_piece(self) -> None:
@@ -215,7 +215,7 @@ class Scheduler:
                 generation.prompt_logits(start, logits)
             if not reading.pieces:
                 generation.next_token(logits[-1], self._keep)
-            elif generation.order.cache and not scores:
+            elif self._holds(generation):
                 self.cache.keep(self._steps.take(generation.seat))
 
         self._guarded(generation, step)
@@ -250,14 +250,19 @@ class Scheduler:
         Raises:
             BundleProblem: it was to be saved, and cannot be.
         """
-        order = generation.order
-        if order.save_state is None and (not order.cache or generation.scores_prompt):
+        name = generation.order.save_state
+        if name is None and not self._holds(generation):
             return
         snapshot = self._steps.take(generation.seat)
-        if order.cache:
+        if self._holds(generation):
             self.cache.keep(snapshot)
-        if order.save_state is not None:
-            self.named.save(order.save_state, snapshot)
+        if name is not None:
+            self.named.save(name, snapshot)
+
+    @staticmethod
+    def _holds(generation: Generation) -> bool:
+        """Whether the cache is to have its states: not of a prompt that is only scored."""
+        return generation.order.cache and not generation.scores_prompt
 
     def _guarded(self, generation: Generation, step: Callable[[], None]) -> None:
         """A problem of one sequence ends that one."""

@@ -107,7 +107,9 @@ def _service(session: Session, codec: TextCodec, options: argparse.Namespace) ->
         render=_renderer(bundle, codec),
     )
     metrics = Metrics(lambda: scheduler.active, lambda: scheduler.waiting)
-    return Service(codec, reader, scheduler, limits, metrics, TokenNames(codec), _facts(session))
+    return Service(
+        codec, reader, scheduler, limits, metrics, TokenNames(codec), _facts(session), _log
+    )
 
 
 def _renderer(bundle: Bundle, codec: TextCodec) -> Render | None:
@@ -122,6 +124,10 @@ def _renderer(bundle: Bundle, codec: TextCodec) -> Render | None:
         return chat_prompt(template, codec, bundle, messages, **variables)
 
     return render
+
+
+def _log(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _note(sentence: str) -> None:

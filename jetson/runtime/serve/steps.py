@@ -59,7 +59,8 @@ class Steps:
         return seat.parked or self._session.take(seat.slot)
 
     def leave(self, seat: Seat) -> None:
-        """It does not go on."""
+        """It does not go on; its states are freed now, whoever still knows of it."""
+        seat.slot, seat.parked = Slot(), None
         if self._resident is seat:
             self._resident = None
 

@@ -1,7 +1,6 @@
 // What every kernel shares: rounding to INT8, reductions, and how a launcher refuses.
 //
-// The rounding functions are the twins of ssdi8_edge/numerics/int8.py; no kernel rounds in another
-// way.
+// The rounding functions are the twins of ssdi8_edge/numerics/int8.py; no kernel rounds in another way.
 
 #ifndef SSDI8_COMMON_CUH_
 #define SSDI8_COMMON_CUH_

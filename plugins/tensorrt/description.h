@@ -34,14 +34,15 @@ class TypeOf {
  public:
   TypeOf(DataType type) : type_(type) {}
   TypeOf(DataType (*type)(const P&)) : from_attributes_(type) {}
-  TypeOf(DataType unset, DataType set, int32_t P::*flag) : type_(unset), other_(set), flag_(flag) {}
+  TypeOf(DataType unset, DataType set, int32_t P::* flag)
+      : type_(unset), other_(set), flag_(flag) {}
 
   // The only type, or that of the unset flag.
   DataType first(const P& params) const {
     return from_attributes_ ? from_attributes_(params) : type_;
   }
   DataType other() const { return other_; }
-  int32_t P::*flag() const { return flag_; }
+  int32_t P::* flag() const { return flag_; }
 
   bool allows(const P& params, DataType given) const {
     return given == first(params) || (flag_ && given == other_);
@@ -53,7 +54,7 @@ class TypeOf {
  private:
   DataType type_{};
   DataType other_{};
-  int32_t P::*flag_ = nullptr;  // null: not one of two
+  int32_t P::* flag_ = nullptr;  // null: not one of two
   DataType (*from_attributes_)(const P&) = nullptr;
 };
 
@@ -79,11 +80,11 @@ struct Size {
     kValue,   // computed from attributes and members
   };
   Kind kind;
-  int32_t P::*member = nullptr;
+  int32_t P::* member = nullptr;
   int64_t (*value)(const P&) = nullptr;
 
-  Size(Kind k, int32_t P::*m = nullptr) : kind(k), member(m) {}
-  Size(int32_t P::*m) : kind(kMember), member(m) {}
+  Size(Kind k, int32_t P::* m = nullptr) : kind(k), member(m) {}
+  Size(int32_t P::* m) : kind(kMember), member(m) {}
   Size(int64_t (*v)(const P&)) : kind(kValue), value(v) {}
 
   // Batch and length may vary from call to call, and chunks with them.
@@ -128,7 +129,7 @@ struct Description {
   bool (*consistent)(const P&) = nullptr;          // between attributes; logs what is not
   int32_t (*optional_inputs)(const P&) = nullptr;  // how many of the last; null: none
   size_t (*workspace)(const P*) = nullptr;
-  void* P::*workspace_pointer = nullptr;
+  void* P::* workspace_pointer = nullptr;
 
   int32_t n_inputs() const { return static_cast<int32_t>(inputs.size()); }
   int32_t n_outputs() const { return static_cast<int32_t>(outputs.size()); }

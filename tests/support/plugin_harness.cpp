@@ -1,5 +1,4 @@
-// Calls the plugins of libssdi8_plugins.so the way TensorRT does, for
-// tests/kernels/test_plugins.py.
+// Calls the plugins of libssdi8_plugins.so the way TensorRT does, for tests/kernels/test_plugins.py.
 //
 // TensorRT's Python module shows of a C++ plugin only that it exists, and an engine needs a builder
 // and a GPU. So this stands where the builder and the execution context stand: plain C functions,

@@ -56,9 +56,8 @@ struct Width {
   static constexpr int kThreads = (kInner / kVector + kWarp - 1) / kWarp * kWarp;
   static constexpr int kWarps = kThreads / kWarp;
   // As many as 48 registers a thread allow, of 40 without a base matrix.
-  static constexpr int kBlocks = kThreads > 640 || kThreads < 128
-                                     ? 1
-                                     : (kOrder == 1 ? 1536 : 1280) / kThreads;
+  static constexpr int kBlocks =
+      kThreads > 640 || kThreads < 128 ? 1 : (kOrder == 1 ? 1536 : 1280) / kThreads;
   static constexpr int kSharedFloats = padded(kInner) > kThreads ? padded(kInner) : kThreads;
 };
 

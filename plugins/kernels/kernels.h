@@ -106,8 +106,8 @@ typedef struct Ssdi8LinearW4Params {
 int ssdi8_linear_w4(const Ssdi8LinearW4Params* params, void* stream);
 size_t ssdi8_sizeof_linear_w4(void);
 
-// Before a tensor is quantized: ssdi8_edge/numerics/hadamard.py. B and C: NONE or HADAMARD (`rotate` in
-// each group); the input of a linear layer: all others (`apply`).
+// Before a tensor is quantized: ssdi8_edge/numerics/hadamard.py. B and C: NONE or HADAMARD
+// (`rotate` in each group); the input of a linear layer: all others (`apply`).
 enum {
   SSDI8_ROTATION_NONE = 0,
   SSDI8_ROTATION_HADAMARD = 1,
@@ -182,13 +182,13 @@ size_t ssdi8_sizeof_norm_then_gate(void);
 
 // quantized = Q(R . x / token_scale).
 typedef struct Ssdi8QuantizeParams {
-  const void* x;        // (T, width) FP16
-  const float* scale;   // (1), static only
-  int8_t* quantized;    // (T, width)
-  float* token_scale;   // (T)
-  int32_t tokens;       // T
-  int32_t width;        // a multiple of 8, at most 16384
-  int32_t rotation;     // R: not HADAMARD
+  const void* x;       // (T, width) FP16
+  const float* scale;  // (1), static only
+  int8_t* quantized;   // (T, width)
+  float* token_scale;  // (T)
+  int32_t tokens;      // T
+  int32_t width;       // a multiple of 8, at most 16384
+  int32_t rotation;    // R: not HADAMARD
   int32_t rounding;
   int32_t scaling;  // not NONE
 } Ssdi8QuantizeParams;
@@ -200,18 +200,18 @@ enum { SSDI8_ACTIVATION_RELU2 = 0, SSDI8_ACTIVATION_SILU_GATE = 1 };
 
 // quantized = Q(R . activation / token_scale).
 typedef struct Ssdi8ActivationParams {
-  const void* x;        // (T, x_stride) FP16; `width` columns from x_column on are read
-  const void* gate;     // (T, gate_stride) FP16; its first `width` columns, SILU_GATE only
-  const float* scale;   // (1), static only
-  int8_t* quantized;    // (T, width)
-  float* token_scale;   // (T)
-  int32_t tokens;       // T
-  int32_t width;        // a multiple of 8, at most 16384
+  const void* x;       // (T, x_stride) FP16; `width` columns from x_column on are read
+  const void* gate;    // (T, gate_stride) FP16; its first `width` columns, SILU_GATE only
+  const float* scale;  // (1), static only
+  int8_t* quantized;   // (T, width)
+  float* token_scale;  // (T)
+  int32_t tokens;      // T
+  int32_t width;       // a multiple of 8, at most 16384
   int32_t x_column;
-  int32_t x_stride;     // elements from one token of x to the next
+  int32_t x_stride;  // elements from one token of x to the next
   int32_t gate_stride;
   int32_t activation;
-  int32_t rotation;     // R: not HADAMARD
+  int32_t rotation;  // R: not HADAMARD
   int32_t rounding;
   int32_t scaling;  // not NONE
 } Ssdi8ActivationParams;
@@ -222,9 +222,9 @@ size_t ssdi8_sizeof_activation(void);
 // Attention
 // ---------------------------------------------------------------------------------------------
 
-// o = softmax(q . k^T / sqrt(d), causal) . v over a cache that the call's tokens are appended to, of Q
-// query heads and KV heads of keys and values, d channels each: query head h reads KV head
-// h * KV / Q. Rows of k and v are INT8 in units of an FP16 scale, their largest value over 127.
+// o = softmax(q . k^T / sqrt(d), causal) . v over a cache that the call's tokens are appended to,
+// of Q query heads and KV heads of keys and values, d channels each: query head h reads KV head h *
+// KV / Q. Rows of k and v are INT8 in units of an FP16 scale, their largest value over 127.
 typedef struct Ssdi8AttentionParams {
   const void* projected;    // (B, L, R) FP16; from first_column on q (Q * d), k and v (KV * d)
   const int8_t* k_cache;    // (B, KV, T, d)

@@ -1,9 +1,9 @@
 // What stands between two linear layers, with rotation and quantization:
 //   q = Q(R . f / token_scale),  f = max(x, 0)^2 or x * silu(gate).
 //
-// x and gate are columns of FP16 rows, which need not be aligned; q (T, width) INT8, token_scale (T).
-// f is FP32 and lies in shared memory alone: squares of FP16 do not fit FP16. One block per token and
-// one pass over memory, see ../rotation/token.cuh.
+// x and gate are columns of FP16 rows, which need not be aligned; q (T, width) INT8, token_scale
+// (T). f is FP32 and lies in shared memory alone: squares of FP16 do not fit FP16. One block per
+// token and one pass over memory, see ../rotation/token.cuh.
 
 #include "../rotation/token.cuh"
 
@@ -57,8 +57,8 @@ struct SiluGate {
 int ssdi8_activation(const Ssdi8ActivationParams* p, void* stream) {
   using namespace ssdi8;
   if (p->x_column < 0 || p->x_stride < p->x_column + p->width) {
-    return refuse("activation: row stride %d of x does not hold %d columns from %d on",
-                  p->x_stride, p->width, p->x_column);
+    return refuse("activation: row stride %d of x does not hold %d columns from %d on", p->x_stride,
+                  p->width, p->x_column);
   }
   const Columns x(p->x, p->x_column, p->x_stride);
   if (p->activation == SSDI8_ACTIVATION_RELU2) {

@@ -31,8 +31,8 @@ struct Append {
   int capacity;
 };
 
-// A warp takes a head of a token: blocks (token, heads, sequence). A lane has pairs of channels that
-// are half a head apart.
+// A warp takes a head of a token: blocks (token, heads, sequence). A lane has pairs of channels
+// that are half a head apart.
 template <int kHeadDim>
 __global__ void __launch_bounds__(kAppendWarps* kWarp) append_kernel(Append p, Rotary rotary) {
   constexpr int kHalf = kHeadDim / 2, kPairs = (kHalf + kWarp - 1) / kWarp;

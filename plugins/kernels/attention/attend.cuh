@@ -1,8 +1,8 @@
 // o = softmax(q . k^T / sqrt(d), causal) . v over the INT8 caches, with an online softmax.
 //
 // Query heads that share a KV head are rows beside each other: row r of a KV head is head r % group
-// of token r / group, so that one token fills the 16 rows of a matrix instruction as well as it can.
-// Scores are FP32 sums of FP16 q times whole k, scaled afterwards; weights become FP16 for the
+// of token r / group, so that one token fills the 16 rows of a matrix instruction as well as it
+// can. Scores are FP32 sums of FP16 q times whole k, scaled afterwards; weights become FP16 for the
 // product with v, and so does v times its scale.
 //
 // kDecode false: a warp has 16 rows, a block 64, and all warps read the same tokens of a tile.
@@ -217,8 +217,8 @@ struct Gathered {
   // Writes what all warps have: o if there is one split, else the split's part. All threads.
   __device__ __forceinline__ void join(const Attend& p, int batch, int kv, int first_row,
                                        int position) const {
-    const int64_t part = static_cast<int64_t>(blockIdx.z) * (gridDim.y / p.n_kv_heads) * p.length *
-                         p.n_heads;
+    const int64_t part =
+        static_cast<int64_t>(blockIdx.z) * (gridDim.y / p.n_kv_heads) * p.length * p.n_heads;
     for (int i = threadIdx.x; i < kRows * kHeadDim; i += kAttendThreads) {
       const int r = i / kHeadDim, channel = i % kHeadDim;
       const Row row = make_row(p, batch, kv, first_row + r, position);

@@ -5,9 +5,9 @@
 // order of the stream: append.cuh writes the rows of this call, attend.cuh reads them with all
 // others, and joins the ranges that the cache was split into if there are few queries.
 //
-// Nothing is computed on the host from the position, which lies on the device: one CUDA graph serves
-// all tokens. How many blocks share the cache follows from its capacity; those behind the last token
-// end at once.
+// Nothing is computed on the host from the position, which lies on the device: one CUDA graph
+// serves all tokens. How many blocks share the cache follows from its capacity; those behind the
+// last token end at once.
 
 #include <algorithm>
 
@@ -39,8 +39,8 @@ int splits_of(const Ssdi8AttentionParams& p) {
   return static_cast<int>(std::min(wanted, ceil_div(p.capacity, kTile)));
 }
 
-// Rows of partial results, at most. Grows with batch and length alone, so that what the largest call
-// needs is enough for all.
+// Rows of partial results, at most. Grows with batch and length alone, so that what the largest
+// call needs is enough for all.
 size_t most_parts(const Ssdi8AttentionParams& p) {
   int processors = 0;
   if (multiprocessors(&processors) != cudaSuccess) return 0;

@@ -53,8 +53,8 @@ struct Tile {
   }
 };
 
-// V and the scales of a tile, on their way from global to shared memory. V is transposed, four tokens
-// by four channels.
+// V and the scales of a tile, on their way from global to shared memory. V is transposed, four
+// tokens by four channels.
 template <int kHeadDim>
 struct ValuesUnderWay {
   static constexpr int kUnits = kHeadDim / 4 * (kTile / 4);
@@ -79,8 +79,7 @@ struct ValuesUnderWay {
       for (int i = 0; i < 4; ++i) {
         const int token = first + token_of(unit) + i;
         const bool valid = unit < kUnits && token < caches.tokens;
-        const int8_t* source =
-            caches.v + static_cast<int64_t>(token) * kHeadDim + channel_of(unit);
+        const int8_t* source = caches.v + static_cast<int64_t>(token) * kHeadDim + channel_of(unit);
         words[own][i] = valid ? *reinterpret_cast<const uint32_t*>(source) : 0;
       }
     }

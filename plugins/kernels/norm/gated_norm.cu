@@ -5,12 +5,11 @@
 // Tensors as in rms_norm_gated.cu, which is for widths that one Hadamard matrix has and the gate
 // first; R here is one matrix or equal ones along the diagonal, see ../rotation/token.cuh.
 //
-// One block per token. What is normalized waits in shared memory, with the sum of squares of every 8
-// channels; one warp adds those of a group, which is a run of whole eights.
-
-#include "gated_norm.cuh"
+// One block per token. What is normalized waits in shared memory, with the sum of squares of every
+// 8 channels; one warp adds those of a group, which is a run of whole eights.
 
 #include "../rotation/token.cuh"
+#include "gated_norm.cuh"
 
 namespace ssdi8 {
 namespace {
@@ -46,7 +45,7 @@ __global__ void __launch_bounds__(kTokenThreads)
   const __half* y_row = static_cast<const __half*>(p.y) + token * p.width;
   const __half* z_row = static_cast<const __half*>(p.zxbcdt) + token * p.row_stride;
   const bool aligned = p.row_stride % kVector == 0;
-  const auto multiply_by_gate = [&](int e0, float (&v)[kVector]) {
+  const auto multiply_by_gate = [&](int e0, float(&v)[kVector]) {
     float z[kVector];
     load_channels(z_row + e0, aligned, z);
 #pragma unroll
@@ -103,9 +102,8 @@ int launch_gated_norm(const char* op, const GatedNorm& p, GatePlace gate, void* 
   if (p.tokens < 0) return refuse("%s: tokens %d out of range", op, p.tokens);
   if (const int code = refuse_token_scaling(op, p.scaling, p.scale)) return code;
   if (p.tokens == 0) return SSDI8_OK;
-  auto* kernel = gate == GatePlace::kBeforeNorm
-                     ? kernel_of<GatePlace::kBeforeNorm>(rotation.base)
-                     : kernel_of<GatePlace::kBehindNorm>(rotation.base);
+  auto* kernel = gate == GatePlace::kBeforeNorm ? kernel_of<GatePlace::kBeforeNorm>(rotation.base)
+                                                : kernel_of<GatePlace::kBehindNorm>(rotation.base);
   const size_t bytes = (rotation.shared_floats() + p.width / kVector) * sizeof(float);
   if (const cudaError_t error = grant_shared(kernel, bytes)) return check(error, op);
   return check(launch(kernel, p.tokens, token_threads(p.width), bytes,

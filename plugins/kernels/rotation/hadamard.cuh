@@ -64,8 +64,8 @@ __device__ __forceinline__ void transform8(float (&v)[kVector]) {
   }
 }
 
-// A column of base^T . x, where x[i] is value(i). Of four values each there are eight sums up to the
-// sign, which all rows share: 12 additions, and one a row.
+// A column of base^T . x, where x[i] is value(i). Of four values each there are eight sums up to
+// the sign, which all rows share: 12 additions, and one a row.
 template <int kOrder, typename Value>
 __device__ __forceinline__ void base_product(const Value& value, float (&sums)[kOrder]) {
   static_assert(kOrder % 4 == 0);

@@ -1,9 +1,10 @@
 // A token whose channels lie in shared memory: rotated, then quantized by one scale.
 //
-// Of any width: the rotation is one matrix or equal ones along the diagonal, base (x) Sylvester(2^k)
-// with base order 1, 12 or 20, as hadamard.py cuts a width. Channel (q * base + b) * 2^k + s of a
-// token is entry (b, s) of block q. The Sylvester factor works on the k low bits of the channel
-// alone, whatever the block: bits 0-2 in registers, where a thread puts 8 channels into shared memory
+// Of any width: the rotation is one matrix or equal ones along the diagonal, base (x)
+// Sylvester(2^k) with base order 1, 12 or 20, as hadamard.py cuts a width. Channel (q * base + b) *
+// 2^k + s of a token is entry (b, s) of block q. The Sylvester factor works on the k low bits of
+// the channel alone, whatever the block: bits 0-2 in registers, where a thread puts 8 channels into
+// shared memory
 // (`put_channels`), then three bits at a time; the base matrix comes last (`rotate_token`).
 
 #ifndef SSDI8_ROTATION_TOKEN_CUH_
@@ -33,9 +34,9 @@ struct TokenRotation {
 };
 
 struct TokenOutput {
-  int8_t* quantized;           // (T, width)
-  float* token_scale;          // (T)
-  const float* static_scale;   // null: by the largest value of the token
+  int8_t* quantized;          // (T, width)
+  float* token_scale;         // (T)
+  const float* static_scale;  // null: by the largest value of the token
   bool half_away;
 };
 

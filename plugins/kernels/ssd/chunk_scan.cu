@@ -27,8 +27,8 @@ __global__ __launch_bounds__(ssd::kThreads) void cb_kernel(Shape shape, ssd::Pre
   ssd::prepare_group<kN, kFp16>(shape, params, index / jobs, index % jobs);
 }
 
-// The first of two channels of a lane. Where a tile has fewer than 64, the last two stand in for the
-// others, of which nothing is stored.
+// The first of two channels of a lane. Where a tile has fewer than 64, the last two stand in for
+// the others, of which nothing is stored.
 __device__ __forceinline__ int passed_channel(int pair, int channels) {
   const int g = threadIdx.x % 32 / 4;
   return min(8 * (g / 2 + 4 * (g % 2)) + 2 * pair, channels - 2);
@@ -54,8 +54,8 @@ __device__ __forceinline__ void load_passed(const __half* passed, int channels, 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, t = lane % 4;
   for (int job = warp; job < P::kN / 8; job += P::kWarps) {
     const int run = job / 4, pair = job % 4;
-    const __half* row = passed + passed_channel(pair, channels) * P::kN + 64 * (run / 2) + 16 * t +
-                        8 * (run % 2);
+    const __half* row =
+        passed + passed_channel(pair, channels) * P::kN + 64 * (run / 2) + 16 * t + 8 * (run % 2);
     const uint4 r0 = ssd::load16_global(row), r1 = ssd::load16_global(row + P::kN);
     uint4* unit = r16 + (run * 8 + pair) * 32 + lane;
     unit[0] = make_uint4(r0.x, r0.y, r1.x, r1.y);

@@ -266,7 +266,8 @@ struct Fp16RowScan {
     const int pitch = shape.nheads * shape.headdim;
     __half* out = y_out + (size_t(it.b) * shape.length + it.start) * pitch + it.p0;
 #pragma unroll
-    for (int m = 0; m < 2; ++m) store_rows(y[m], 16 * (tile + m), it.valid, pitch, shape.channels(it.pt), out);
+    for (int m = 0; m < 2; ++m)
+      store_rows(y[m], 16 * (tile + m), it.valid, pitch, shape.channels(it.pt), out);
   }
 };
 

@@ -359,9 +359,19 @@ def measured_point(model: str, length: int, ttft_s: float, tpot_s: float) -> dic
     times = {"ttft_s": ttft_s, "tpot_s": tpot_s, "load_s": 0.0, "repeats": [repeat]}
     machine = {"platform": "Linux", "cpu": "none", "cores": 1, "python": "3"}
     return {
-        "kind": "point", "schema": 1, "board": "orin", "mode": "25W", "length": length,
-        "backend": "fake", "versions": {}, "engine": None, "conditions": {},
-        "date": "2026-11-24T01:00:00Z", "ssdi8_edge": "0", "power": None, "power_missing": None,
+        "kind": "point",
+        "schema": 1,
+        "board": "orin",
+        "mode": "25W",
+        "length": length,
+        "backend": "fake",
+        "versions": {},
+        "engine": None,
+        "conditions": {},
+        "date": "2026-11-24T01:00:00Z",
+        "ssdi8_edge": "0",
+        "power": None,
+        "power_missing": None,
         "bundle": {**bundle, "method": "edge-w8a8", "target": "orin-nano"},
         "machine": {"kind": "jetson", **machine},
         "settings": {"new_tokens": 2, "repeat": 1, "warmup": 0, "pin_clocks": False}

@@ -346,3 +346,56 @@ def test_build_refuses_at_once(tmp_path: Path) -> None:
     assert_one_sentence(ssdi8(*asked), ["CUDA, TensorRT and Python", "--force"])
     assert not (tmp_path / "run").exists()
     assert ssdi8(*asked, "--force").returncode == 0
+
+
+# --------------------------------------------------------------------------------------------------
+# beside what was measured
+
+
+def measured_point(model: str, length: int, ttft_s: float, tpot_s: float) -> dict[str, Any]:
+    """What a point must have, as `sweep` writes it."""
+    bundle = {"digest": "d", "name": "n", "checkpoint": "c", "bytes": 1, "model": model}
+    repeat = {"start_s": 0.0, "end_s": 1.0, "ttft_s": ttft_s, "token_s": [tpot_s]}
+    times = {"ttft_s": ttft_s, "tpot_s": tpot_s, "load_s": 0.0, "repeats": [repeat]}
+    machine = {"platform": "Linux", "cpu": "none", "cores": 1, "python": "3"}
+    return {
+        "kind": "point",
+        "schema": 1,
+        "board": "orin",
+        "mode": "25W",
+        "length": length,
+        "backend": "fake",
+        "versions": {},
+        "engine": None,
+        "conditions": {},
+        "date": "2026-11-24T01:00:00Z",
+        "ssdi8_edge": "0",
+        "power": None,
+        "power_missing": None,
+        "bundle": {**bundle, "method": "edge-w8a8", "target": "orin-nano"},
+        "machine": {"kind": "jetson", **machine},
+        "settings": {"new_tokens": 2, "repeat": 1, "warmup": 0, "pin_clocks": False}
+        | {"power_seconds": 0.0},
+        "timing": {"batch": 1, "new_tokens": 2, "warmup": 0, **times},
+    }
+
+
+def test_measured_points_beside_bounds(tmp_path: Path) -> None:
+    """Those of the same model, method and target, each with the bound at its own length."""
+    token = plan_of("mamba2-130m", prompt_tokens=200).bounds.token.seconds
+    assert token is not None
+    points = [
+        measured_point("mamba2-130m", 200, ttft_s=1.0, tpot_s=4 * token),
+        measured_point("mamba2-370m", 200, ttft_s=1.0, tpot_s=1.0),
+    ]
+    file = tmp_path / "sweep.jsonl"
+    file.write_text("".join(json.dumps(each) + "\n" for each in points))
+    asked = ("plan", "mamba2-130m", "--target", "orin-nano", "--measured", file)
+    eight, four = data(*asked)
+    (beside,) = eight["measured"]
+    assert beside["token_share"] == pytest.approx(0.25)
+    assert (beside["length"], beside["board"], beside["simulated"]) == (200, "orin", False)
+    assert four["measured"] == []
+    assert "25%" in ssdi8(*asked, "--markdown").stdout
+    missing = ssdi8("plan", "demo", "--measured", tmp_path / "none")
+    assert_one_sentence(missing, ["is no file"])

@@ -53,7 +53,7 @@ demo: $(DEMO)/installed
 	@du --apparent-size --block-size=1 --summarize $(DEMO_RUN)/bundle
 
 test: $(DEV)/installed
-	OMP_NUM_THREADS=1 $(DEV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(SLOWEST) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(DEV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(SLOWEST) $(PYTEST_ARGS)
 
 check: $(DEV)/installed
 	$(DEV)/bin/ruff format --check .

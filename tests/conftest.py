@@ -23,6 +23,13 @@ pytest_plugins = ["kernel_fixtures"]
 # tests start. A handler of our own is not inherited: they begin with the default again.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests begin first: else the last of them keeps one worker busy alone."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 MakeConfig = Callable[..., Description]
 MakeCheckpoint = Callable[..., Path]
 

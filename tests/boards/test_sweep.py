@@ -861,6 +861,7 @@ def test_a_board_that_stays_away_is_given_up(
 
 
 @needs_sshd
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(FAULT_SEEDS or 2))
 def test_a_sweep_with_faults_at_random_moments(
     seed: int,

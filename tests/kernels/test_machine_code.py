@@ -39,6 +39,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyp
     return compile_file
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_no_local_memory_and_little_shared_memory(compiled, name: str) -> None:  # type: ignore[no-untyped-def]
     report = compiled(name)[0]

@@ -147,6 +147,7 @@ def test_an_engine_and_its_log(bundle: Path, tmp_path: Path) -> None:
     assert not list((bundle / "engine").glob(".*.partial"))
 
 
+@pytest.mark.slow
 def test_a_fitting_engine_is_kept_and_another_state_gets_its_own(bundle: Path) -> None:
     first = run_json(bundle)
     again = run_json(bundle)

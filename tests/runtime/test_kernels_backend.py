@@ -15,7 +15,7 @@ import torch
 from emulated_engine import emulated_gpu
 from fake_cuda import Cuda
 from kernel_fixtures import GPU
-from pure_bundle import MAX_TOKENS, VOCABULARY, PureBundle, pure_bundle
+from exported_bundle import MAX_TOKENS, VOCABULARY, TinyBundle, hybrid_bundle, pure_bundle
 from tiny_model import one_thread
 
 from runtime.backends.kernels.arena import BLOCK
@@ -42,20 +42,23 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "edge-w4a8": ("edge-w4a8", {}),
     "ssdi8-w8a8": ("ssdi8-w8a8", {}),
     "ssdi8-w8a8 modular": ("ssdi8-w8a8", {"ssd_ops": "modular"}),
+    "hybrid edge-w8a8": ("edge-w8a8", {}),
+    "hybrid edge-w4a8": ("edge-w4a8", {}),
 }
 
-MakeBundle = Callable[[str], PureBundle]
+MakeBundle = Callable[[str], TinyBundle]
 
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> MakeBundle:
-    made: dict[str, PureBundle] = {}
+    made: dict[str, TinyBundle] = {}
 
-    def make(name: str) -> PureBundle:
+    def make(name: str) -> TinyBundle:
         if name not in made:
             method, changes = MODELS[name]
-            folder = tmp_path_factory.mktemp("pure") / "bundle"
-            made[name] = pure_bundle(folder, method, **changes)
+            folder = tmp_path_factory.mktemp("exported") / "bundle"
+            make_bundle = hybrid_bundle if name.startswith("hybrid") else pure_bundle
+            made[name] = make_bundle(folder, method, **changes)
         return made[name]
 
     return make
@@ -85,7 +88,9 @@ def relative_error(got: Any, want: Any) -> float:
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 
-def kernels_of_ops(model: QuantizedModel, ids: np.ndarray, states: Any) -> tuple[Any, Any]:
+def kernels_of_ops(
+    model: QuantizedModel, ids: np.ndarray, states: Any, position: int
+) -> tuple[Any, Any]:
     """The same kernels called op by op on tensors of torch, each with memory of its own."""
 
     def call(op: Op, *inputs: Any, **attributes: Any) -> Any:
@@ -95,7 +100,7 @@ def kernels_of_ops(model: QuantizedModel, ids: np.ndarray, states: Any) -> tuple
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Op, "__call__", call)
-        return model.forward(torch.from_numpy(ids), states, keep=ids.shape[1])
+        return model.forward(torch.from_numpy(ids), states, ids.shape[1], position=position)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -112,8 +117,9 @@ def test_equals_the_portable_graph(
         assert relative_error(got, want) < TOLERANCE
         for i in range(16):
             step = tokens(1, 1, seed=i)
-            want, want_states = reference.backend.forward(step, want_states)
-            got, states = session.backend.forward(step, states)
+            position = ids.shape[1] + i
+            want, want_states = reference.backend.forward(step, want_states, 1, position)
+            got, states = session.backend.forward(step, states, 1, position)
             assert relative_error(got, want) < TOLERANCE
         for state in want_states:
             assert relative_error(states[state], want_states[state]) < TOLERANCE
@@ -130,13 +136,16 @@ def test_same_bits_as_each_kernel_alone(
     made = bundles(name)
     backend = KernelsBackend(made.bundle, options)
     states, want_states = backend.zero_states(2), None
+    position = 0
     for i, length in enumerate((5, 5, 5, 70, 1, 1, 1, 1)):
         ids = tokens(2, length, seed=i)
-        want, want_states = kernels_of_ops(made.model, ids, want_states)
-        got, states = backend.forward(ids, states, keep=length)
+        want, want_states = kernels_of_ops(made.model, ids, want_states, position)
+        got, states = backend.forward(ids, states, length, position)
         assert np.array_equal(got, want.numpy())
+        position += length
     for state, tensor in made.model.named_states(want_states).items():
-        assert np.array_equal(np.asarray(states[state]), tensor.numpy())
+        whole = np.asarray(states[state])  # of a cache, for the whole context
+        assert np.array_equal(whole[tuple(map(slice, tensor.shape))], tensor.numpy())
     backend.close()
 
 

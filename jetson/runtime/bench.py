@@ -10,7 +10,7 @@ All times are in seconds, all sizes in bytes. Schema 1:
     kind            "bench"
     bundle, key     name and key of the bundle, from its manifest
     recipe, target  their names
-    runtime         "onnxruntime" or "tensorrt"
+    runtime         "onnxruntime", "tensorrt" or "kernels"
     backend         library, version and device, for people
     engine          null, or {"key", "built_for": {what the key was made from}, "differs": [text]}
                     with one text per condition (power mode, clocks, …) that is not as it was when
@@ -20,7 +20,7 @@ All times are in seconds, all sizes in bytes. Schema 1:
                     "simulated": the board's tools answer, but this is no Tegra; each field of
                     `board` is null where it cannot be read
     versions        {library: version} of what ran: numpy and onnxruntime, or numpy, tensorrt,
-                    pycuda, cuda
+                    pycuda, cuda, or numpy, kernels, cuda
     threads         threads asked for, null for the library's own choice
     batch           1
     prompt_tokens   L, the entry of --seq-lens

@@ -31,7 +31,8 @@ def _show_bundle(found: dict[str, Any]) -> None:
     results.print(f"{found['name']}  {found['bytes'] / 1e6:.1f} MB")
     results.print(f"recipe {recipe['name']}: {recipe['about']}")
     results.print(f"embedding {recipe['embedding']}, lm_head {recipe['lm_head']}")
-    results.print(f"target {target['name']}: {target['about']} ({target['runtime']})")
+    engines = ", ".join(target["engines"])
+    results.print(f"target {target['name']}: {target['about']} ({engines})")
     if found["context"] is not None:
         cache = f"{found['cache_bytes'] / 1e6:.1f} MB"
         kept = f"keys and values in {recipe['kv']}"

@@ -146,7 +146,7 @@ def test_build_for_the_users_own_target_until_a_stage(scene: Scene, tmp_path: Pa
     """A TOML file works like a name, and --until stops where it says."""
     own = tmp_path / "own.toml"
     own.write_text(
-        'name = "own"\nabout = "mine"\nruntime = "onnxruntime"\nwhere = "here"\n'
+        'name = "own"\nabout = "mine"\nengines = ["onnxruntime"]\nwhere = "here"\n'
         "[engine]\nbatch = [1, 1, 1]\ntokens = [1, 32, 64]\nworkspace_mb = 0\n"
     )
     result = scene.build("--target", own, "--out", tmp_path / "run", "--until", "calibrate")
@@ -458,7 +458,7 @@ CASES: dict[str, tuple[Case, list[str]]] = {
     ),
     "run: other schema": (
         on_bundle("run", "BUNDLE", *GO, spoil=other_schema),
-        ["schema 99", "schema 2"],
+        ["schema 99", "schema 3"],
     ),
     "run: empty prompt": (on_bundle("run", "BUNDLE", "--prompt", ""), ["prompt is empty"]),
     "run: no tokens": (
@@ -481,7 +481,7 @@ CASES: dict[str, tuple[Case, list[str]]] = {
     ),
     "inspect: other schema": (
         on_bundle("inspect", "BUNDLE", spoil=other_schema),
-        ["schema 99", "schema 2"],
+        ["schema 99", "schema 3"],
     ),
     "inspect: no bundle": (on_bundle("inspect", "/nowhere"), ["/nowhere is not a bundle"]),
     "evaluate: no text": (

@@ -163,7 +163,7 @@ def test_manifest(ask: Ask, model: Path, tmp_path: Path) -> None:
     manifest = build(ask(out, command="ssdi8-edge build --method edge-w8a8")).manifest
     assert manifest is not None
     assert json.loads((out / "bundle" / "manifest.json").read_text()) == manifest
-    assert manifest["schema"] == 2 and manifest["name"] == "tiny--edge-w8a8--host-cpu"
+    assert manifest["schema"] == 3 and manifest["name"] == "tiny--edge-w8a8--host-cpu"
     on_disk = {p.relative_to(out / "bundle").as_posix() for p in (out / "bundle").rglob("*.*")}
     assert set(manifest["files"]) == {
         name for name in on_disk if (out / "bundle" / name).is_file()
@@ -513,6 +513,7 @@ def test_bundle_for_a_board_is_complete(board_bundle: Path) -> None:
         "model.portable.onnx",
         "model.safetensors",
         "tokenizer.json",
+        "program.json",
         "golden.npz",
         "run_engine.py",
         "runtime/__init__.py",

@@ -48,9 +48,9 @@ class LivePeak(TorchDispatchMode):
         self.most = max(self.most, self._now)
 
 
-# The C library keeps what is freed for what comes next. Tensors of a batch come in all sizes, so that
-# the heap grows to this much of what they are at once. Both are fitted to four models: see
-# benchmarks/README.md.
+# The C library keeps what is freed for what comes next. Tensors of a batch come in all sizes, so
+# that the heap grows to this much of what they are at once. Both constants are fitted to four
+# models: see benchmarks/README.md.
 HEAP = 2.1
 
 

@@ -49,8 +49,8 @@ class LivePeak(TorchDispatchMode):
 
 
 # The C library keeps what is freed for what comes next. Tensors of a batch come in all sizes, so
-# that the heap grows to this much of what they are at once. Both are fitted to four models: see
-# benchmarks/README.md.
+# that the heap grows to this much of what they are at once. Both constants are fitted to four
+# models: see benchmarks/README.md.
 HEAP = 2.1
 
 

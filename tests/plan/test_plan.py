@@ -32,6 +32,7 @@ from ssdi8_edge.plan.bounds import int8_peak
 from ssdi8_edge.plan.choices import require_fitting
 from ssdi8_edge.plan.flow import activation_bytes
 from ssdi8_edge.plan.plan import Plan, make_plan
+from ssdi8_edge.plan.quantizing import LivePeak, host_peak
 from ssdi8_edge.plan.tensors import quantized_tensors
 from ssdi8_edge.recipes.presets import METHODS
 from ssdi8_edge.targets import load_target, target_names
@@ -139,6 +140,30 @@ def test_activations_grow_with_the_call(tokens: int, more: int) -> None:
     recipe = METHODS["edge-w8a8"]
     first, second = (activation_bytes(model, recipe, 1, n) for n in (tokens, tokens + more))
     assert first <= second
+
+
+def test_live_tensors_are_counted_once() -> None:
+    """Views share memory, what is freed is taken off, and sizes alone count like data."""
+    for device in ("cpu", "meta"):
+        with LivePeak() as live:
+            first = torch.zeros(1000, device=device)
+            view = first[:500]
+            second = first + 1
+            del first, view
+            third = second * 2
+        assert live.most == 2 * 4000
+        del second, third
+
+
+def test_memory_of_the_host_follows_the_model() -> None:
+    """More for wider blocks, whatever their number; hardly anything where nothing is quantized."""
+    small, wide = (
+        host_peak(outline(f"mamba2-{size}"), METHODS["edge-w8a8"]) for size in ("130m", "2.7b")
+    )
+    assert small < wide
+    longer = dataclasses.replace(outline("mamba2-130m"), blocks=outline("mamba2-130m").blocks * 2)
+    assert host_peak(longer, METHODS["edge-w8a8"]) == small
+    assert host_peak(outline("mamba2-130m"), METHODS["fp16"]) < small
 
 
 # --------------------------------------------------------------------------------------------------
@@ -374,9 +399,9 @@ def measured_point(model: str, length: int, ttft_s: float, tpot_s: float) -> dic
         "power_missing": None,
         "bundle": {**bundle, "method": "edge-w8a8", "target": "orin-nano"},
         "machine": {"kind": "jetson", **machine},
-        "settings": {"new_tokens": 2, "repeat": 1, "warmup": 0, "pin_clocks": False}
+        "settings": {"new_tokens": 2, "repeat": 1, "warmup": 1, "pin_clocks": False}
         | {"power_seconds": 0.0},
-        "timing": {"batch": 1, "new_tokens": 2, "warmup": 0, **times},
+        "timing": {"batch": 1, "new_tokens": 2, "warmup": 1, **times},
     }
 
 

@@ -23,7 +23,6 @@ from ssdi8_edge.cli.fleet import (
     require_all,
 )
 from ssdi8_edge.cli.options import ForceOption, JsonOption
-from ssdi8_edge.ground.board_runtime import bundle_folder, open_checked_bundle
 from ssdi8_edge.ground.console import human, results, table
 from ssdi8_edge.ground.errors import UsageError
 from ssdi8_edge.ground.json_text import to_json
@@ -254,6 +253,8 @@ def _deploy_fleet(
 ) -> None:
     target = None
     if bundle is not None:
+        from ssdi8_edge.ground.board_runtime import bundle_folder, open_checked_bundle
+
         target = open_checked_bundle(bundle_folder(bundle)).manifest["target"]["name"]
 
     def work(board: FleetBoard, lines: Lines) -> dict[str, Any]:

@@ -93,8 +93,8 @@ def test_commands_stand_in_the_order_of_their_use() -> None:
     """As --help lists them."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", ssdi8("--help").stdout)
     shown = re.findall(r"(?m)^\W{1,3}([a-z]+) ", text.partition("Commands")[2])
-    order = "build run serve verify evaluate inspect targets methods doctor deploy sweep profile"
-    assert shown == [*order.split(), "report"]
+    order = "plan build run serve verify evaluate inspect targets methods doctor deploy sweep"
+    assert shown == [*order.split(), "profile", "report"]
 
 
 @pytest.mark.parametrize("module", ["torch", "onnx", "onnxruntime", "numpy", "rich.progress"])

@@ -15,7 +15,7 @@ from runtime import options as shared
 from ssdi8_edge.ground.board_runtime import parse_serve
 from ssdi8_edge.ground.errors import UsageError
 
-TABLES = {**shared.LISTENING, **shared.SERVING, **shared.HOLDING, **shared.THREADS}
+TABLES = {**shared.LISTENING, **shared.SERVING, **shared.HOLDING, **shared.OPENING}
 
 
 @pytest.fixture(scope="module")

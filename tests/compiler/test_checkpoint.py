@@ -26,6 +26,7 @@ from ssdi8_edge.checkpoints.files import SafetensorsFile
 from ssdi8_edge.checkpoints.hub import TOKENIZER_FILES, fetch_tokenizer
 from ssdi8_edge.checkpoints.layout import expected_shapes
 from ssdi8_edge.checkpoints.layouts import state_spaces
+from ssdi8_edge.ground.chat_templates import CHAT_FILES
 from ssdi8_edge.ground.errors import CheckpointError
 from ssdi8_edge.models.description import Description
 from ssdi8_edge.models.float import FloatModel
@@ -877,7 +878,7 @@ def test_tokenizer_of_a_hub_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert fetch_tokenizer("org/name") == tmp_path
     assert asked == [
         *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
-        *("tokenizer.model", "chat_template.jinja"),
+        *("tokenizer.model", *CHAT_FILES),
     ]
 
     def refuse(repository: str, allow_patterns: list[str]) -> str:

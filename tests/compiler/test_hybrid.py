@@ -35,7 +35,6 @@ from ssdi8_edge.models.kinds.mamba2 import Mamba2
 from ssdi8_edge.models.kinds.mlp import Mlp
 from ssdi8_edge.models.kinds.parallel import Parallel
 from ssdi8_edge.numerics import hadamard
-from ssdi8_edge.ops import OPS
 from ssdi8_edge.ops.kernel_limits import require_kernels, width_misfit
 from ssdi8_edge.recipes.presets import METHODS
 
@@ -127,8 +126,6 @@ def test_the_graph_computes_the_same_bits(
     onnx.save(graph, tmp_path / "model.onnx")
     inputs = {value.name for value in graph.graph.input}
     opened = session(tmp_path / "model.onnx")
-    without = [call["op"] for call in recorded.program.data()["calls"] if not call["launch"]]
-    assert without and OPS[without[0]].kernel is None  # which a runtime then names
 
     specs = list(model.states(made.recipe))
     states = [tuple(s.zeros(2) for s in block.states(made.recipe)) for block in model.blocks]

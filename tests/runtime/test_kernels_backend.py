@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 from emulated_engine import emulated_gpu
+from exported_bundle import MAX_TOKENS, VOCABULARY, TinyBundle, hybrid_bundle, pure_bundle
 from fake_cuda import Cuda
 from kernel_fixtures import GPU
-from exported_bundle import MAX_TOKENS, VOCABULARY, TinyBundle, hybrid_bundle, pure_bundle
 from tiny_model import one_thread
 
 from runtime.backends.kernels.arena import BLOCK

@@ -363,8 +363,8 @@ def test_json_of_a_run(packed: Path) -> None:
     report = run_json(packed, "--prompt", CHAIN, "--max-new-tokens", "12", "--seed", "5")
     assert list(report) == [
         "bundle", "recipe", "backend", "notes", "machine", "threads", "sampling", "stop", "prompt",
-        "text", "tokens", "finish", "prompt_tokens", "new_tokens", "load_s", "ttft_s", "tpot_s",
-        "tokens_per_s",
+        "text", "tokens", "finish", "prompt_tokens", "kept_tokens", "new_tokens", "load_s",
+        "ttft_s", "tpot_s", "tokens_per_s",
     ]  # fmt: skip
     assert report["bundle"] == "tiny--edge-w8a8--host-cpu"
     assert report["recipe"] == "edge-w8a8"
@@ -550,7 +550,7 @@ def test_info(packed: Path) -> None:
     report = run_json(packed, "--info")
     assert list(report) == [
         "bundle", "model", "recipe", "target", "files", "bytes", "state_bytes_per_sequence",
-        "context", "created", "steps", "not_run", "engines",
+        "context", "chat", "created", "steps", "not_run", "engines",
     ]  # fmt: skip
     assert report["model"] == SIZES
     assert report["bytes"] == sum(report["files"].values())

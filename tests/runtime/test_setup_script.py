@@ -164,7 +164,7 @@ def test_a_server_needs_more_packages(jetson: Jetson) -> None:
 
 
 def test_a_server_on_a_cpu_needs_no_jetpack(jetson: Jetson) -> None:
-    (jetson.bundle / "manifest.json").write_text('{"target": {"runtime": "onnxruntime"}}')
+    (jetson.bundle / "manifest.json").write_text('{"target": {"engines": ["onnxruntime"]}}')
     for program in ("cmake", "nvcc", "c++", "dpkg-query"):
         (jetson.bin / program).unlink()
     (jetson.bin / "modules" / "tensorrt").unlink()

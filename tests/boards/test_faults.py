@@ -106,7 +106,7 @@ class Witness:
         assert self.looks and self.problems == []
 
 
-@pytest.mark.parametrize("seed", range(FAULT_SEEDS or 8))
+@pytest.mark.parametrize("seed", range(FAULT_SEEDS or 4))
 def test_a_deploy_with_faults_at_random_moments(
     lab: Lab, run_folder: Path, seed: int, record_property: Callable[[str, object], None]
 ) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import commands
 import pytest
 from board_simulator.lab import Lab, needs_sshd
 from board_simulator.server import free_port
@@ -110,11 +110,8 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
     lab.close()
 
 
-def ssdi8(folder: Path, *arguments: object, exit_code: int = 0) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from ssdi8_edge.cli import main; main()"]
-    done = subprocess.run(
-        [*command, *map(str, arguments)], cwd=folder, capture_output=True, text=True, timeout=120
-    )
+def ssdi8(folder: Path, *arguments: object, exit_code: int = 0) -> commands.Result:
+    done = commands.ssdi8(*arguments, folder=folder)
     assert done.returncode == exit_code, done.stderr
     assert "Traceback" not in done.stderr
     return done

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import commands
 import pytest
 from board_simulator.lab import Lab, needs_sshd
 from hybrid_builds import CONTEXT, build_hybrid, toy_layout
@@ -30,10 +30,8 @@ def test_deploy_sweep_profile_report(lab: Lab, tmp_path: Path) -> None:
     run = build_hybrid(tmp_path / "scene")
     board = ("--host", "board", "--store", lab.store("board"), "--python", sys.executable)
 
-    def ssdi8(*arguments: object, exit_code: int = 0) -> subprocess.CompletedProcess[str]:
-        code = "from ssdi8_edge.cli import main; main()"
-        command = [sys.executable, "-c", code, *map(str, arguments)]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    def ssdi8(*arguments: object, exit_code: int = 0) -> commands.Result:
+        done = commands.ssdi8(*arguments, folder=tmp_path)
         assert done.returncode == exit_code, done.stderr
         return done
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+import commands
 import pytest
 from board_simulator.lab import FAULT_SEEDS
 from board_simulator.machine import make_board
@@ -720,9 +721,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def ssdi8(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [*COMMAND, *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+def ssdi8(folder: Path, *arguments: object) -> commands.Result:
+    return commands.ssdi8(*arguments, folder=folder)
 
 
 def test_sweep_profile_and_report_of_a_bundle_on_this_machine(bundle: Path, tmp_path: Path) -> None:

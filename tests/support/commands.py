@@ -24,33 +24,43 @@ def environment(**changes: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100", **changes}
 
 
-def ssdi8(*arguments: object, env: dict[str, str] | None = None, **options: Any) -> Result:
-    """The command's result; with `env`, or other options of subprocess, of a new interpreter."""
+def ssdi8(
+    *arguments: object,
+    env: dict[str, str] | None = None,
+    folder: Path | None = None,
+    **options: Any,
+) -> Result:
+    """The command's result; with `env`, or other options of subprocess, of a new interpreter.
+
+    `folder`: where it runs; None: here.
+    """
     words = [*map(str, arguments)]
     if env is None and not options:
-        return _forked(words)
-    options = {"env": env or environment(), **options}
+        return _forked(words, folder)
+    options = {"env": env or environment(), "cwd": folder, **options}
     return subprocess.run(
         [*COMMAND, *words], capture_output=True, text=True, timeout=240, **options
     )
 
 
-def start_forked(arguments: list[str], stdout: Path, stderr: Path) -> BaseProcess:
+def start_forked(
+    arguments: list[str], stdout: Path, stderr: Path, folder: Path | None = None
+) -> BaseProcess:
     """The command in a process of its own that has torch loaded already, which saves seconds."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         ["ssdi8_edge.cli", "ssdi8_edge.compile.pipeline", "ssdi8_edge.evaluate"]
     )
-    place = (os.getcwd(), environment())
+    place = (str(folder or os.getcwd()), environment())
     process = context.Process(target=_command, args=(arguments, *place, stdout, stderr))
     process.start()
     return process
 
 
-def _forked(arguments: list[str]) -> Result:
-    with tempfile.TemporaryDirectory() as folder:
-        stdout, stderr = (Path(folder) / name for name in ("stdout", "stderr"))
-        process = start_forked(arguments, stdout, stderr)
+def _forked(arguments: list[str], folder: Path | None) -> Result:
+    with tempfile.TemporaryDirectory() as scratch:
+        stdout, stderr = (Path(scratch) / name for name in ("stdout", "stderr"))
+        process = start_forked(arguments, stdout, stderr, folder)
         process.join(240)
         assert process.exitcode is not None, f"{arguments} does not end"
         said = (path.read_text(encoding="utf-8") for path in (stdout, stderr))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ from ssdi8_edge.boards.facts.board_facts import MODULE_SMS, BoardFacts
 from ssdi8_edge.boards.facts.interpreter import venv_remedy
 from ssdi8_edge.boards.link.connection import Connection
 from ssdi8_edge.ground.errors import BoardError
-from ssdi8_edge.targets import load_target, target_names
+from ssdi8_edge.targets import load_target
 
 OLDEST_L4T = (36, 4)
 OLDEST_PYTHON = (3, 10)
@@ -203,7 +202,9 @@ def profile_toml(facts: BoardFacts) -> str:
             f"context = {_context(_memory_gb(facts))}",
             "",
             "[board]",
-            *_board_lines(facts),
+            'compute_capability = "8.7"',
+            f"memory_gb = {_memory_gb(facts)}",
+            f"sms = {MODULE_SMS.get(facts.part or '') or facts.sms or MODULE_SMS['p3767-0000']}",
         ]
     lines += [
         "",
@@ -213,20 +214,6 @@ def profile_toml(facts: BoardFacts) -> str:
         f"workspace_mb = {engine.workspace_mb}",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _board_lines(facts: BoardFacts) -> Iterator[str]:
-    """Of [board]; what planning needs is that of the shipped target of the same module."""
-    memory = _memory_gb(facts)
-    sms = MODULE_SMS.get(facts.part or "") or facts.sms or MODULE_SMS["p3767-0000"]
-    yield from ('compute_capability = "8.7"', f"memory_gb = {memory}", f"sms = {sms}")
-    boards = (load_target(name).board for name in target_names())
-    same = (each for each in boards if each and (each.memory_gb, each.sms) == (memory, sms))
-    for board in itertools.islice(same, 1):
-        for name in ("free_mib", "bandwidth_gb_s", "gpu_mhz"):
-            if (value := getattr(board, name)) is not None:
-                yield f"{name} = {value:g}"
-        yield f"source = {_toml(board.source)}"
 
 
 def _jetson_name(facts: BoardFacts) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from ssdi8_edge.boards.facts.board_facts import MODULE_SMS, BoardFacts
 from ssdi8_edge.boards.facts.interpreter import venv_remedy
 from ssdi8_edge.boards.link.connection import Connection
 from ssdi8_edge.ground.errors import BoardError
-from ssdi8_edge.targets import load_target
+from ssdi8_edge.targets import load_target, target_names
 
 OLDEST_L4T = (36, 4)
 OLDEST_PYTHON = (3, 10)
@@ -205,6 +205,7 @@ def profile_toml(facts: BoardFacts) -> str:
             'compute_capability = "8.7"',
             f"memory_gb = {_memory_gb(facts)}",
             f"sms = {MODULE_SMS.get(facts.part or '') or facts.sms or MODULE_SMS['p3767-0000']}",
+            *_planning(facts),
         ]
     lines += [
         "",
@@ -216,9 +217,24 @@ def profile_toml(facts: BoardFacts) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _planning(facts: BoardFacts) -> Iterator[str]:
+    """What plans need, as the shipped target of the same module has it; nothing for another."""
+    shipped = (load_target(name) for name in target_names())
+    about = f"Jetson {_family(facts)} {_memory_gb(facts)} GB"
+    board = next((each.board for each in shipped if each.about == about), None)
+    for name in ("free_mib", "bandwidth_gb_s", "gpu_mhz", "source"):
+        value = getattr(board, name, None)
+        if value:
+            yield f"{name} = {_toml(value) if isinstance(value, str) else f'{value:g}'}"
+
+
 def _jetson_name(facts: BoardFacts) -> str:
-    family = re.search(r"AGX Orin|Orin NX|Orin Nano", facts.model or "")
-    return f"{_slug(family[0] if family else facts.model or 'jetson')}-{_memory_gb(facts)}gb"
+    return f"{_slug(_family(facts) or facts.model or 'jetson')}-{_memory_gb(facts)}gb"
+
+
+def _family(facts: BoardFacts) -> str | None:
+    found = re.search(r"AGX Orin|Orin NX|Orin Nano", facts.model or "")
+    return found[0] if found else None
 
 
 def _memory_gb(facts: BoardFacts) -> int:

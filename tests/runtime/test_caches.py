@@ -10,13 +10,16 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import fake_tensorrt
 import numpy as np
 import pytest
 import torch
 from hybrid_builds import CONTEXT, build_hybrid, for_board, toy_layout
+from serving import Served
 from tiny_model import one_thread
 
 from runtime.backends.onnxruntime import OnnxRuntimeBackend
@@ -27,6 +30,7 @@ from runtime.command_line import run as run_engine
 from runtime.command_line import run_build
 from runtime.files import sha256
 from runtime.session import Session
+from runtime.text import TextCodec
 from runtime.verify import relative_error
 from ssdi8_edge.checkpoints.quantized import load_quantized
 from ssdi8_edge.models.network import QuantizedModel
@@ -255,3 +259,36 @@ def test_caches_lie_once_on_a_gpu(folder: Path, session: Session, tmp_path: Path
         finally:
             backend.close()
         assert cuda.leaks() == []
+
+
+# --------------------------------------------------------------------------------------------------
+# a server
+
+
+def test_served_side_by_side_to_the_end_of_the_context(folder: Path, session: Session) -> None:
+    """Four at once say what each says alone; a prompt that is held goes on from its cache."""
+    pytest.importorskip("uvicorn")
+    prompts = [random_ids(1, 20 + i, seed=i)[0].tolist() for i in range(4)]
+
+    def alone(prompt: list[int]) -> list[int]:
+        ids = np.array([prompt], np.int32)
+        steps = session.generate(ids, lambda logits: int(logits.argmax()), CONTEXT, ())
+        return [step.token for step in steps]
+
+    def asked(prompt: list[int], **fields: object) -> dict[str, Any]:
+        body = {"prompt": prompt, "temperature": 0, "max_tokens": CONTEXT - len(prompt)}
+        status, answer, _ = server.ask("/v1/completions", {**body, **fields})
+        assert status == 200, answer
+        return dict(answer)
+
+    with Served(folder, "--parallel=4") as server, ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(asked, prompts))
+        texts = [answer["choices"][0]["text"] for answer in answers]
+        codec = TextCodec(session.bundle)
+        assert texts == [codec.decode(alone(prompt)[: CONTEXT - len(prompt)]) for prompt in prompts]
+        assert {answer["choices"][0]["finish_reason"] for answer in answers} == {"length"}
+        again = asked(prompts[0])
+        assert again["choices"][0]["text"] == texts[0]
+        assert again["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
+        status, refused, _ = server.ask("/v1/completions", {"prompt": [1] * (CONTEXT + 1)})
+        assert status == 400 and f"{CONTEXT} tokens" in refused["error"]["message"]

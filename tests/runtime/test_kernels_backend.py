@@ -166,6 +166,24 @@ def test_sequences_do_not_meet(bundles: MakeBundle, cuda: Cuda, options: Backend
     backend.close()
 
 
+@pytest.mark.parametrize("name", ["edge-w8a8", "hybrid edge-w8a8"])
+def test_states_come_back(
+    bundles: MakeBundle, cuda: Cuda, options: BackendOptions, name: str
+) -> None:
+    """Read to the host and loaded again, after others: the same bits as never interrupted."""
+    backend = KernelsBackend(bundles(name).bundle, options)
+    prompt, step = tokens(1, 70), tokens(1, 1, seed=1)
+    _, states = backend.forward(prompt, backend.zero_states(1))
+    held = {state: np.asarray(states[state]) for state in states}
+    want = backend.forward(step, states, 1, 70)[0].copy()
+    backend.forward(tokens(2, 9), backend.zero_states(2))
+    for _ in range(3):
+        got, after = backend.forward(step, backend.load_states(held), 1, 70)
+        assert np.array_equal(got, want)
+    assert any(not np.array_equal(np.asarray(after[state]), held[state]) for state in held)
+    backend.close()
+
+
 def test_memory(bundles: MakeBundle, cuda: Cuda, options: BackendOptions) -> None:
     """No piece is larger than a block, and what is too little is said before a weight is loaded."""
     bundle = bundles("edge-w8a8").bundle

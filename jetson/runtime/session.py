@@ -109,15 +109,20 @@ class Session:
                 kept.append(logits if keep == 1 else logits.copy())
         return kept[0] if len(kept) == 1 else np.concatenate(kept, axis=1), states
 
-    def advance(self, slot: Slot, ids: Sequence[int]) -> np.ndarray:
-        """Run `ids`, of one call, after those of the slot; returns the logits (vocab,) float32 of
-        the last one, which the next call may overwrite. One that fails leaves the slot as it was.
+    def advance(self, slot: Slot, ids: Sequence[int], keep: int = 1) -> np.ndarray:
+        """Run `ids`, what was pending first, in one call after those of the slot.
+
+        One that fails leaves the slot as it was.
+
+        Returns:
+            Logits (keep, vocab) float32 of the last positions; the next call may overwrite them.
         """
         states = self.backend.zero_states(1) if slot.states is None else slot.states
         tokens = np.array([ids], np.int32)
-        logits, slot.states = self.backend.forward(tokens, states, position=len(slot.ids))
+        logits, slot.states = self.backend.forward(tokens, states, keep, len(slot.ids))
         slot.ids += ids
-        return logits[0, -1]
+        slot.pending = []
+        return logits[0]
 
     def take(self, slot: Slot) -> Snapshot:
         """A copy of the slot on the host; see `runtime.states.slot`."""
@@ -281,9 +286,7 @@ class Conversation:
         if self._cache is not None:
             marks = {*marks, *held_marks(len(ids), session.bundle.model.prompt_multiple)}
         for begin, end in session.pieces(len(ids), start, marks):
-            logits = session.advance(slot, ids[begin:end])
-            slot.pending = []
-            yield logits
+            yield session.advance(slot, ids[begin:end])[-1]
             if end < len(ids) and self._cache is not None:
                 self._hold(self._cache)
 
@@ -313,8 +316,7 @@ class Conversation:
             if token in end_ids or not remaining or self.full:
                 return
             started = time.perf_counter()
-            logits = session.advance(slot, [token])
-            slot.pending = []
+            logits = session.advance(slot, [token])[-1]
 
 
 def save_state(

@@ -20,7 +20,7 @@ from torch import Tensor
 from runtime.files import TOKENIZER
 from ssdi8_edge.checkpoints.config import ORIGINAL, read_config
 from ssdi8_edge.checkpoints.files import FLOAT_TYPES, WeightFile, open_weights, weight_files
-from ssdi8_edge.checkpoints.hub import fetch_checkpoint
+from ssdi8_edge.checkpoints.hub import fetch_checkpoint, reason
 from ssdi8_edge.checkpoints.layout import (
     EMBEDDING,
     HEAD,
@@ -349,9 +349,8 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
 
         fetched = fetch_checkpoint(str(source), snapshot_download)
     except Exception as error:  # the hub client raises its own, httpx's and OS errors alike
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"{source} is neither a folder nor a hub model that can be fetched ({reason}).",
+            f"{source} is neither a folder nor a hub model that can be fetched ({reason(error)}).",
             "check the spelling and the network, or give a folder.",
         ) from error
     return Checkpoint(fetched)

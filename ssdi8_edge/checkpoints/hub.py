@@ -16,6 +16,11 @@ TOKENIZER_FILES = [
 ]
 
 
+def reason(error: Exception) -> str:
+    """The first line of what the hub client says; the others are addresses and advice."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def fetch_checkpoint(repository: str, download: Callable[..., str]) -> Path:
     """Safetensors first: some repositories hold the same weights in both forms."""
     small = ["config.json", "generation_config.json", "*.index.json", *TOKENIZER_FILES]
@@ -35,9 +40,8 @@ def fetch_config(repository: str) -> Path:
 
         return Path(hf_hub_download(repository, "config.json"))
     except Exception as error:  # the hub client raises its own, httpx's and OS errors alike
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"the config.json of {repository} cannot be fetched ({reason}).",
+            f"the config.json of {repository} cannot be fetched ({reason(error)}).",
             "check the spelling and the network, or give a folder.",
         ) from error
 
@@ -52,8 +56,8 @@ def fetch_tokenizer(repository: str) -> Path:
 
         return Path(snapshot_download(repository, allow_patterns=TOKENIZER_FILES))
     except Exception as error:  # the hub client raises its own, httpx's and OS errors alike
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"{repository} is neither a file nor a hub model with a tokenizer.json ({reason}).",
+            f"{repository} is neither a file nor a hub model with a tokenizer.json"
+            f" ({reason(error)}).",
             "check the spelling and the network, or name a tokenizer.json.",
         ) from error

@@ -37,9 +37,7 @@ if TYPE_CHECKING:
 
 HostOption = Annotated[
     Optional[str],  # noqa: UP045  (typer reads this at run time, also on Python 3.10)
-    typer.Option(
-        help="user@board[:port], an alias of ~/.ssh/config, or this-machine.",
-    ),
+    typer.Option(help="user@board[:port], an alias of ~/.ssh/config, or this-machine."),
 ]
 AcceptOption = Annotated[
     bool,

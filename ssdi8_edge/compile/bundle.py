@@ -32,7 +32,7 @@ from ssdi8_edge.compile.golden import golden_vectors
 from ssdi8_edge.compile.interface import interface
 from ssdi8_edge.ground.artifacts import ONNX, QUANTIZED, listing, read_json, write_json
 from ssdi8_edge.ground.board_runtime import run_engine
-from ssdi8_edge.ground.errors import Ssdi8Error
+from ssdi8_edge.ground.errors import Ssdi8Error, UsageError
 from ssdi8_edge.ground.failures import killed_for_memory
 from ssdi8_edge.ground.progress import Track, silent
 from ssdi8_edge.ground.shipped import shipped
@@ -77,6 +77,7 @@ def pack(
         shutil.copyfile(run_folder / ONNX / name, folder / name)
     if (run_folder / QUANTIZED / TOKENIZER).is_file():
         shutil.copyfile(run_folder / QUANTIZED / TOKENIZER, folder / TOKENIZER)
+    engines = _engines(target, folder)
     if chat is not None:
         write_json(folder / CHAT, chat)
     for source, inside in ((shipped("jetson"), folder), (shipped("plugins"), folder / "plugins")):
@@ -95,7 +96,7 @@ def pack(
         "model": description.to_dict(),
         "interface": interface(description, recipe),
         "recipe": config["recipe"],
-        "target": target.to_dict() | {"engines": _engines(target, folder)},
+        "target": target.to_dict() | {"engines": engines},
         "text": config["text"],
         "created": {
             "ssdi8_edge": __version__,
@@ -109,7 +110,7 @@ def pack(
         "saturation": config["saturation"],
         "files": listing(folder, MANIFEST),
         "steps": [*steps, _step("bundle", start)],
-        "not_run": _not_run(target, _engines(target, folder)),
+        "not_run": _not_run(target, engines),
     }
     write_json(folder / MANIFEST, manifest)
     start = time.perf_counter()
@@ -140,10 +141,21 @@ def _version(package: str) -> str:
 
 
 def _engines(target: Target, folder: Path) -> list[str]:
-    """Those of the target that can run this bundle: not the kernels where an op has none."""
+    """Those of the target that can run this bundle: not the kernels where an op has none.
+
+    Raises:
+        UsageError: that leaves none.
+    """
     calls = read_json(folder / PROGRAM)["calls"]
-    lacking = {"kernels"} if any(call["launch"] is None for call in calls) else set()
-    return [engine for engine in target.engines if engine not in lacking]
+    without = next((call["op"] for call in calls if call["launch"] is None), None)
+    engines: list[str] = [e for e in target.engines if e != "kernels" or without is None]
+    if not engines:
+        raise UsageError(
+            f"{target.name} runs bundles by our kernels alone, and there is none for the op"
+            f" {without} of this model;",
+            "add tensorrt or onnxruntime to the engines of the target.",
+        )
+    return engines
 
 
 def _not_run(target: Target, engines: list[str]) -> list[str]:

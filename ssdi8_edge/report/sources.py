@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from runtime.files import MANIFEST
 from ssdi8_edge.boards.points.points import PointId, read_points
@@ -209,6 +209,7 @@ def load(paths: Iterable[Path]) -> Measurements:
 
 
 T = TypeVar("T", Point, Profile)
+R = TypeVar("R", bound=BaseModel)
 
 
 def _latest(records: Sequence[T], key: Any) -> list[T]:
@@ -277,10 +278,10 @@ def _read_whole(file: Path, model: str | None) -> list[Record] | None:
     except (OSError, ValueError):
         return None
     if isinstance(content, dict) and content.get("kind") == "profile":
-        return [_profile(file)]
+        return [_valid(Profile, content, file, "profile", "profile")]
     rows = content if isinstance(content, list) else [content]
     if rows and all(isinstance(row, dict) and row.get("kind") == "plan" for row in rows):
-        return [_planned(file, row) for row in rows]
+        return [_valid(Planned, row, file, "plan", "plan --json") for row in rows]
     if rows and all(isinstance(row, dict) and row.keys() & set(FIGURES) for row in rows):
         return list(_evaluations(rows, model))
     return None
@@ -295,27 +296,16 @@ def _begins_with_point(file: Path) -> bool:
     return isinstance(first, dict) and first.get("kind") == "point"
 
 
-def _planned(file: Path, row: Mapping[str, Any]) -> Planned:
+def _valid(kind: type[R], content: Mapping[str, Any], file: Path, what: str, command: str) -> R:
+    """A record of a file, which `command` writes; raises UsageError where it is none."""
     try:
-        return Planned.model_validate(row)
+        return kind.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise UsageError(
-            f"{file} is not a plan ({key}: {first['msg']});",
-            "write it with `ssdi8-edge plan --json`.",
-        ) from error
-
-
-def _profile(file: Path) -> Profile:
-    try:
-        return Profile.model_validate_json(file.read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise UsageError(
-            f"{file} is not a profile ({key}: {first['msg']});",
-            "write it with `ssdi8-edge profile`.",
+            f"{file} is not a {what} ({key}: {first['msg']});",
+            f"write it with `ssdi8-edge {command}`.",
         ) from error
 
 

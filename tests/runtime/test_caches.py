@@ -18,7 +18,7 @@ import fake_tensorrt
 import numpy as np
 import pytest
 import torch
-from hybrid_builds import CONTEXT, build_hybrid, for_board, toy_layout
+from hybrid_builds import CONTEXT, build_hybrid, for_board, request, toy_layout
 from serving import Served
 from tiny_model import one_thread
 
@@ -33,6 +33,8 @@ from runtime.session import Session
 from runtime.text import TextCodec
 from runtime.verify import relative_error
 from ssdi8_edge.checkpoints.quantized import load_quantized
+from ssdi8_edge.compile.pipeline import Build
+from ssdi8_edge.ground.errors import UsageError
 from ssdi8_edge.models.network import QuantizedModel
 
 __all__ = ["one_thread", "toy_layout"]  # fixtures, taken over
@@ -259,6 +261,14 @@ def test_caches_lie_once_on_a_gpu(folder: Path, session: Session, tmp_path: Path
         finally:
             backend.close()
         assert cuda.leaks() == []
+
+
+def test_a_target_whose_engines_lack_an_op_gets_no_bundle(tmp_path: Path) -> None:
+    asked = request(tmp_path, "fp16")
+    target = asked.target.model_copy(update={"engines": ["kernels"]})
+    with pytest.raises(UsageError, match=r"kernels alone, and there is none for the op \w+"):
+        Build(dataclasses.replace(asked, target=target)).run()
+    assert not (asked.out / "bundle").exists()
 
 
 # --------------------------------------------------------------------------------------------------

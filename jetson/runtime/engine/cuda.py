@@ -126,19 +126,8 @@ class Gpu:
             raise RunFailure(f"the GPU failed ({error})", "run --verify") from error
 
     def capture(self, work: Callable[[], None]) -> Graph:
-        """Record what `work` puts on the stream, without running it.
-
-        Raises:
-            RunFailure: it cannot be recorded, or `work` raised it.
-        """
-        graph = Graph(self.stream)
-        try:
-            work()
-        except BaseException:
-            graph.abandon()
-            raise
-        graph.finish()
-        return graph
+        """See `Graph.of`."""
+        return Graph.of(work, self.stream)
 
     def close(self) -> None:
         """Wait, then free everything; may be called again."""

@@ -182,19 +182,8 @@ class Device:
             raise RunFailure(f"the GPU failed ({failure.message})", "run --verify") from failure
 
     def capture(self, work: Callable[[], None]) -> Graph:
-        """Record what `work` puts on the stream, without running it.
-
-        Raises:
-            RunFailure: it cannot be recorded, or `work` raised it.
-        """
-        graph = Graph(self.stream)
-        try:
-            work()
-        except BaseException:
-            graph.abandon()
-            raise
-        graph.finish()
-        return graph
+        """See `Graph.of`."""
+        return Graph.of(work, self.stream)
 
     def close(self) -> None:
         """Wait, then free everything; may be called again, also when the GPU is lost."""

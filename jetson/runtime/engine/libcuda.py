@@ -7,6 +7,7 @@ has only this. All need functions whose C interface has not changed since CUDA 1
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from runtime.problems import BundleProblem, RunFailure
@@ -93,6 +94,22 @@ class Graph:
         self._executable = ctypes.c_void_p()
         result = self._cuda.cuStreamBeginCapture_v2(self._stream, CAPTURE_THREAD_LOCAL)
         check(self._cuda, result, "cuStreamBeginCapture")
+
+    @classmethod
+    def of(cls, work: Callable[[], None], stream: int) -> Graph:
+        """Record what `work` puts on the stream, without running it.
+
+        Raises:
+            RunFailure: it cannot be recorded, or `work` raised it.
+        """
+        graph = cls(stream)
+        try:
+            work()
+        except BaseException:
+            graph.abandon()
+            raise
+        graph.finish()
+        return graph
 
     def finish(self) -> None:
         """End the recording and make it ready to run.

@@ -42,13 +42,7 @@ class Steps:
             Logits (keep, vocab) float32 of the last positions, until the next call.
         """
         self._bring(seat)
-        backend, slot = self._session.backend, seat.slot
-        states = backend.zero_states(1) if slot.states is None else slot.states
-        tokens = np.array([ids], np.int32)
-        logits, slot.states = backend.forward(tokens, states, keep, len(slot.ids))
-        slot.ids += ids
-        slot.pending = []
-        return logits[0]
+        return self._session.advance(seat.slot, ids, keep)
 
     def decode(self, seats: Sequence[Seat]) -> list[np.ndarray]:
         """Run the pending token of each; returns logits (vocab,) float32 of each."""
